@@ -1,0 +1,21 @@
+"""Hessian-free optimization that swaps into an existing PyTorch training loop."""
+
+from torch_hf._version import __version__
+from torch_hf.batches import head, split_batch
+from torch_hf.optimizer import HFOptimizer
+from torch_hf.preconditioner import LBFGSPreconditioner
+from torch_hf.report import StepReport, Stop
+from torch_hf.sampler import GeometricGrowth, GrowingBatchSampler, VarianceGrowth
+
+__all__ = [
+    "GeometricGrowth",
+    "GrowingBatchSampler",
+    "HFOptimizer",
+    "LBFGSPreconditioner",
+    "StepReport",
+    "Stop",
+    "VarianceGrowth",
+    "__version__",
+    "head",
+    "split_batch",
+]

@@ -1,0 +1,249 @@
+"""Conjugate gradients for the step: preconditioned, flexible, with Martens' stopping rule.
+
+Minimises ``q(d) = g^T d + 1/2 d^T A d`` from a start d_0. Differences from the textbook form:
+
+- beta is the flexible one (Notay 2000), which tolerates a preconditioner that varies; with a
+  fixed one it changes nothing but rounding.
+- alpha = r^T p / p^T A p is the exact minimiser along p even where rounding has spoilt the
+  conjugacy, so that q falls at every iteration.
+- The residual is recomputed from its definition every ``REFRESH`` products: in float32 the
+  recurrence drifts.
+- Scalars live on the host in float64 and arrive once an iteration, in one transfer.
+- Curvature that is not positive ends the solve with a direction of descent at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_hf.report import Stop
+
+#: True residuals every so many iterations (Shewchuk 1994, section B.2: about 50).
+REFRESH = 50
+#: Iterates are kept at ceil(1.3^j) (Martens 2010, section 4.6).
+KEEP_RATIO = 1.3
+#: The residual test, in units of the vectors' rounding error.
+RESIDUAL_ULPS = 100.0
+
+Operator = Callable[[Tensor], Tensor]
+Observer = Callable[[int, Tensor, Tensor], None]
+
+
+class Iterate(NamedTuple):
+    """A point of the solve: after which iteration, q there, g^T d, and d itself."""
+
+    iteration: int
+    value: float
+    slope: float
+    vector: Tensor
+
+
+@dataclass(frozen=True)
+class CGResult:
+    """What a solve found.
+
+    Attributes:
+        iterates: The kept iterates in order; the last one is where the solve ended.
+        stop: Why it ended.
+        iterations: How many iterations were made.
+    """
+
+    iterates: list[Iterate]
+    stop: Stop
+    iterations: int
+
+    @property
+    def last(self) -> Iterate:
+        """Where the solve ended."""
+        return self.iterates[-1]
+
+
+@dataclass
+class _Solve:
+    """The state of the loop: d, r = -g - A d, the direction p, and q at every iteration."""
+
+    g: Tensor
+    d: Tensor
+    r: Tensor
+    p: Tensor
+    rz: float
+    rr: float
+    values: list[float]
+    kept: list[Iterate] = field(default_factory=list)
+
+    def keep(self, iteration: int) -> None:
+        slope = float(torch.dot(self.g, self.d))
+        self.kept.append(Iterate(iteration, self.values[-1], slope, self.d.clone()))
+
+
+def conjugate_gradients(
+    operator: Operator,
+    gradient: Tensor,
+    *,
+    start: Tensor | None = None,
+    preconditioner: Operator | None = None,
+    tol: float = 5e-4,
+    max_iter: int = 250,
+    observe: Observer | None = None,
+) -> CGResult:
+    """Minimises ``q(d) = g^T d + 1/2 d^T A d``.
+
+    Args:
+        operator: v of shape (P,) to A v of shape (P,), symmetric.
+        gradient: g, of shape (P,).
+        start: d_0, of shape (P,); zero if None.
+        preconditioner: r of shape (P,) to an approximation of A^-1 r.
+        tol: Relative progress per iteration under which the solve stops (Martens 2010,
+            section 4.4: 5e-4); 0 leaves the residual test alone.
+        max_iter: The most iterations.
+        observe: Told of each iteration's number (from 1), direction p and product A p, both
+            its own to keep until the next product.
+
+    Returns:
+        The kept iterates, each a copy, and why the solve stopped.
+
+    Example:
+        >>> A = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+        >>> result = conjugate_gradients(lambda v: A @ v, torch.tensor([2.0, 4.0]), tol=0)
+        >>> result.last.vector, round(result.last.value, 6)
+        (tensor([-1., -1.]), -3.0)
+    """
+    identity = preconditioner is None
+    solve_with = preconditioner or torch.clone
+    state = _begin(operator, gradient, start, solve_with)
+    floor = (RESIDUAL_ULPS * torch.finfo(gradient.dtype).eps) ** 2 * _dot(gradient, gradient)
+    grid = _grid()
+    next_kept = next(grid)
+    stop, i = Stop.MAX_ITER, 0
+    if not math.isfinite(state.rz) or not math.isfinite(state.rr):
+        stop = Stop.NON_FINITE
+    elif state.rr <= floor:
+        stop = Stop.RESIDUAL
+    while stop is Stop.MAX_ITER and i < max_iter:
+        ended = _iterate(state, operator, solve_with, i + 1, observe, identity)
+        if ended is not None:
+            stop = ended
+            break
+        i += 1
+        if i == next_kept:
+            state.keep(i)
+            while next_kept <= i:
+                next_kept = next(grid)
+        if state.rr <= floor:
+            stop = Stop.RESIDUAL
+        elif progress_is_small(state.values, tol):
+            stop = Stop.PROGRESS
+    if not state.kept or state.kept[-1].iteration < i:
+        state.keep(i)
+    if not state.kept[-1].slope < 0 and stop not in (Stop.RESIDUAL, Stop.NON_FINITE):
+        state.kept = [_descent(operator, gradient, solve_with, i)]
+    return CGResult(state.kept, stop, i)
+
+
+def progress_is_small(values: list[float], tol: float) -> bool:
+    """Martens' rule on q(d_0), ..., q(d_i) (Martens 2010, section 4.4).
+
+    Stops at ``i > k``, ``q_i < 0`` and ``(q_i - q_(i-k)) / q_i < k tol`` with
+    ``k = max(10, ceil(i / 10))``.
+
+    Example:
+        >>> progress_is_small([-1.0] * 12, 5e-4), progress_is_small([-1.0] * 11, 5e-4)
+        (True, False)
+    """
+    i = len(values) - 1
+    k = max(10, math.ceil(0.1 * i))
+    if tol <= 0 or i <= k or values[i] >= 0:
+        return False
+    return (values[i] - values[i - k]) / values[i] < k * tol
+
+
+def _grid() -> Iterator[int]:
+    j = 0
+    while True:
+        yield math.ceil(KEEP_RATIO**j)
+        j += 1
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a, b))
+
+
+def _begin(operator: Operator, g: Tensor, start: Tensor | None, solve_with: Operator) -> _Solve:
+    if start is None:
+        d, r = torch.zeros_like(g), -g
+        value = 0.0
+    else:
+        d = start.clone()
+        r = -g - operator(d)
+        value = _value(g, d, r)
+    z = solve_with(r)
+    rz, rr = torch.stack([torch.dot(r, z), torch.dot(r, r)]).tolist()
+    return _Solve(g, d, r, z.clone() if z is r else z, rz, rr, [value])
+
+
+def _value(g: Tensor, d: Tensor, r: Tensor) -> float:
+    """q(d) from the residual: A d = -g - r."""
+    return 0.5 * (_dot(g, d) - _dot(r, d))
+
+
+def _iterate(
+    state: _Solve,
+    operator: Operator,
+    solve_with: Operator,
+    number: int,
+    observe: Observer | None,
+    identity: bool,
+) -> Stop | None:
+    """One iteration in place; a reason to stop before the step, or None."""
+    s = state
+    product = operator(s.p)
+    along = torch.dot(s.r, s.p)
+    curvature = torch.dot(s.p, product)
+    alpha = torch.where(curvature > 0, along / curvature, 0.0)
+    s.d.addcmul_(s.p, alpha)
+    s.r.addcmul_(product, -alpha)
+    if number % REFRESH == 0:
+        s.r = -s.g - operator(s.d)
+    z = s.r if identity else solve_with(s.r)
+    numbers = torch.stack(
+        [along, curvature, torch.dot(s.r, z), torch.dot(product, z), torch.dot(s.r, s.r)]
+    )
+    a, c, rz, zy, rr = (float(x) for x in numbers.tolist())
+    if not all(math.isfinite(x) for x in (a, c, rz, zy, rr)):
+        return _retreat(s)
+    if c <= 0:
+        return Stop.NEGATIVE_CURVATURE if c < 0 else Stop.ZERO_CURVATURE
+    if observe is not None:
+        observe(number, s.p, product)
+    s.values.append(
+        _value(s.g, s.d, s.r) if number % REFRESH == 0 else s.values[-1] - 0.5 * a * a / c
+    )
+    beta = -(a / c) * zy / s.rz if s.rz else 0.0
+    s.p.mul_(beta).add_(z)
+    s.rz, s.rr = rz, rr
+    return None
+
+
+def _retreat(s: _Solve) -> Stop:
+    """Back to the last kept iterate, where a product was not finite."""
+    last = s.kept[-1] if s.kept else None
+    s.d = last.vector.clone() if last is not None else torch.zeros_like(s.d)
+    s.values.append(last.value if last is not None else 0.0)
+    return Stop.NON_FINITE
+
+
+def _descent(operator: Operator, g: Tensor, solve_with: Operator, iteration: int) -> Iterate:
+    """Down the preconditioned gradient, as far as curvature of the other sign would allow."""
+    p = solve_with(-g)
+    if not _dot(g, p) < 0:
+        p = -g
+    slope, curvature = _dot(g, p), _dot(p, operator(p))
+    length = abs(slope / curvature) if curvature and math.isfinite(curvature) else 1.0
+    value = length * slope + 0.5 * length**2 * curvature
+    return Iterate(iteration, value, length * slope, length * p)

@@ -1,0 +1,39 @@
+"""The damping rule: lambda follows how well the quadratic predicted the loss."""
+
+from __future__ import annotations
+
+import math
+
+#: Martens 2010, section 4.1 (after Levenberg-Marquardt): thresholds on rho and the factor.
+LOW, HIGH, FACTOR = 0.25, 0.75, 1.5
+
+
+def reduction_ratio(loss: float, new_loss: float, predicted: float) -> float:
+    """Actual over predicted change, ``(new_loss - loss) / q(d)``; nan where q(d) is not below 0.
+
+    Example:
+        >>> reduction_ratio(2.0, 1.0, -2.0)
+        0.5
+    """
+    if not predicted < 0 or not math.isfinite(new_loss):
+        return math.nan
+    return (new_loss - loss) / predicted
+
+
+def next_damping(damping: float, ratio: float, accepted: bool, floor: float) -> float:
+    """Lambda for the next step.
+
+    Up by 3/2 where the ratio is below 1/4 (or undefined, or the step was rejected), down by
+    2/3 above 3/4, never below the floor.
+
+    Example:
+        >>> next_damping(3.0, 0.9, True, 1e-8), next_damping(2.0, 0.5, True, 1e-8)
+        (2.0, 2.0)
+        >>> next_damping(2.0, 0.1, True, 1e-8), next_damping(2.0, 0.9, False, 1e-8)
+        (3.0, 3.0)
+    """
+    if not accepted or not ratio >= LOW:
+        damping = damping * FACTOR
+    elif ratio > HIGH:
+        damping = damping / FACTOR
+    return max(damping, floor)

@@ -1,0 +1,179 @@
+"""Loss terms as convex functions of network outputs: their Hessian products in output space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+
+class Head(Protocol):
+    """A term of the loss, seen as a function of the network's outputs."""
+
+    outputs: tuple[Tensor, ...]
+
+    def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        """The term's Hessian in the outputs times tangents of the outputs' shapes."""
+
+    def gradient(self) -> tuple[Tensor, ...]:
+        """The term's gradient in the outputs."""
+
+    def trace(self) -> Tensor:
+        """The trace of the term's Hessian in the outputs, or an unbiased estimate."""
+
+
+class _Piece:
+    """A loss function's result in the graph, and how strongly the objective counts it."""
+
+    def __init__(
+        self,
+        result: Tensor,
+        coefficient: Tensor | None,
+        outputs: tuple[Tensor, ...],
+    ) -> None:
+        self.result = result
+        self.coefficient = coefficient
+        self.outputs = outputs
+
+    def gradient(self) -> tuple[Tensor, ...]:
+        found = grad(
+            self.result, self.outputs, self.coefficient, retain_graph=True, allow_unused=True
+        )
+        return filled(found, self.outputs)
+
+    def _gradient_graph(self) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            found = grad(
+                self.result, self.outputs, self.coefficient, create_graph=True, allow_unused=True
+            )
+        return filled(found, self.outputs)
+
+
+class SquareHead(_Piece):
+    """``sum(c * r**2)``: the Hessian is ``2c``."""
+
+    def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        return (tangents[0] * self._weight,)
+
+    def trace(self) -> Tensor:
+        return self._weight.expand_as(self.outputs[0]).sum()
+
+    @property
+    def _weight(self) -> Tensor:
+        assert self.coefficient is not None
+        return 2 * self.coefficient
+
+
+class ElementwiseHead(_Piece):
+    """A loss that treats each entry of its input by itself, like ``mse_loss`` or ``huber_loss``.
+
+    With two arguments it is a function of their difference, as the losses of
+    :data:`~torch_hf.capture.LOSSES` with two are.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        first = self._gradient_graph()[0]
+        diagonal = None
+        if first.requires_grad:
+            ones = torch.ones_like(first)
+            (diagonal,) = grad(
+                first, self.outputs[0], ones, retain_graph=True, allow_unused=True
+            )
+        self.diagonal = torch.zeros_like(self.outputs[0]) if diagonal is None else diagonal
+        self.curved = diagonal is not None
+
+    def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        if len(tangents) == 1:
+            return (self.diagonal * tangents[0],)
+        product = self.diagonal * (tangents[0] - tangents[1])
+        return product, -product
+
+    def trace(self) -> Tensor:
+        return len(self.outputs) * self.diagonal.sum()
+
+
+class SoftmaxHead(_Piece):
+    """Cross-entropy of ``softmax(z)``: the Hessian is ``s (diag(p) - p p^T)`` in each position.
+
+    The closed form needs two copies of the logits where double backward holds ten.
+    """
+
+    def __init__(self, piece: tuple[Any, ...], weight: Tensor, dim: int) -> None:
+        super().__init__(*piece)
+        self.dim = dim
+        self.probability = torch.softmax(self.outputs[0].detach(), dim)
+        self.weight = weight  # s, broadcast along dim
+
+    def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        weighted = self.probability * tangents[0]
+        centre = weighted.sum(self.dim, keepdim=True)
+        return ((weighted - self.probability * centre) * self.weight,)
+
+    def trace(self) -> Tensor:
+        return (self.weight * (self.probability - self.probability.square())).sum()
+
+
+class GraphHead(_Piece):
+    """Any twice-differentiable loss, by double backward through its kept graph."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        slopes = self._gradient_graph()
+        self._places = [i for i, g in enumerate(slopes) if g.requires_grad]
+        self._slopes = [slopes[i] for i in self._places]
+        self.curved = bool(self._slopes)
+
+    def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        if not self._slopes:
+            return tuple(torch.zeros_like(t) for t in tangents)
+        found = grad(
+            self._slopes,
+            self.outputs,
+            [tangents[i] for i in self._places],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return filled(found, self.outputs)
+
+    def trace(self) -> Tensor:
+        signs = tuple(random_signs(z.shape, z) for z in self.outputs)
+        products = self.hessian(*signs)
+        return sum(((s * h).sum() for s, h in zip(signs, products, strict=True)), signs[0].new_zeros(()))
+
+
+def random_signs(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.randint(0, 2, shape, device=like.device).to(like.dtype) * 2 - 1
+
+
+def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """None, where autograd found no path, as zeros."""
+    return tuple(
+        torch.zeros_like(z) if g is None else g for g, z in zip(found, like, strict=True)
+    )
+
+
+def entropy_weights(logits: Tensor, settings: Mapping[str, Any], coefficient: Tensor) -> Tensor:
+    """``s`` of :class:`SoftmaxHead` for ``F.cross_entropy`` with all of its options."""
+    target, weight = settings["target"], settings.get("weight")
+    smoothing = settings.get("label_smoothing", 0.0)
+    mean = settings.get("reduction", "mean") == "mean"
+    dim = 1 if logits.ndim > 1 else 0
+    classes = logits.shape[dim]
+    w = logits.new_ones(classes) if weight is None else weight.to(logits.dtype)
+    if target.is_floating_point():
+        shape = [1] * logits.ndim
+        shape[dim] = classes
+        soft = target * (1 - smoothing) + smoothing / classes
+        s = (soft * w.view(shape)).sum(dim)
+        denominator: Any = max(s.numel(), 1)
+    else:
+        valid = target != settings.get("ignore_index", -100)
+        picked = w[torch.where(valid, target, 0)] * valid
+        s = picked * (1 - smoothing) + smoothing / classes * w.sum() * valid
+        denominator = picked.sum()
+    s = s * coefficient
+    return (s / denominator if mean else s).unsqueeze(dim).detach()

@@ -1,0 +1,435 @@
+"""``HFOptimizer``: the story of one Hessian-free step, from closure to parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_hf import _checks
+from torch_hf.cg import CGResult, Iterate, conjugate_gradients
+from torch_hf.clock import Clock
+from torch_hf.curvature import ObjectiveOperator
+from torch_hf.damping import next_damping, reduction_ratio
+from torch_hf.frozen import FrozenWorld
+from torch_hf.line_search import MAX_TRIES, armijo, backtrack
+from torch_hf.objective import Objective, Value, parse_loss
+from torch_hf.preconditioner import Preconditioner, make_preconditioner
+from torch_hf.reduce import Reducer
+from torch_hf.report import Requests, StepReport, Stop
+from torch_hf.state import pack, unpack
+from torch_hf.vector import ParameterVector
+
+#: Lambda of the first step, where none is given, in units of the curvature along the gradient.
+INITIAL_DAMPING = 1.0
+_SHARED = ("damping", "cg_max_iter", "cg_tol", "cg_decay", "maximize")
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What a step came to: the move and what the report says of it."""
+
+    direction: Tensor | None
+    length: float
+    loss: float
+    ratio: float
+    solution: CGResult | None
+    damping: float
+    floor: float = 0.0
+    reason: str = ""
+
+
+class HFOptimizer(Optimizer):
+    """Hessian-free optimization with an implicit L-BFGS preconditioner (arXiv 1309.1508).
+
+    Each step minimises the quadratic ``q(d) = g^T d + 1/2 d^T (G + lambda I) d`` by conjugate
+    gradients, walks back over CG's iterates while the loss falls, and searches along the best.
+    G is the Gauss-Newton matrix or the Hessian of the closure's loss and is only ever multiplied.
+
+    Args:
+        params: Parameters, named parameters or parameter groups. A group may have its own ``lr``
+            and ``weight_decay``.
+        lr: Factor on the direction before the line search starts from it. 1 is the Newton step;
+            there is seldom a reason to change it.
+        curvature: ``"ggn"``, the generalized Gauss-Newton matrix, or ``"hessian"``.
+        damping: lambda of the first step; it adapts from there (Martens 2010, section 4.1). None
+            takes the curvature along the first gradient, so that the loss's scale is no matter.
+        weight_decay: L2 penalty ``weight_decay/2 |theta|^2``, in loss, gradient and curvature.
+        preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"diagonal"`` (Martens
+            2010, section 4.7), ``"none"``, or an object with the methods of
+            :class:`torch_hf.preconditioner.Preconditioner`.
+        history_size: M, how many pairs ``"lbfgs"`` keeps, an even number.
+        cg_max_iter: The most CG iterations (250 in Martens & Sutskever 2012).
+        cg_tol: Relative progress per iteration at which CG stops (Martens 2010, section 4.4);
+            0 leaves only the residual test.
+        cg_decay: beta, the factor on the last step's CG solution where the next CG starts (Martens
+            2010, section 4.8; 0.95 in Martens & Sutskever 2012). 0 starts at zero.
+        maximize: Maximise the closure's objective.
+        process_group: A ``torch.distributed`` group over which loss, gradient and products are
+            averaged by cases; None for one process.
+
+    Raises:
+        TypeError, ValueError: An argument is not what is said above; the message says which.
+
+    Example:
+        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
+        <...>
+        >>> x = torch.randn(50, 3, dtype=torch.float64)
+        >>> y = x @ torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+        >>> model = torch.nn.Linear(3, 1, bias=False).double()
+        >>> optimizer = HFOptimizer(model.parameters())
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = torch.nn.functional.mse_loss(model(x), y)
+        ...     loss.backward()
+        ...     return loss
+        >>> for _ in range(15):
+        ...     loss = optimizer.step(closure)
+        >>> optimizer.last_report.new_loss < 1e-8
+        True
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1.0,
+        *,
+        curvature: str = "ggn",
+        damping: float | None = None,
+        weight_decay: float = 0.0,
+        preconditioner: str | Preconditioner = "lbfgs",
+        history_size: int = 20,
+        cg_max_iter: int = 250,
+        cg_tol: float = 5e-4,
+        cg_decay: float = 0.95,
+        maximize: bool = False,
+        process_group: Any = None,
+    ) -> None:
+        _checks.one_of("curvature", curvature, ("ggn", "hessian"))
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "damping": damping,
+            "cg_max_iter": cg_max_iter,
+            "cg_tol": cg_tol,
+            "cg_decay": cg_decay,
+            "maximize": maximize,
+            "steps": 0,
+        }
+        _check_options(defaults)
+        self.preconditioner = make_preconditioner(preconditioner, history_size)
+        self.curvature = curvature
+        self.process_group = process_group
+        self.last_report: StepReport | None = None
+        self._requests = Requests()
+        self._start: Tensor | None = None
+        super().__init__(params, defaults)
+        self._vector()  # complains about parameters now rather than at the first step
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[..., Any] | None = None,
+        batches: Iterable[Any] | None = None,
+        curvature_batches: Iterable[Any] | None = None,
+    ) -> Any:
+        """One step: lowers the closure's loss on this data, or leaves the parameters alone.
+
+        Args:
+            closure: Computes the loss, in one of three forms: an L-BFGS closure as it stands
+                (calls ``backward()``, returns the loss); returns a loss with its graph; returns
+                ``(loss, outputs)`` or ``(loss, outputs, cases)``. It runs several times a step.
+            batches: If given, the closure takes one batch, and loss, gradient and products are
+                averaged over these by number of cases, at the memory of one.
+            curvature_batches: Batches for the products; ``batches`` if None.
+
+        Returns:
+            The loss before the step.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: The closure or a batch is unusable. Parameters,
+                buffers, random generators and the optimizer's state are as before the call.
+        """
+        if closure is None:
+            return self._initialise()
+        clock = Clock(("gradient", "products", "preconditioner", "evaluations"))
+        vector = self._vector()
+        world = FrozenWorld(vector.device)
+        gradients = [p.grad for p in vector.params]
+        try:
+            objective = self._objective(closure, batches, curvature_batches, vector, world)
+            with clock.part("gradient"):
+                here = objective.value()
+            requests = replace(self._requests)
+            curvature, decision, variance = self._decide(objective, here, clock)
+        except BaseException:
+            self.preconditioner.abandon()
+            world.undo()
+            for p, g in zip(vector.params, gradients, strict=True):
+                p.grad = g
+            raise
+        self._commit(vector, here, decision)
+        world.after.restore()
+        self._report(objective, here, curvature, decision, variance, requests, clock)
+        return parse_loss(here.returned)
+
+    # --- the parts of a step, in the order it takes them ---
+
+    def _decide(
+        self, objective: Objective, here: Value, clock: Clock
+    ) -> tuple[ObjectiveOperator | None, _Decision, float | None]:
+        """Everything that is computed; nothing that lasts is changed."""
+        if here.gradient_norm == 0.0 or not math.isfinite(here.gradient_norm):
+            return None, self._stay(here), None
+        with clock.part("gradient"):
+            curvature = ObjectiveOperator(objective, self.curvature)
+            wanted = self._requests.gradient_variance
+            variance = objective.gradient_variance(here) if wanted else None
+        damping = self._damping(curvature, here, clock)
+        solution = self._solve(curvature, here, damping, clock)
+        candidates, length = self._scaled(solution, here, curvature, damping)
+        curvature.release()  # trial values in the parameters would spoil the kept graph
+        decision = self._search(objective, here, candidates, length, damping, clock)
+        return curvature, replace(decision, solution=solution), variance
+
+    def _damping(self, curvature: ObjectiveOperator, here: Value, clock: Clock) -> float:
+        given = self.param_groups[0]["damping"]
+        if given is not None:
+            return float(given)
+        g = here.gradient
+        with clock.part("products"):
+            along = float(torch.dot(g, curvature(g)) / torch.dot(g, g))
+        return INITIAL_DAMPING * abs(along) if math.isfinite(along) and along else 1.0
+
+    def _solve(
+        self, curvature: ObjectiveOperator, here: Value, damping: float, clock: Clock
+    ) -> CGResult:
+        """Conjugate gradients on the damped quadratic, from the last solution."""
+        options = self.param_groups[0]
+
+        def damped(v: Tensor) -> Tensor:
+            return curvature(v).add_(v, alpha=damping)
+
+        with clock.part("preconditioner"):
+            wanted = self.preconditioner.wants_diagonal
+            diagonal = curvature.diagonal(damping) if wanted else None
+            self.preconditioner.begin(damping, diagonal)
+        decay = options["cg_decay"]
+        start = self._start * decay if self._start is not None and decay else None
+        return conjugate_gradients(
+            clock.timed("products", damped),
+            here.gradient,
+            start=start,
+            preconditioner=clock.timed("preconditioner", self.preconditioner.apply),
+            tol=options["cg_tol"],
+            max_iter=options["cg_max_iter"],
+            observe=clock.timed("preconditioner", self.preconditioner.observe),
+        )
+
+    def _scaled(
+        self, solution: CGResult, here: Value, curvature: ObjectiveOperator, damping: float
+    ) -> tuple[list[Iterate], float]:
+        """CG's iterates under ``lr``: a common factor, or each group's own on the last iterate."""
+        rates = [g["lr"] for g in self.param_groups for p in g["params"] if p.requires_grad]
+        if len(set(rates)) == 1:
+            return solution.iterates, float(rates[0])
+        factors = curvature.objective.vector.spread(rates)
+        d = solution.last.vector * factors
+        slope = float(torch.dot(here.gradient, d))
+        if not slope < 0:
+            return solution.iterates, float(max(rates))
+        bend = float(torch.dot(d, curvature(d).add_(d, alpha=damping)))
+        return [Iterate(solution.iterations, slope + 0.5 * bend, slope, d)], 1.0
+
+    def _search(
+        self,
+        objective: Objective,
+        here: Value,
+        candidates: list[Iterate],
+        length: float,
+        damping: float,
+        clock: Clock,
+    ) -> _Decision:
+        """Backtracking, line search, and the ratio of actual to predicted change."""
+        stay = _Decision(None, 0.0, here.loss, math.nan, None, damping)
+        if length == 0.0:
+            return replace(stay, reason="lr is 0")
+        if not candidates[-1].slope < 0:
+            return replace(stay, reason="CG found no direction of descent")
+        with objective.vector.trial() as trial, clock.part("evaluations"):
+
+            def loss_along(direction: Tensor, factor: float) -> float:
+                trial.place(direction, factor)
+                return objective.loss()
+
+            chosen, loss = backtrack(loss_along, candidates, length)
+            step = armijo(
+                loss_along,
+                chosen.vector,
+                start_loss=here.loss,
+                slope=chosen.slope,
+                length=length,
+                first_loss=loss,
+            )
+        predicted, floor = _prediction(chosen, length, damping)
+        reason = ""
+        if step.length == 0.0:
+            reason = f"no decrease of the loss along the direction in {MAX_TRIES} tries"
+        elif step.length != length:
+            reason = f"line search shortened the step to {step.length / length:.3g} of its length"
+        ratio = reduction_ratio(here.loss, loss, predicted)
+        moved = chosen.vector if step.length else None
+        return _Decision(moved, step.length, step.loss, ratio, None, damping, floor, reason)
+
+    def _commit(self, vector: ParameterVector, here: Value, decision: _Decision) -> None:
+        """The only place where parameters and the state for the next step change."""
+        options = self.param_groups[0]
+        accepted = decision.direction is not None
+        if decision.direction is not None:
+            vector.move(decision.direction, decision.length)
+        if decision.solution is None:
+            self.preconditioner.abandon()
+        else:
+            self.preconditioner.end()
+        if here.gradient_norm != 0.0:
+            self._start = decision.solution.last.vector if accepted and decision.solution else None
+            damping = next_damping(decision.damping, decision.ratio, accepted, decision.floor)
+            for group in self.param_groups:
+                group["damping"] = damping
+        options["steps"] += 1
+        pack(self.state, vector, self._start, self.preconditioner)
+        for p, g in zip(vector.params, here.plain_gradient, strict=True):
+            p.grad = g
+
+    def _report(
+        self,
+        objective: Objective,
+        here: Value,
+        curvature: ObjectiveOperator | None,
+        decision: _Decision,
+        variance: float | None,
+        requests: Requests,
+        clock: Clock,
+    ) -> None:
+        solution = decision.solution
+        self.last_report = StepReport(
+            step=self.param_groups[0]["steps"],
+            loss=here.loss,
+            new_loss=decision.loss,
+            accepted=decision.direction is not None,
+            reduction_ratio=decision.ratio,
+            damping=decision.damping,
+            gradient_norm=here.gradient_norm,
+            step_length=decision.length,
+            cg_iterations=solution.iterations if solution else 0,
+            cg_stop=solution.stop if solution else Stop.ZERO_GRADIENT,
+            products=curvature.products if curvature else 0,
+            evaluations=objective.evaluations,
+            batch_cases=round(here.cases),
+            curvature_cases=round(curvature.cases) if curvature else 0,
+            engine=curvature.engine if curvature else "",
+            reason=decision.reason,
+            gradient_variance=variance,
+            seconds=clock.seconds(),
+            requests=self._requests,
+        )
+
+    # --- set-up ---
+
+    def _stay(self, here: Value) -> _Decision:
+        damping = self.param_groups[0]["damping"]
+        reason = "the gradient is zero" if here.gradient_norm == 0.0 else "non-finite gradient"
+        return _Decision(None, 0.0, here.loss, math.nan, None, damping or 0.0, reason=reason)
+
+    def _vector(self) -> ParameterVector:
+        return ParameterVector(self._trainable())
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+
+    def _objective(
+        self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
+    ) -> Objective:
+        if not callable(closure):
+            raise TypeError(
+                f"step() expects a closure that computes the loss, got a "
+                f"{type(closure).__name__}. Write def closure(): ...; return loss, and call "
+                "optimizer.step(closure)."
+            )
+        _check_options(self.param_groups[0])
+        self._fit_state(vector)
+        groups = self.param_groups
+        return Objective(
+            closure,
+            vector,
+            world,
+            batches=batches,
+            curvature_batches=curvature_batches,
+            decay=[g["weight_decay"] for g in groups for p in g["params"] if p.requires_grad],
+            maximize=groups[0]["maximize"],
+            layers=self.preconditioner.wants_diagonal,
+            fast_convolutions=self.curvature == "ggn",
+            reducer=Reducer(self.process_group, vector.device),
+        )
+
+    def _fit_state(self, vector: ParameterVector) -> None:
+        """Forgets directions of another length: parameters were added, frozen or thawed."""
+        known = [p for p in vector.params if "cg_iterate" in self.state.get(p, {})]
+        if self._start is not None and (
+            self._start.numel() != vector.numel or len(known) != len(vector.params)
+        ):
+            self._start = None
+            self.preconditioner.load_state_dict({})
+
+    def _initialise(self) -> None:
+        """``step()`` without a closure: what distributed checkpointing does to make state."""
+        params = self._trainable()
+        still = all(p.grad is None or not torch.any(p.grad) for p in params)
+        if not still or any(g["lr"] for g in self.param_groups):
+            raise RuntimeError(
+                "HFOptimizer.step() needs a closure that computes the loss, since it evaluates "
+                "the loss several times a step: optimizer.step(closure), as torch.optim.LBFGS."
+            )
+        pack(self.state, self._vector(), self._start, self.preconditioner)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state that ``state_dict`` gave, vectors in the precision they were saved in."""
+        super().load_state_dict(state_dict)
+        vector = self._vector()
+        self._start = unpack(self.state, state_dict, self.param_groups, vector, self.preconditioner)
+        pack(self.state, vector, self._start, self.preconditioner)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("last_report", None)
+
+
+def _prediction(chosen: Iterate, length: float, damping: float) -> tuple[float, float]:
+    """q of the step evaluated, and the lambda that rounding would swallow."""
+    bend = chosen.value - chosen.slope
+    predicted = length * chosen.slope + length**2 * bend
+    square = float(torch.dot(chosen.vector, chosen.vector))
+    floor = torch.finfo(chosen.vector.dtype).eps * abs(2.0 * bend) / square if square else 0.0
+    if RATIO_UNDAMPED:
+        predicted -= 0.5 * length**2 * damping * square
+    return predicted, floor
+
+
+RATIO_UNDAMPED = False
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    _checks.number("lr", options["lr"], low=0.0, hint="1.0 is the Newton step.")
+    _checks.number("weight_decay", options["weight_decay"], low=0.0, hint="0 is none.")
+    if options["damping"] is not None:
+        hint = "None chooses it from the curvature."
+        _checks.number("damping", options["damping"], low=0.0, hint=hint)
+    _checks.count("cg_max_iter", options["cg_max_iter"], low=1, hint="250 is usual.")
+    _checks.number("cg_tol", options["cg_tol"], low=0.0, high=1.0, hint="5e-4 is usual.")
+    _checks.number("cg_decay", options["cg_decay"], low=0.0, high=1.0, hint="0.95 is usual.")
+    _checks.flag("maximize", options["maximize"])

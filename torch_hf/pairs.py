@@ -1,0 +1,153 @@
+"""Curvature pairs of a CG run: which to keep, and the inverse they make."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Pairs with s^T y at or below this times |s| |y| are left out: no curvature, or rounding.
+CURVATURE_ULPS = 10.0
+
+
+class PairSelection:
+    """Pairs spread evenly over a run of unknown length, in a fixed memory.
+
+    The uniform sample of Morales & Nocedal 2000, section 3 (with their `cycle` and `count`):
+    the first M pairs are stored; then pair j is accepted only if
+    ``j = 1 + (M/2 + count - 1) 2^cycle`` and takes the place of pair
+    ``1 + (2 count - 1) 2^(cycle - 1)``. The newest pair is kept besides.
+
+    Args:
+        size: M, even.
+        damping: Lambda of the operator the pairs come from.
+    """
+
+    def __init__(self, size: int, damping: float) -> None:
+        self.size = size
+        self.damping = damping
+        self.rows: dict[int, int] = {}  # iteration -> row of the stores
+        self._s: Tensor | None = None
+        self._y: Tensor | None = None
+        self._count = 1
+        self._cycle = 1
+        self._newest = 0
+
+    def offer(self, iteration: int, s: Tensor, y: Tensor) -> None:
+        """Pair number ``iteration``, from 1 without a gap."""
+        if self._s is None or self._y is None:
+            self._s = s.new_empty(self.size + 1, s.numel())
+            self._y = torch.empty_like(self._s)
+        self._newest = iteration
+        if iteration <= self.size:
+            row = iteration - 1
+            self.rows[iteration] = row
+        elif iteration == 1 + (self.size // 2 + self._count - 1) * 2**self._cycle:
+            row = self.rows.pop(1 + (2 * self._count - 1) * 2 ** (self._cycle - 1))
+            self.rows[iteration] = row
+            self._advance()
+        else:
+            row = self.size  # the spare row, for the newest
+        self._s[row].copy_(s)
+        self._y[row].copy_(y)
+
+    def complete(self) -> bool:
+        """Closes the run, with the newest pair; whether there is any pair."""
+        if self._newest and self._newest not in self.rows:
+            self.rows[self._newest] = self.size
+        return bool(self.rows)
+
+    def stores(self) -> tuple[Tensor, Tensor, list[int]]:
+        """S and Y as they lie in memory, (K, P), and their rows in the order of the run."""
+        assert self._s is not None and self._y is not None
+        order = [row for _, row in sorted(self.rows.items())]
+        return self._s[: len(order)], self._y[: len(order)], order
+
+    @classmethod
+    def restored(cls, damping: float, s: Tensor, y: Tensor, order: list[int]) -> PairSelection:
+        """The complete selection that gave these :meth:`stores`."""
+        pairs = cls(len(s), damping)
+        pairs._s, pairs._y = s, y
+        pairs.rows = {i + 1: row for i, row in enumerate(order)}
+        return pairs
+
+    def _advance(self) -> None:
+        self._count += 1
+        if self._count > self.size // 2:
+            self._count = 1
+            self._cycle += 1
+
+
+class CompactInverse:
+    """The L-BFGS inverse H in compact form: four passes over (K, P) matrices.
+
+    ``H r = H0 (r + Y c2) + S c1`` with ``a = S r``, ``b = Y H0 r``, ``c2 = -R^-1 a`` and
+    ``c1 = R^-T ((D + Y H0 Y^T) R^-1 a - b)``; R is the upper triangle of S Y^T and D its
+    diagonal (Byrd, Nocedal & Schnabel 1994, theorem 2.2). Small matrices are in float64.
+
+    When lambda moved by ``shift`` since the pairs were made, Y stands for ``Y + shift S``:
+    exact, and no vector is touched.
+
+    Args:
+        pairs: A complete selection.
+        damping: Lambda of the operator to be preconditioned.
+        scale: D^-1 of the base ``H0 = gamma D^-1``, of shape (P,); None for the identity.
+    """
+
+    def __init__(self, pairs: PairSelection, damping: float, scale: Tensor | None) -> None:
+        self.s, self.y, order = pairs.stores()
+        self.shift = damping - pairs.damping
+        self.scale = scale
+        sy, ss, yy = self._gram(None)
+        eps = CURVATURE_ULPS * torch.finfo(self.s.dtype).eps
+        bound = eps * (ss.diagonal() * yy.diagonal()).clamp(min=0).sqrt()
+        curved = (sy.diagonal() > bound).tolist()
+        self.usable = [row for row in order if curved[row]]
+        if self.usable:
+            self._factor(sy, yy if scale is None else self._gram(scale)[2])
+
+    def __call__(self, r: Tensor) -> Tensor:
+        """H r, for r of shape (P,)."""
+        if not self.usable:
+            return r.clone() if self.scale is None else r * self.scale
+        base = self._base(r)
+        a = self.s @ r
+        b = self.y @ base
+        if self.shift:
+            b += self.shift * (self.gamma * a if self.scale is None else self.s @ base)
+        c1 = self._c1a @ a + self._c1b @ b
+        c2 = self._c2a @ a
+        inner = torch.addmv(r, self.y.T, c2)
+        if self.shift and self.scale is None:
+            c1 = c1 + self.gamma * self.shift * c2
+        elif self.shift:
+            inner.addmv_(self.s.T, c2, alpha=self.shift)
+        return self._base(inner).addmv_(self.s.T, c1)
+
+    def _base(self, r: Tensor) -> Tensor:
+        return self.gamma * r if self.scale is None else (self.gamma * r).mul_(self.scale)
+
+    def _gram(self, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """S Y^T, S S^T and Y D^-1 Y^T with Y at the present lambda; with D also in S D^-1 S^T."""
+        s = self.s if scale is None else self.s * scale
+        ss = (s @ self.s.T).double()
+        sy = (s @ self.y.T).double()
+        yy = ((self.y if scale is None else self.y * scale) @ self.y.T).double()
+        yy = yy + self.shift * (sy + sy.T) + self.shift**2 * ss
+        return sy + self.shift * ss, ss, yy
+
+    def _factor(self, sy: Tensor, yhy: Tensor) -> None:
+        """The small matrices, over the rows as they lie; unusable pairs have zeros."""
+        rows = torch.tensor(self.usable, device=sy.device)
+        sy, yhy = sy[rows][:, rows], yhy[rows][:, rows]
+        self.gamma = float(sy[-1, -1] / yhy[-1, -1])
+        upper = torch.linalg.inv(torch.triu(sy))
+        middle = upper.T @ (torch.diag(sy.diagonal()) + self.gamma * yhy) @ upper
+        self._c1a = self._placed(middle, rows)
+        self._c1b = self._placed(-upper.T, rows)
+        self._c2a = self._placed(-upper, rows)
+
+    def _placed(self, small: Tensor, rows: Tensor) -> Tensor:
+        size = len(self.s)
+        full = small.new_zeros(size, size)
+        full[rows[:, None], rows] = small
+        return full.to(self.s.dtype)

@@ -1,0 +1,217 @@
+"""Preconditioners for CG: an implicit L-BFGS inverse from CG's own pairs, and its bases.
+
+Within a run of CG a preconditioner is fixed; what it observes of the run it adopts when the
+run has ended well (arXiv 1309.1508, after Morales & Nocedal 2000).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from torch_hf.pairs import CompactInverse, PairSelection
+
+BASES = ("identity", "diagonal")
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """What :class:`~torch_hf.HFOptimizer` asks of a preconditioner; bring your own.
+
+    One step calls ``begin``, then ``apply`` and ``observe`` in each iteration of CG, then
+    ``end`` if the step was decided or ``abandon`` if it failed. ``begin`` and ``observe`` leave
+    alone what ``state_dict`` shows.
+    """
+
+    wants_diagonal: bool
+
+    def begin(self, damping: float, diagonal: Tensor | None) -> None:
+        """Before CG on ``G + damping I``; ``diagonal`` (P,) is given where it is wanted."""
+
+    def apply(self, r: Tensor) -> Tensor:
+        """An approximation of ``A^-1 r``, symmetric and positive definite, (P,) to (P,)."""
+
+    def observe(self, iteration: int, direction: Tensor, product: Tensor) -> None:
+        """CG's direction p and A p in this iteration; both are overwritten later."""
+
+    def end(self) -> None:
+        """Adopts what was observed."""
+
+    def abandon(self) -> None:
+        """Forgets what was observed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step needs: vectors (..., P), numbers, lists of numbers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what ``state_dict`` gave."""
+
+
+class NoPreconditioner:
+    """Plain CG."""
+
+    wants_diagonal = False
+
+    def begin(self, damping: float, diagonal: Tensor | None) -> None:
+        """Nothing to prepare."""
+
+    def apply(self, r: Tensor) -> Tensor:
+        """R itself."""
+        return r
+
+    def observe(self, iteration: int, direction: Tensor, product: Tensor) -> None:
+        """Nothing is kept."""
+
+    def end(self) -> None:
+        """Nothing to adopt."""
+
+    def abandon(self) -> None:
+        """Nothing to forget."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to take."""
+
+
+class DiagonalPreconditioner(NoPreconditioner):
+    """Division by ``(mean g^2 + lambda)^0.75`` (Martens 2010, section 4.7).
+
+    The mean square is scaled to curvature, so that multiplying the loss by a constant changes
+    nothing (see :mod:`torch_hf.diagonal`).
+    """
+
+    wants_diagonal = True
+
+    def __init__(self) -> None:
+        self._inverse: Tensor | None = None
+
+    def begin(self, damping: float, diagonal: Tensor | None) -> None:
+        """Takes the step's diagonal."""
+        assert diagonal is not None
+        self._inverse = diagonal.reciprocal()
+
+    def apply(self, r: Tensor) -> Tensor:
+        """R over the diagonal."""
+        assert self._inverse is not None
+        return r * self._inverse
+
+    def end(self) -> None:
+        """The diagonal is made anew in each step."""
+        self._inverse = None
+
+    abandon = end
+
+
+class LBFGSPreconditioner:
+    """The L-BFGS inverse built from the pairs ``(p, A p)`` of the last run of CG.
+
+    Conjugate directions and their products are exact curvature pairs, and there are more of
+    them in a run than memory holds: ``history_size`` of them are kept, evenly spread over the
+    run, and the newest besides. When lambda moved since, ``y += (lambda_new - lambda_old) s``
+    is exact and free.
+
+    Args:
+        history_size: M, even. Memory is 2 (M + 1) vectors of P numbers, twice that during CG.
+        base: What H_0 is a multiple of: ``"identity"`` or the inverse of Martens' ``"diagonal"``.
+
+    Raises:
+        ValueError: ``history_size`` is not an even number of at least 2, or ``base`` is unknown.
+
+    Source: arXiv 1309.1508, section 3; Morales & Nocedal 2000, "Automatic preconditioning by
+    limited memory quasi-Newton updating".
+    """
+
+    def __init__(self, history_size: int = 20, base: str = "identity") -> None:
+        if not isinstance(history_size, int) or history_size < 2 or history_size % 2:
+            raise ValueError(
+                f"history_size must be an even number of at least 2, got {history_size!r}. "
+                'For CG without pairs take preconditioner="none" or "diagonal".'
+            )
+        if base not in BASES:
+            raise ValueError(f"base must be one of {', '.join(BASES)}; got {base!r}.")
+        self.history_size = history_size
+        self.base = base
+        self.wants_diagonal = base == "diagonal"
+        self._pairs: PairSelection | None = None  # the last run's, complete
+        self._observed: PairSelection | None = None  # this run's, so far
+        self._inverse: Callable[[Tensor], Tensor] | None = None
+        self._damping = 0.0
+
+    def begin(self, damping: float, diagonal: Tensor | None) -> None:
+        """Builds the inverse for ``G + damping I`` from the last run's pairs."""
+        self._damping = damping
+        self._observed = PairSelection(self.history_size, damping)
+        scale = None if diagonal is None else diagonal.reciprocal()
+        if self._pairs is None:
+            self._inverse = torch.clone if scale is None else scale.mul
+        else:
+            self._inverse = CompactInverse(self._pairs, damping, scale)
+
+    def apply(self, r: Tensor) -> Tensor:
+        """H r."""
+        assert self._inverse is not None
+        return self._inverse(r)
+
+    def observe(self, iteration: int, direction: Tensor, product: Tensor) -> None:
+        """Keeps the pair if its turn has come."""
+        assert self._observed is not None
+        self._observed.offer(iteration, direction, product)
+
+    def end(self) -> None:
+        """The pairs of this run, if it gave any, take the place of the last."""
+        if self._observed is not None and self._observed.complete():
+            self._pairs = self._observed
+        self._observed = self._inverse = None
+
+    def abandon(self) -> None:
+        """The last run's pairs stay."""
+        self._observed = self._inverse = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The pairs: ``s`` and ``y`` of shape (K, P), their order, and their lambda."""
+        if self._pairs is None:
+            return {}
+        s, y, order = self._pairs.stores()
+        return {"s": s, "y": y, "order": torch.tensor(order), "damping": self._pairs.damping}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes pairs as ``state_dict`` gave them; none from an empty state."""
+        self._observed = self._inverse = self._pairs = None
+        if "s" in state:
+            self._pairs = PairSelection.restored(
+                float(state["damping"]), state["s"], state["y"], state["order"].tolist()
+            )
+
+
+def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Preconditioner:
+    """The preconditioner a user chose, by name or as an object.
+
+    Raises:
+        ValueError: The name is unknown.
+        TypeError: The object lacks a method of the protocol.
+    """
+    if isinstance(choice, str):
+        makers: dict[str, Callable[[], Preconditioner]] = {
+            "lbfgs": lambda: LBFGSPreconditioner(history_size),
+            "diagonal": DiagonalPreconditioner,
+            "none": NoPreconditioner,
+        }
+        if choice not in makers:
+            raise ValueError(
+                f"preconditioner must be one of {', '.join(makers)}, or an object such as "
+                f"LBFGSPreconditioner(history_size=32); got {choice!r}."
+            )
+        return makers[choice]()
+    if not isinstance(choice, Preconditioner):
+        raise TypeError(
+            "preconditioner must be a name or have the methods of "
+            "torch_hf.preconditioner.Preconditioner (begin, apply, observe, end, abandon, "
+            f"state_dict, load_state_dict) and wants_diagonal; got a {type(choice).__name__}."
+        )
+    return choice

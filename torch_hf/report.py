@@ -1,0 +1,99 @@
+"""What one step did: the record a user reads, logs and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class Stop(str, enum.Enum):
+    """Why conjugate gradients ended; the value is the sentence a report prints."""
+
+    PROGRESS = "relative progress below cg_tol"
+    RESIDUAL = "residual at rounding level"
+    MAX_ITER = "cg_max_iter reached"
+    NEGATIVE_CURVATURE = "negative curvature"
+    ZERO_CURVATURE = "zero curvature"
+    NON_FINITE = "non-finite product"
+    ZERO_GRADIENT = "zero gradient"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass
+class Requests:
+    """What a reader of reports wants measured from the next step on."""
+
+    gradient_variance: bool = False
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step of :class:`~torch_hf.HFOptimizer`, as numbers.
+
+    Attributes:
+        step: Number of this step, from 1.
+        loss: Objective before the step, weight decay included. With
+            ``maximize`` it is the negated quantity that is minimised.
+        new_loss: Objective at the parameters the step left, on the same data.
+        accepted: Whether the parameters moved.
+        reduction_ratio: Martens' rho, the actual over the predicted change of
+            the objective for the iterate that backtracking chose; ``nan`` where
+            no trial point was evaluated.
+        damping: The lambda that this step used.
+        gradient_norm: Euclidean norm of the gradient before the step.
+        step_length: Factor on the chosen iterate (1 unless the line search
+            shortened it or ``lr`` differs from 1; 0 if rejected).
+        cg_iterations: Iterations of conjugate gradients.
+        cg_stop: Why they ended.
+        products: Curvature products, those of checks and set-up included.
+        evaluations: Loss evaluations at trial points.
+        batch_cases: Cases the loss and gradient were averaged over.
+        curvature_cases: Cases the products were averaged over.
+        engine: How products were taken (``"double_backward"``, ``"linearized"``).
+        reason: Why the step was rejected or shortened; empty otherwise.
+        gradient_variance: L1 norm of the variance over cases of the per-case
+            gradient (Byrd et al. 2012), where a growth rule asked for it.
+        seconds: Wall-clock seconds: ``"total"`` and by part (``"gradient"``,
+            ``"products"``, ``"preconditioner"``, ``"evaluations"``, ``"other"``).
+    """
+
+    step: int
+    loss: float
+    new_loss: float
+    accepted: bool
+    reduction_ratio: float
+    damping: float
+    gradient_norm: float
+    step_length: float
+    cg_iterations: int
+    cg_stop: Stop
+    products: int
+    evaluations: int
+    batch_cases: int
+    curvature_cases: int
+    engine: str
+    reason: str = ""
+    gradient_variance: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    requests: Requests = field(default_factory=Requests, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, float | int | str | bool | None]:
+        """The fields as one flat row; seconds become ``seconds_total`` and so on.
+
+        Example:
+            >>> row = StepReport(1, 2.0, 1.0, True, 0.9, 1e-2, 0.5, 1.0, 12,
+            ...                  Stop.PROGRESS, 13, 2, 64, 64, "double_backward",
+            ...                  seconds={"total": 0.1}).to_dict()
+            >>> row["cg_stop"], row["seconds_total"]
+            ('relative progress below cg_tol', 0.1)
+        """
+        row = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del row["requests"]
+        seconds = row.pop("seconds")
+        row["cg_stop"] = str(self.cg_stop)
+        row.update({f"seconds_{part}": value for part, value in seconds.items()})
+        return row

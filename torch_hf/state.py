@@ -1,0 +1,68 @@
+"""Flat vectors of the optimizer as per-parameter state, and back.
+
+``torch.optim`` and its checkpoints know state by parameter. Here each parameter's piece is a
+view of the flat vector, so that keeping it costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_hf.preconditioner import Preconditioner
+from torch_hf.vector import ParameterVector
+
+_PREFIX = "preconditioner."
+
+
+def pack(
+    state: Any, vector: ParameterVector, start: Tensor | None, preconditioner: Preconditioner
+) -> None:
+    """Lays CG's last iterate and the preconditioner's vectors out by parameter."""
+    flats: dict[str, Any] = {"cg_iterate": vector.zeros() if start is None else start}
+    flats |= {_PREFIX + k: v for k, v in preconditioner.state_dict().items()}
+    for p in vector.params:
+        state[p] = {}
+    first = state[vector.params[0]]
+    for key, value in flats.items():
+        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[-1] != vector.numel:
+            first[key] = value
+            continue
+        pieces = value.split(vector.sizes, dim=-1)
+        for p, piece in zip(vector.params, pieces, strict=True):
+            state[p][key] = piece.view(*value.shape[:-1], *p.shape)
+
+
+def unpack(
+    state: Mapping[Any, Mapping[str, Any]],
+    saved: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    vector: ParameterVector,
+    preconditioner: Preconditioner,
+) -> Tensor | None:
+    """The last iterate, from state that was saved; the preconditioner takes its own.
+
+    ``Optimizer.load_state_dict`` has cast the tensors to the parameters' types, so they are
+    read once more from what was saved.
+    """
+    numbers = [i for g in saved["param_groups"] for i in g["params"]]
+    params = [p for g in groups for p in g["params"]]
+    original = {p: saved["state"].get(i, {}) for i, p in zip(numbers, params, strict=True)}
+    first = original[vector.params[0]]
+    flats: dict[str, Any] = {}
+    for key, value in first.items():
+        shape = vector.params[0].shape
+        lead = value.shape[: value.ndim - len(shape)] if isinstance(value, Tensor) else ()
+        if not isinstance(value, Tensor) or value.shape[len(lead) :] != shape or (
+            key not in original[vector.params[-1]]
+        ):
+            flats[key] = value
+            continue
+        pieces = [original[p][key].reshape(*lead, p.numel()) for p in vector.params]
+        flats[key] = torch.cat(pieces, dim=-1).to(device=vector.device)
+    start = flats.pop("cg_iterate", None)
+    preconditioner.load_state_dict({k.removeprefix(_PREFIX): v for k, v in flats.items()})
+    return None if start is None or not torch.any(start) else start

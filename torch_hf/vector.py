@@ -1,0 +1,120 @@
+"""A parameter list as one flat vector; the only room that knows the list."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+class ParameterVector:
+    """The parameters, in order, seen as one flat vector of ``numel`` entries.
+
+    Vectors are held in ``dtype``, the widest type among the parameters and at
+    least float32, so that CG on half-precision parameters runs in float32.
+
+    Args:
+        params: Parameters of any shapes, all on one device and real.
+
+    Raises:
+        ValueError: There is no parameter, or they lie on several devices.
+        TypeError: A parameter is complex or not of floating point.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        check_parameters(params)
+        self.params = list(params)
+        self.sizes = [p.numel() for p in self.params]
+        self.numel = sum(self.sizes)
+        self.device = self.params[0].device
+        dtype = torch.float32
+        for p in self.params:
+            dtype = torch.promote_types(dtype, p.dtype)
+        self.dtype = dtype
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """One vector ``(P,)`` from a tensor per parameter; None counts as zeros."""
+        pieces = [
+            p.new_zeros(p.numel(), dtype=self.dtype) if t is None else t.reshape(-1).to(self.dtype)
+            for t, p in zip(tensors, self.params, strict=True)
+        ]
+        return torch.cat(pieces)
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """The pieces of a vector ``(P,)`` in the parameters' shapes, without copying."""
+        pieces = vector.split(self.sizes)
+        return [v.view(p.shape) for v, p in zip(pieces, self.params, strict=True)]
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """As :meth:`views`, in each parameter's own dtype."""
+        return [
+            v.to(p.dtype) for v, p in zip(self.views(vector), self.params, strict=True)
+        ]
+
+    def spread(self, values: Sequence[float]) -> Tensor | float:
+        """One number per parameter as a vector ``(P,)``, or as itself where all agree."""
+        if len(set(values)) == 1:
+            return values[0]
+        sizes = torch.tensor(self.sizes, device=self.device)
+        numbers = torch.tensor(values, dtype=self.dtype, device=self.device)
+        return torch.repeat_interleave(numbers, sizes)
+
+    @torch.no_grad()
+    def move(self, direction: Tensor, length: float) -> None:
+        """``theta += length * direction``, the very bits that a trial there placed."""
+        for p, d in zip(self.params, self.views(direction), strict=True):
+            p.copy_(torch.add(p.detach().to(d.dtype), d, alpha=length))
+
+    @contextmanager
+    def trial(self) -> Iterator[Trial]:
+        """Lends the parameters to trial values; their bits are restored on any exit."""
+        trial = Trial(self)
+        try:
+            yield trial
+        finally:
+            trial.restore()
+
+
+class Trial:
+    """Places ``theta + length * direction`` into the parameters, from saved bits."""
+
+    def __init__(self, vector: ParameterVector) -> None:
+        self.vector = vector
+        self.saved = [p.detach().clone() for p in vector.params]
+
+    @torch.no_grad()
+    def place(self, direction: Tensor, length: float) -> None:
+        pieces = self.vector.views(direction)
+        for p, old, d in zip(self.vector.params, self.saved, pieces, strict=True):
+            p.copy_(torch.add(old.to(d.dtype), d, alpha=length))
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for p, old in zip(self.vector.params, self.saved, strict=True):
+            p.copy_(old)
+
+
+def check_parameters(params: Sequence[Tensor]) -> None:
+    if not params:
+        raise ValueError(
+            "There is nothing to optimize: no parameter with requires_grad=True was given. "
+            "Pass model.parameters()."
+        )
+    for p in params:
+        if not p.is_floating_point():
+            raise TypeError(
+                f"HFOptimizer expects real floating-point parameters, got one of {p.dtype}. "
+                "Hold the real and imaginary parts as two parameters and combine them in the "
+                "model, for instance with torch.complex(real, imag)."
+            )
+    devices = sorted({str(p.device) for p in params})
+    if len(devices) > 1:
+        raise ValueError(
+            f"HFOptimizer expects all parameters on one device, got {', '.join(devices)}. "
+            "Move the model with model.to(device), or give each part its own optimizer."
+        )
