@@ -1,0 +1,299 @@
+"""Batches that grow while a model learns, and the rules that say how fast."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sized
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, cast
+
+import torch.utils.data
+
+from .report import StepReport
+
+
+class Growth:
+    """A growth rule; it keeps no state. The larger of its two answers is the size."""
+
+    def scheduled(self, initial: int, times: int) -> float:
+        """Return the size after ``times`` epochs (or steps); the sampler rounds it."""
+        return initial
+
+    def measured(self, report: StepReport, size: int) -> float:
+        """Return the size a step asks for; ``size`` is the largest asked for so far."""
+        return size
+
+
+@dataclass(frozen=True)
+class GeometricGrowth(Growth):
+    """Sizes ``initial * factor**k``, factor >= 1: a linear rate (Friedlander & Schmidt 2012)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check("growth, unless it is a Growth,", self.factor, 1.0)
+
+    def scheduled(self, initial: int, times: int) -> float:
+        """Return ``initial * factor**times``."""
+        overflows = times * math.log(self.factor) > 700
+        return math.inf if overflows else initial * float(self.factor) ** times
+
+
+@dataclass(frozen=True)
+class VarianceGrowth(Growth):
+    """The norm test of Byrd, Chin, Nocedal & Wu (2012): grow where noise drowns the gradient.
+
+    Where ``||Var||_1 / |S| > theta**2 * ||grad||**2`` (Var over the cases of the batch S), ask
+    for the size that passes, from the next epoch (or batch drawn) on. ``theta`` is positive.
+    """
+
+    theta: float = 0.25
+
+    def __post_init__(self) -> None:
+        _check("theta", self.theta, 1e-9)
+
+    def measured(self, report: StepReport, size: int) -> float:
+        """Return ``||Var||_1 / (theta**2 * ||grad||**2)``; ask for Var if it was not measured."""
+        variance = report.gradient_variance
+        if variance is None:
+            report.requests.gradient_variance = True
+            return size
+        allowed = self.theta * self.theta * report.gradient_norm * report.gradient_norm
+        if not math.isfinite(variance) or not variance > allowed * report.batch_cases:
+            return size
+        return variance / allowed if allowed > 0 else math.inf
+
+
+class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
+    """Yields lists of indices, every case once an epoch, in batches that grow.
+
+    Pass it to a ``DataLoader`` as ``batch_sampler`` and call :meth:`set_epoch` before each
+    epoch: epoch ``k`` has batches of ``growth**k * batch_size`` cases (arXiv 1309.1508). Sizes
+    are global: of ``num_replicas`` processes, rank ``i % num_replicas`` gets case ``i`` of each
+    batch, so all yield equally many. A tail of fewer cases than ranks joins the batch before.
+
+    After :meth:`load_state_dict` the next iteration yields the batches of the saved epoch that
+    were not consumed (maybe none); ``set_epoch`` with that epoch changes nothing, any other
+    starts whole. Drawing a batch consumes it, until :meth:`update` is first called: then each
+    call consumes one. ``DataLoader`` workers draw several batches ahead: with ``num_workers > 0``
+    call ``update`` for every batch, or save a ``StatefulDataLoader``, which counts by itself
+    (its snapshots precede the last reports, so not with a rule that measures).
+
+    Args:
+        data_source: Number of cases, or a dataset with a length.
+        batch_size: Cases in the first batches.
+        growth: Factor of :class:`GeometricGrowth`, or a :class:`Growth`.
+        max_batch_size: Where growth ends, all cases if None. A joined tail comes on top.
+        curvature_batch_size: Cases of the first curvature samples; None is the whole batch.
+        curvature_growth: Factor of the curvature sample, at least 1.
+        grow_every: ``"epoch"``, or ``"step"``: with each batch consumed, over all epochs.
+        shuffle: Draw the order from ``seed + epoch``, as ``DistributedSampler`` does.
+        drop_last: Leave out a last batch that is not full.
+        seed: The same on all ranks.
+        num_replicas, rank: Processes that share each batch, and which this is; None is one.
+
+    Raises:
+        TypeError, ValueError: If an argument is wrong; the message names it.
+
+    Example:
+        >>> sampler = GrowingBatchSampler(10, batch_size=2, growth=2, shuffle=False)
+        >>> sampler.set_epoch(1)
+        >>> list(sampler), len(sampler)
+        ([[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]], 3)
+    """
+
+    def __init__(
+        self,
+        data_source: int | Sized,
+        batch_size: int,
+        growth: float | Growth = 1.2,
+        *,
+        max_batch_size: int | None = None,
+        curvature_batch_size: int | None = None,
+        curvature_growth: float = 1.3,
+        grow_every: str = "epoch",
+        shuffle: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        if (num_replicas is None) != (rank is None):
+            raise ValueError(f"give num_replicas and rank, or neither: {num_replicas=}, {rank=}")
+        if grow_every not in ("epoch", "step"):
+            raise ValueError(f"grow_every must be 'epoch' or 'step', but is {grow_every!r}")
+        cases = len(data_source) if isinstance(data_source, Sized) else data_source
+        by_step, ranks = grow_every == "step", 1 if num_replicas is None else num_replicas
+        cap = cases if max_batch_size is None else max_batch_size
+        curvature = batch_size if curvature_batch_size is None else curvature_batch_size
+        _check("data_source (its length, or itself)", cases, 1)
+        _check("num_replicas", ranks, 1)
+        _check("rank", rank or 0, 0, ranks - 1, "num_replicas - 1")
+        _check("batch_size", batch_size, ranks, cases, "num_replicas to the number of cases")
+        _check("max_batch_size", cap, batch_size, hint="batch_size")
+        _check("curvature_batch_size", curvature, ranks, batch_size, "num_replicas to batch_size")
+        _check("curvature_growth", curvature_growth, 1.0)
+        _check("seed", seed, -(2**63))
+        self.growth = growth if isinstance(growth, Growth) else GeometricGrowth(growth)
+        self.curvature_growth = GeometricGrowth(curvature_growth)
+        self.cases, self.seed, self.num_replicas, self.rank = cases, seed, ranks, rank or 0
+        self.first_batch_size, self.max_batch_size = batch_size, min(cap, cases)
+        self._first_curvature = cases if curvature_batch_size is None else curvature
+        self.shuffle, self.drop_last, self.by_step = bool(shuffle), bool(drop_last), by_step
+        self.measured = self.measured_before = batch_size  # so far; before this epoch
+        self.counts_updates, self._asked_epoch, self._walk = False, 0, _Walk(self)
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch, from 0."""
+        return self._walk.epoch
+
+    @property
+    def batch_size(self) -> int:
+        """Cases in the current batch, over all ranks (the last of an epoch may differ)."""
+        return self._size(self._clock())
+
+    @property
+    def curvature_batch_size(self) -> int:
+        """This rank's cases of the curvature sample: ``head(batch, curvature_batch_size)``."""
+        grown = self.curvature_growth.scheduled(self._first_curvature, self._clock())
+        return len(range(self.rank, round(min(grown, self.batch_size)), self.num_replicas))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make ``epoch`` the current one, to be walked from its start unless it is already."""
+        _check("epoch", epoch, 0)
+        self._asked_epoch = epoch
+        if epoch != self.epoch:
+            self._walk, self.measured_before = self._walk.following(epoch), self.measured
+
+    def update(self, report: StepReport) -> None:
+        """Take note of one step: a batch is consumed, and the growth rule reads the report."""
+        if not isinstance(report, StepReport):
+            raise TypeError(f"update takes optimizer.last_report after a step, not {report!r}")
+        wanted = min(self.growth.measured(report, self.measured), self.max_batch_size)
+        self.measured = max(self.measured, math.ceil(wanted))
+        before = self._walk.consumed if self.counts_updates else 0
+        self._walk.consumed, self.counts_updates = min(before + 1, len(self._walk.ends)), True
+
+    def __len__(self) -> int:
+        """Batches of the running iteration, else of the next (if sizes stay as measured)."""
+        walk = self._walk.following(self.epoch) if self._walk.done else self._walk
+        rest = walk.rest(len(walk.ends))
+        if not self.by_step:
+            full, tail = divmod(self.cases - rest.position, self._size(walk.epoch))
+            return len(walk.ends) + full + (tail >= self.num_replicas and not self.drop_last)
+        return len(walk.ends) + sum(1 for _ in iter(rest.draw, None))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # A DataLoader opens iterators that it never draws from: they must not lose the place.
+        begun = (self._walk.ends or self._walk.done) and not self._walk.primed
+        self._walk = self._walk.following(self.epoch) if begun else self._walk.rest(0)
+        return self._walk
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return numbers and one list of ints, ``ahead``; they serve any number of ranks."""
+        return self._state(self._walk.rest(self._walk.consumed))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand where the saved sampler stood; a wrong entry raises as the class does."""
+        if not isinstance(state, Mapping):
+            raise TypeError(f"state must be what state_dict() returned, but is {state!r}")
+        for name, own in self._state(self._walk).items():
+            got, kind = state.get(name), type(own)
+            if not isinstance(got, kind) or (got != own if name in _FIXED else got < kind()):
+                problem = f"state entry {name!r} is {got!r}, but this sampler has {own!r}"
+                raise ValueError(f"{problem}: make it with the arguments of the one saved")
+        self._walk = _Walk(self, *(state[name] for name in _PLACE))
+        vars(self).update({name: state[name] for name in _MEASURED})
+
+    def _state(self, walk: _Walk) -> dict[str, Any]:
+        mine = {name: getattr(self, name) for name in (*_FIXED, *_MEASURED)}
+        return mine | {name: getattr(walk, name) for name in _PLACE}
+
+    def _clock(self) -> int:
+        last_is_current = bool(self._walk.ends) and not self.counts_updates
+        return self._walk.clock(self._walk.consumed - last_is_current)
+
+    def _size(self, clock: int) -> int:
+        scheduled = self.growth.scheduled(self.first_batch_size, clock)
+        measured = self.measured if self.by_step else self.measured_before
+        return round(min(max(scheduled, measured), self.max_batch_size))
+
+
+# What a state holds: what must be equal, what was measured, where the walk stands.
+_FIXED = "cases", "first_batch_size", "by_step", "shuffle", "drop_last", "seed"
+_MEASURED = "measured", "measured_before", "counts_updates"
+_PLACE = "epoch", "steps", "batches", "position", "ahead"
+
+
+@dataclass(eq=False)
+class _Walk(Iterator[list[int]]):
+    """One iteration over an epoch, or over what is left of it."""
+
+    sampler: GrowingBatchSampler
+    epoch: int = 0
+    steps: int = 0  # consumed before the epoch's first batch
+    batches: int = 0  # of the epoch, consumed before this walk
+    position: int = 0  # cases in those
+    ahead: list[int] = field(default_factory=list)  # sizes that its first batches must have
+    ends: list[int] = field(default_factory=list)  # of the batches drawn, in cases
+    consumed: int = 0
+    done: bool = False
+    primed: bool = False  # drawn from by a loader that may start it anew
+    order: torch.Tensor | None = None
+
+    def clock(self, number: int) -> int:
+        return self.steps + self.batches + number if self.sampler.by_step else self.epoch
+
+    def draw(self) -> slice | None:
+        sampler, ranks, drawn = self.sampler, self.sampler.num_replicas, len(self.ends)
+        size = self.ahead[drawn] if drawn < len(self.ahead) else sampler._size(self.clock(drawn))
+        start = self.ends[-1] if self.ends else self.position
+        left = sampler.cases - start
+        self.done = left < ranks or (sampler.drop_last and left < size)
+        if self.done:
+            return None
+        joined = left - size < ranks and not sampler.drop_last
+        self.ends.append(sampler.cases if joined else start + size)
+        self.consumed += not sampler.counts_updates
+        return slice(start + sampler.rank, self.ends[-1], ranks)
+
+    def __next__(self) -> list[int]:
+        share, n = None if self.done else self.draw(), self.sampler.cases
+        if share is None:
+            raise StopIteration
+        if self.order is None:
+            random = torch.Generator().manual_seed(self.sampler.seed + self.epoch)
+            order = torch.randperm(n, generator=random, device="cpu")
+            self.order = order if self.sampler.shuffle else torch.arange(n, device="cpu")
+        return cast("list[int]", self.order[share].tolist())
+
+    def rest(self, consumed: int) -> _Walk:
+        start, *ends = [self.position, *self.ends][consumed:]
+        sizes = [b - a for a, b in pairwise((start, *ends))]
+        ahead = sizes + self.ahead[len(self.ends) :] if self.sampler.by_step else []
+        return _Walk(self.sampler, self.epoch, self.steps, self.batches + consumed, start, ahead)
+
+    def following(self, epoch: int) -> _Walk:
+        return _Walk(self.sampler, epoch, self.steps + self.batches + self.consumed)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.sampler._state(self.rest(len(self.ends)))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        (sampler := self.sampler).load_state_dict(state)
+        if not len(sampler):  # StatefulDataLoader loads late: it would undo a set_epoch
+            sampler._walk.done = True
+            sampler.set_epoch(max(sampler.epoch, sampler._asked_epoch))
+            sampler._walk.primed = not sampler._walk.done
+        vars(self).update(vars(sampler._walk))
+        sampler._walk = self
+
+
+def _check(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, type(low))):
+        raise TypeError(f"{name} must be of type {type(low).__name__}, but is {value!r}")
+    if not (low <= value <= high and value < math.inf):
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {limits}{hint and f' ({hint})'}, but is {value!r}")
