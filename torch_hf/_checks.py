@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -31,3 +35,121 @@ def count(name: str, value: Any, *, low: int, hint: str) -> None:
 def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}.")
+
+
+def options(group: Mapping[str, Any]) -> None:
+    """The options that a parameter group holds."""
+    number("lr", group["lr"], low=0.0, hint="lr=1.0 is the Newton step.")
+    number("weight_decay", group["weight_decay"], low=0.0, hint="weight_decay=0 is none.")
+    if group["damping"] is not None:
+        number(
+            "damping", group["damping"], low=0.0, hint="damping=None takes it from the curvature."
+        )
+    count("cg_max_iter", group["cg_max_iter"], low=1, hint="cg_max_iter=250 is usual.")
+    number("cg_tol", group["cg_tol"], low=0.0, high=1.0, hint="cg_tol=5e-4 is usual.")
+    number("cg_decay", group["cg_decay"], low=0.0, high=1.0, hint="cg_decay=0.95 is usual.")
+    flag("maximize", group["maximize"])
+
+
+# --- what a user hands to a step ------------------------------------------------------------
+
+
+def listed(name: str, batches: Any) -> list[Any]:
+    """Batches as a list; an iterator is read once."""
+    single = isinstance(batches, (Tensor, Mapping, str, bytes)) or hasattr(batches, "__array__")
+    if single or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be a list (or another iterable) of batches, got "
+            f"{type(batches).__name__}. Wrap a single batch: {name}=[batch], or cut it: "
+            f"{name}=split_batch(batch, size)."
+        )
+    found = list(batches)
+    if not found:
+        raise ValueError(f"{name} is empty: give at least one batch, {name}=[batch].")
+    return found
+
+
+def takes_batch(closure: Callable[..., Any], batch: bool) -> None:
+    """Whether a closure can be called with one batch, or with nothing."""
+    try:
+        signature = inspect.signature(closure)
+    except (TypeError, ValueError):  # some callables do not tell
+        return
+    try:
+        signature.bind(*[None] * batch)
+    except TypeError:
+        if batch:
+            message = (
+                "The closure does not take exactly one argument, but with `batches` it is called "
+                "with one batch at a time. Write def closure(batch): ... and use that batch."
+            )
+        else:
+            message = (
+                "The closure requires an argument, but without `batches` it is called with none. "
+                "Write def closure(): ..., or pass optimizer.step(closure, batches=[batch])."
+            )
+        raise TypeError(message) from None
+
+
+def scalar(loss: Any) -> Tensor:
+    """A loss as a tensor without dimensions."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"The closure's loss must be a tensor, got {type(loss).__name__}. Return the loss "
+            "itself, without item() or float(), or call loss.backward() before you return."
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"The closure's loss must have one element, got shape {tuple(loss.shape)}. "
+            "Reduce it, for instance with loss.mean()."
+        )
+    return loss.reshape(())
+
+
+def returned(value: Any) -> tuple[Any, tuple[Tensor, ...], float | None]:
+    """What a closure returned, as (loss, outputs, cases)."""
+    if value is None:
+        raise TypeError(
+            "The closure returned None, but the loss was expected. End it with `return loss`."
+        )
+    if not isinstance(value, (tuple, list)):
+        return value, (), None
+    if len(value) not in (2, 3):
+        raise TypeError(
+            f"The closure returned a {type(value).__name__} of {len(value)}. Return the loss, "
+            "`return loss`, or with the network's outputs, `return loss, outputs` or "
+            "`return loss, outputs, cases`."
+        )
+    outputs = (value[1],) if isinstance(value[1], Tensor) else value[1]
+    if not isinstance(outputs, (tuple, list)) or not all(isinstance(z, Tensor) for z in outputs):
+        raise TypeError(
+            "The closure returned (loss, outputs) where outputs is neither a tensor nor a tuple "
+            "of tensors. Return the tensors that the loss was computed from."
+        )
+    if torch.is_grad_enabled() and not any(z.requires_grad for z in outputs):
+        raise RuntimeError(
+            "The outputs that the closure returned are not connected to the loss: none requires "
+            "a gradient. Return the very tensors that the loss was computed from, not detached."
+        )
+    return value[0], tuple(outputs), None if len(value) == 2 else _cases(value[2])
+
+
+def _cases(value: Any) -> float:
+    hint = "They are the weight of this batch: `return loss, outputs, len(x)`."
+    try:
+        cases = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        name = type(value).__name__
+        raise TypeError(f"The closure's cases must be a number, got {name}. {hint}") from None
+    if not (math.isfinite(cases) and cases > 0):
+        raise ValueError(f"The closure's cases must be positive, got {cases:g}. {hint}")
+    return cases
+
+
+def finite(loss: float) -> None:
+    if not math.isfinite(loss):
+        raise RuntimeError(
+            f"The closure's loss is {loss} at the present parameters, so no step can be judged. "
+            "Check the batch for NaN or Inf, and the loss for log(0) or a division by zero "
+            "(F.cross_entropy and F.binary_cross_entropy_with_logits are safe forms)."
+        )

@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
+from inspect import Signature, signature
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -37,19 +41,63 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "soft_margin_loss": ("input",),
     "multilabel_soft_margin_loss": ("input",),
 }
-SQUARES = {"pow", "__pow__", "square", "mul", "__mul__", "multiply", "dot", "vdot", "inner"}
-LINKS = {"log_softmax", "softmax", "log", "sigmoid", "norm", "linalg_vector_norm", "vector_norm"}
+#: Other functions by name, and the one name they are recorded under.
+SQUARES = {"pow", "square", "mul", "dot"}
+LINKS = {"log_softmax", "softmax", "log", "sigmoid", "norm"}
+ALIASES = {name: name for name in SQUARES | LINKS} | {
+    "__pow__": "pow",
+    "__mul__": "mul",
+    "multiply": "mul",
+    "vdot": "dot",
+    "inner": "dot",
+    "matmul": "dot",
+    "__matmul__": "dot",
+    "special_log_softmax": "log_softmax",
+    "special_softmax": "softmax",
+    "special_expit": "sigmoid",
+    "linalg_norm": "norm",
+    "linalg_vector_norm": "norm",
+    "vector_norm": "norm",
+    "linalg_matrix_norm": "norm",
+}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
-WATCHED = LOSSES.keys() | SQUARES | LINKS | CONVOLUTIONS | RECURRENT | {"linear"}
+WATCHED = LOSSES.keys() | ALIASES.keys() | CONVOLUTIONS | RECURRENT | {"linear"}
+
+#: Operations that keep each entry as it is, as autograd names them.
+SHAPING = {
+    "View",
+    "UnsafeView",
+    "ReshapeAlias",
+    "Transpose",
+    "T",
+    "Permute",
+    "Squeeze",
+    "Unsqueeze",
+    "Clone",
+    "Alias",
+    "ToCopy",
+    "Expand",
+    "Select",
+    "Slice",
+    "Index",
+    "BackwardHookFunction",
+    "Contiguous",
+    "Flatten",
+    "Unbind",
+    "Split",
+    "SplitWithSizes",
+    "Repeat",
+    "Flip",
+}
 
 
 class Call(NamedTuple):
-    """One watched call: its differentiable arguments, its result, its settings."""
+    """One watched call: its differentiable arguments, where its result lies, its settings."""
 
     name: str
     inputs: tuple[Tensor, ...]
-    result: Tensor
+    edge: GradientEdge
     settings: Mapping[str, Any]
 
 
@@ -69,9 +117,18 @@ class Record:
     returned: Any = None
     held: list[Tensor] = field(default_factory=list)
     calls: dict[Any, Call] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)  # losses of which a constant is none
     layers: list[Layer] = field(default_factory=list)
     differentiates_inside: bool = False
     fast_convolutions: bool = False
+
+    def maker(self, z: Tensor, *names: str) -> Call | None:
+        """The call of one of these names that made a tensor, seen through changes of shape."""
+        node = z.grad_fn
+        while node is not None and node not in self.calls and kind(node) in SHAPING:
+            node = node.next_functions[0][0]
+        call = self.calls.get(node)
+        return call if call is not None and call.name in names else None
 
 
 class Capture(TorchFunctionMode):
@@ -122,32 +179,47 @@ class Capture(TorchFunctionMode):
         with differentiable_kernels(name):
             result = func(*args, **kwargs)
         if self.calls and isinstance(result, Tensor):
-            self._keep(name, args, kwargs, result)
+            self._keep(func, name, args, kwargs, result)
         return result
 
-    def _keep(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
+    def _keep(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
         if name == "linear":
             if self.layers and result.requires_grad:
                 bias = args[2] if len(args) > 2 else kwargs.get("bias")
                 self.record.layers.append(Layer(args[0], result, args[1], bias))
-        elif name not in RECURRENT | CONVOLUTIONS:
-            self._keep_call(name, args, kwargs, result)
-
-    def _keep_call(self, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
-        inputs = tuple(t for t in _arguments(name, args, kwargs) if t.requires_grad)
-        if inputs and result.grad_fn is not None:
-            call = Call(name, inputs, result, _settings(name, args, kwargs))
-            self.record.calls[result.grad_fn] = call
+            return
+        node = result.grad_fn
+        if node is None:
+            return
+        if name in ALIASES:
+            found, settings = _arguments(name, args, kwargs)
+        elif name in LOSSES and getattr(functional, name) is func:
+            settings = _bound(func, args, kwargs)
+            found = [t for k in LOSSES[name] if isinstance(t := settings[k], Tensor)]
+            others = [t for k, t in settings.items() if k not in LOSSES[name]]
+            if any(isinstance(t, Tensor) and t.requires_grad for t in others):
+                self.record.refused.add(name)
+                return
+        else:
+            return
+        inputs = tuple(t for t in found if t.requires_grad)
+        if inputs:
+            call = Call(ALIASES.get(name, name), inputs, GradientEdge(node, 0), settings)
+            self.record.calls[node] = call
 
     def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = kwargs.get("inputs")
-        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        bound = _signature(func).bind(*args, **kwargs)
+        given = bound.arguments
+        inputs = given.get("inputs")
+        if inputs is not None:
+            inputs = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+            given["inputs"] = inputs
         if inputs and not any(id(t) in self.ids for t in inputs):
             self.record.differentiates_inside = True  # towards coordinates: part of the loss
-            return func(*args, **kwargs)
-        tensors = args[0] if args else kwargs["tensors"]
+            return func(*bound.args, **bound.kwargs)
+        tensors = given["tensors" if "tensors" in given else "self"]
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-        weights = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
+        weights = given.get("gradient", given.get("grad_tensors"))
         weights = [weights] if isinstance(weights, Tensor) or weights is None else list(weights)
         for i, tensor in enumerate(tensors):
             weight = weights[i] if i < len(weights) else None
@@ -157,7 +229,7 @@ class Capture(TorchFunctionMode):
 
 @contextmanager
 def differentiable_kernels(name: str) -> Iterator[None]:
-    """cuDNN's recurrent kernels have no double backward: others are used instead."""
+    """The recurrent kernels of cuDNN have no double backward: others are used instead."""
     if name in RECURRENT and torch.backends.cudnn.is_available():
         with torch.backends.cudnn.flags(enabled=False):
             yield
@@ -165,38 +237,59 @@ def differentiable_kernels(name: str) -> Iterator[None]:
         yield
 
 
-def _arguments(name: str, args: Any, kwargs: Any) -> tuple[Tensor, ...]:
-    """The arguments a call may be split at; empty where it is of no interest."""
-    if name in LOSSES:
-        named = [a if i < len(args) else kwargs.get(k)
-                 for i, (k, a) in enumerate(zip(LOSSES[name], (*args, None, None)))]
-        return tuple(t for t in named if isinstance(t, Tensor))
+def kind(node: Any) -> str:
+    """What a node of the graph differentiates, as autograd names it."""
+    return str(node.name()).split("::")[-1].rstrip("0123456789").removesuffix("Backward")
+
+
+def _arguments(name: str, args: Any, kwargs: Any) -> tuple[list[Tensor], dict[str, Any]]:
+    """The argument to split at, if the call is of interest, and what the split needs besides."""
     first = args[0] if args else kwargs.get("input")
     if not isinstance(first, Tensor):
-        return ()
-    if name in ("pow", "__pow__"):
-        exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
-        return (first,) if isinstance(exponent, (int, float)) and exponent == 2 else ()
-    if name in ("mul", "__mul__", "multiply", "dot", "vdot", "inner"):
-        return (first,) if len(args) > 1 and args[1] is first else ()
-    if name in ("norm", "linalg_vector_norm", "vector_norm"):
-        order = args[1] if len(args) > 1 else kwargs.get("ord", kwargs.get("p", 2))
-        return (first,) if order in (2, 2.0, "fro", None) else ()
-    return (first,)
+        return [], {}
+    second = args[1] if len(args) > 1 else None
+    wanted = True
+    settings: dict[str, Any] = {}
+    match ALIASES[name]:
+        case "pow":
+            exponent = kwargs.get("exponent", second)
+            wanted = isinstance(exponent, (int, float)) and exponent == 2
+        case "mul":
+            wanted = second is first
+        case "dot":
+            wanted = second is first and first.ndim <= 1
+        case "norm":
+            wanted, settings = _norm(name, first, args, kwargs)
+        case "softmax" | "log_softmax":
+            settings = {"dim": kwargs.get("dim", second)}
+    return [first] if wanted else [], settings
 
 
-def _settings(name: str, args: Any, kwargs: Any) -> dict[str, Any]:
-    """What the split and the count of cases need of a loss function's other arguments."""
-    if name not in LOSSES:
-        dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        return {"dim": dim} if name in ("log_softmax", "softmax") else {}
-    settings = dict(kwargs)
-    order = {"cross_entropy": _ENTROPY, "nll_loss": _ENTROPY}.get(name, ("input", "target"))
-    settings.update(zip(order, args, strict=False))
+def _norm(name: str, first: Tensor, args: Any, kwargs: Any) -> tuple[bool, dict[str, Any]]:
+    """Whether a norm is the root of a sum of squares, and over which dimensions."""
+    given = dict(zip(("order", "dim", "keepdim"), args[1:], strict=False)) | kwargs
+    order = given.get("order", given.get("ord", given.get("p")))
+    dim = given.get("dim", (-2, -1) if name == "linalg_matrix_norm" else None)
+    of_vectors = name in ("norm", "vector_norm", "linalg_vector_norm") or (
+        name == "linalg_norm" and (isinstance(dim, int) or first.ndim < 2)
+    )
+    wanted = order in (None, "fro") or (order == 2 and of_vectors)
+    return wanted, {"dim": dim, "keepdim": given.get("keepdim", False)}
+
+
+def _bound(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """A loss function's arguments by name, defaults filled in, ``reduction`` in today's form."""
+    bound = _signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    settings = dict(bound.arguments)
+    average, reduce = settings.get("size_average"), settings.get("reduce")
+    if reduce is False:
+        settings["reduction"] = "none"
+    elif average is not None or reduce is not None:
+        settings["reduction"] = "sum" if average is False else "mean"
     return settings
 
 
-_ENTROPY = (
-    "input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction",
-    "label_smoothing",
-)
+@cache
+def _signature(func: Any) -> Signature:
+    return signature(func)

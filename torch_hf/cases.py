@@ -1,26 +1,78 @@
-"""How many cases a loss was averaged over, and how the losses of several batches combine."""
+"""The terms that a loss is the sum of, and how many cases they were averaged over."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from torch_hf.capture import LOSSES, SQUARES, Call, Record
-from torch_hf.split import linear_terms
+from torch_hf.capture import LOSSES, SHAPING, Call, Record, kind
+
+AVERAGING = {"Mean", "Div"}
+PRODUCTS = {"Mul", "Dot", "Mv", "Mm", "Bmm"}
+LINEAR = (
+    SHAPING
+    | AVERAGING
+    | PRODUCTS
+    | {
+        "Add",
+        "Sub",
+        "Rsub",
+        "Neg",
+        "Sum",
+        "Nansum",
+        "Cumsum",
+        "Trace",
+        "Stack",
+        "Cat",
+        "Where",
+        "MaskedFill",
+        "MaskedSelect",
+        "Gather",
+        "IndexSelect",
+        "IndexAdd",
+        "ScatterAdd",
+    }
+)
+
+
+@dataclass
+class Term:
+    """A place in the graph that the loss depends on linearly.
+
+    Attributes:
+        node: Of the graph.
+        place: Which of the node's results.
+        weight: The derivative of the loss there, along linear paths alone.
+        divisor: What the means and quotients on the way divide by.
+        averaged: Whether there are any.
+    """
+
+    node: Any
+    place: int
+    weight: Tensor
+    divisor: float = 1.0
+    averaged: bool = False
 
 
 class Cases(NamedTuple):
-    """A batch's number of cases, and whether its loss adds to that of others.
+    """A batch's number of cases, and how its loss combines with that of others.
 
-    ``number`` is None where the terms of the loss disagree or tell nothing; a loss
-    adds where no mean was taken (``reduction="sum"``), else losses are averaged.
+    Attributes:
+        number: None where nothing tells.
+        adds: No mean was taken (``reduction="sum"``): losses of batches are added, else averaged.
+        denominators: Of each term's mean; batches are weighted by them, so they must agree
+            with each other up to a factor common to all batches.
     """
 
     number: float | None
     adds: bool
+    denominators: tuple[float, ...] = ()
 
 
 def count_cases(
@@ -28,37 +80,163 @@ def count_cases(
 ) -> Cases:
     """From the mean-reduced loss functions seen, else from the outputs' leading dimension."""
     own = {id(p) for p in params}
-    counted = []
+    numbers, denominators, adds = [], [], True
     for term in linear_terms(loss, record.calls):
         call = record.calls.get(term.node)
-        if call is not None and (call.name in LOSSES or call.name in SQUARES):
-            if not all(id(z) in own for z in call.inputs):  # not a penalty on parameters
-                averaged = term.averaged or _averages(call)
-                counted.append((_denominator(call), averaged))
-    adds = bool(counted) and not any(averaged for _, averaged in counted)
-    numbers = [n for n, averaged in counted if averaged or adds]
+        if call is None or all(id(z) in own for z in call.inputs):  # a penalty on parameters
+            continue
+        number, denominator = _counted(call)
+        numbers.append(number)
+        denominators.append(denominator * term.divisor)
+        adds = adds and not term.averaged and not _averages(call)
     if outputs and (adds or not numbers):
-        numbers = [_leading(z) for z in outputs]
-    agreed = numbers[0] if numbers and len(set(numbers)) == 1 else None
-    return Cases(agreed, adds)
+        leading = [_leading(z) for z in outputs]
+        agreed = max(leading) if len(set(leading)) == 1 else None
+        return Cases(agreed, adds and bool(numbers), () if agreed is None else (agreed,))
+    if not numbers:
+        return Cases(None, False)
+    return Cases(max(numbers), adds, tuple(denominators))
 
 
-def _averages(call: Call) -> bool:
-    return call.name in LOSSES and call.settings.get("reduction", "mean") not in ("sum", "none")
+def comparable(counts: Sequence[Cases]) -> bool:
+    """Whether the terms of these losses all weight the batches alike."""
+    first = counts[0].denominators
+    return bool(first) and all(
+        len(c.denominators) == len(first)
+        and all(
+            math.isclose(d * first[0], e * c.denominators[0], rel_tol=1e-6)
+            for d, e in zip(c.denominators, first, strict=True)
+        )
+        for c in counts
+    )
 
 
-def _denominator(call: Call) -> float:
-    target = call.settings.get("target")
-    if call.name not in ("cross_entropy", "nll_loss") or not isinstance(target, Tensor):
-        return _leading(call.inputs[0])
+def _counted(call: Call) -> tuple[float, float]:
+    """The number of cases a call saw, and the denominator of its mean (1 if it took none)."""
+    number = _leading(call.inputs[0])
+    if not _averages(call):
+        return number, 1.0
+    if call.name in ("cross_entropy", "nll_loss"):
+        number = _counted_targets(call)
+        return number, number
+    batch_mean = call.settings["reduction"] == "batchmean"
+    return number, number if batch_mean else float(call.inputs[0].numel())
+
+
+def _counted_targets(call: Call) -> float:
+    target, weight = call.settings["target"], call.settings["weight"]
     if target.is_floating_point():
-        return target.numel() / target.shape[1 if target.ndim > 1 else 0]
-    valid = target != call.settings.get("ignore_index", -100)
-    weight = call.settings.get("weight")
-    if weight is None or call.settings.get("reduction") == "sum":
+        return float(target.numel() / target.shape[1 if target.ndim > 1 else 0])
+    valid = target != call.settings["ignore_index"]
+    if weight is None:
         return float(valid.sum())
     return float((weight[torch.where(valid, target, 0)] * valid).sum())
 
 
+def _averages(call: Call) -> bool:
+    return call.name in LOSSES and call.settings["reduction"] not in ("sum", "none")
+
+
 def _leading(z: Tensor) -> float:
     return float(z.shape[0]) if z.ndim else 1.0
+
+
+# --- the walk -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def linear_terms(loss: Tensor, stops: Any) -> list[Term]:
+    """The first places below linear operations, each once, or the stops on the way.
+
+    Args:
+        loss: A scalar.
+        stops: Nodes, or pairs of a node and a place.
+    """
+    start = edge_of(loss)
+    found = {start: Term(*start, torch.ones_like(loss))}
+    for node in _users_first(start, stops):
+        places = [(node, i) for i in range(len(node._input_metadata))]
+        terms = [None if p in stops else found.pop(p, None) for p in places]
+        arrived = [t for t in terms if t is not None]
+        if not arrived:
+            continue
+        divisor = max(t.divisor for t in arrived) * _divisor(node)
+        averaged = kind(node) in AVERAGING or any(t.averaged for t in arrived)
+        # A node called by itself gives its operands' share and goes no further: what the
+        # operands owe to other paths, through a loss function, is not counted.
+        weights = node(*[None if t is None else t.weight for t in terms])
+        weights = weights if isinstance(weights, tuple) else (weights,)
+        for edge, weight in zip(node.next_functions, weights, strict=True):
+            if edge[0] is not None and weight is not None:
+                _arrive(found, edge, weight, divisor, averaged)
+    return list(found.values())
+
+
+def _arrive(found: Any, edge: Any, weight: Tensor, divisor: float, averaged: bool) -> None:
+    node, place = edge
+    like = node._input_metadata[place]
+    weight = weight.sum_to_size(like.shape).to(device=like.device, dtype=like.dtype)
+    term = found.get(edge)
+    if term is None:
+        found[edge] = Term(node, place, weight, divisor, averaged)
+    else:
+        term.weight = term.weight + weight
+        term.divisor = max(term.divisor, divisor)
+        term.averaged |= averaged
+
+
+def _users_first(start: tuple[Any, int], stops: Any) -> list[Any]:
+    """The linear nodes under a place, each after all that use it."""
+    order: list[Any] = []
+    seen: set[Any] = set()
+    todo: list[tuple[Any, int, bool]] = [(*start, False)]
+    while todo:
+        node, place, done = todo.pop()
+        if done:
+            order.append(node)
+            continue
+        stop = node in stops or (node, place) in stops
+        if node not in seen and not stop and _is_linear(node):
+            seen.add(node)
+            todo.append((node, place, True))
+            todo.extend((fn, nr, False) for fn, nr in node.next_functions if fn is not None)
+    return order[::-1]
+
+
+def _is_linear(node: Any) -> bool:
+    """Whether a node is linear in all of its differentiable operands together."""
+    name = kind(node)
+    active = [fn is not None for fn, _ in node.next_functions]
+    if name == "Div":
+        return not any(active[1:])
+    return name in LINEAR and not (name in PRODUCTS and sum(active) > 1)
+
+
+def _divisor(node: Any) -> float:
+    if kind(node) == "Mean":
+        fn, nr = node.next_functions[0]
+        below, above = fn._input_metadata[nr].shape, node._input_metadata[0].shape
+        return float(math.prod(below) / max(math.prod(above), 1))
+    other = getattr(node, "_saved_other", None) if kind(node) == "Div" else None
+    if other is None or (isinstance(other, Tensor) and other.numel() != 1):
+        return 1.0
+    divisor = abs(float(other))
+    return divisor if 0 < divisor < math.inf else 1.0
+
+
+def edge_of(z: Tensor) -> tuple[Any, int]:
+    """The node that made a tensor, and which of its results it is."""
+    edge = get_gradient_edge(z)
+    return edge.node, edge.output_nr
+
+
+def below(node: Any, stops: Any) -> Iterator[Any]:
+    """The nodes of the graph under a node, not going past the stops."""
+    todo, seen = [node], {node}
+    while todo:
+        node = todo.pop()
+        yield node
+        for fn, nr in node.next_functions:
+            if fn is not None and fn not in seen and (fn, nr) not in stops:
+                seen.add(fn)
+                todo.append(fn)

@@ -141,7 +141,8 @@ def conjugate_gradients(
             stop = Stop.PROGRESS
     if not state.kept or state.kept[-1].iteration < i:
         state.keep(i)
-    if not state.kept[-1].slope < 0 and stop not in (Stop.RESIDUAL, Stop.NON_FINITE):
+    last = state.kept[-1]
+    if not (last.slope < 0 and math.isfinite(last.value)) and _dot(gradient, gradient) > 0:
         state.kept = [_descent(operator, gradient, solve_with, i)]
     return CGResult(state.kept, stop, i)
 
@@ -184,7 +185,7 @@ def _begin(operator: Operator, g: Tensor, start: Tensor | None, solve_with: Oper
         value = _value(g, d, r)
     z = solve_with(r)
     rz, rr = torch.stack([torch.dot(r, z), torch.dot(r, r)]).tolist()
-    return _Solve(g, d, r, z.clone() if z is r else z, rz, rr, [value])
+    return _Solve(g, d, r, z.clone(), rz, rr, [value])  # p is edited, z may be r or a buffer
 
 
 def _value(g: Tensor, d: Tensor, r: Tensor) -> float:
@@ -241,9 +242,11 @@ def _retreat(s: _Solve) -> Stop:
 def _descent(operator: Operator, g: Tensor, solve_with: Operator, iteration: int) -> Iterate:
     """Down the preconditioned gradient, as far as curvature of the other sign would allow."""
     p = solve_with(-g)
-    if not _dot(g, p) < 0:
+    if not -math.inf < _dot(g, p) < 0:
         p = -g
     slope, curvature = _dot(g, p), _dot(p, operator(p))
-    length = abs(slope / curvature) if curvature and math.isfinite(curvature) else 1.0
+    if not math.isfinite(curvature):
+        curvature = 0.0
+    length = abs(slope / curvature) if curvature else 1.0
     value = length * slope + 0.5 * length**2 * curvature
     return Iterate(iteration, value, length * slope, length * p)

@@ -111,11 +111,11 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, tx: Tensor | None, tweight: Tensor | None, tbias: Tensor | None) -> Any:
-        go, x, weight = ctx.saved_tensors
         if _tangents_only:
+            _, x, weight = ctx.saved_tensors
             found = (_tangent(x, weight, (tx, tweight, tbias), ctx.geometry), None, None)
         else:
-            found = _second_order(go, x, weight, (tx, tweight, tbias), ctx)
+            found = _second_order(ctx, (tx, tweight, tbias))
         return (*found, None, None, None, None, None)
 
 
@@ -133,16 +133,19 @@ def _tangent(x: Tensor, weight: Tensor, tangents: Any, geometry: Any) -> Tensor 
     return total
 
 
-def _second_order(go: Tensor, x: Tensor, weight: Tensor, tangents: Any, ctx: Any) -> Any:
+def _second_order(ctx: Any, tangents: Any) -> Any:
     """Autograd's own double backward."""
     with torch.enable_grad():
-        inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (go, x, weight)]
+        # Views, since what go was made of may lead to x and weight once more: that part of the
+        # derivative is not this function's.
+        inputs = [
+            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+            for t in ctx.saved_tensors
+        ]
         pulled = _backward(*inputs, ctx.mask, *ctx.geometry)
         pairs = [(p, t) for p, t in zip(pulled, tangents, strict=True) if t is not None]
     if not pairs:
         return None, None, None
     outputs, cotangents = zip(*pairs, strict=True)
-    create = any(t.requires_grad for t in cotangents) or torch.is_grad_enabled()
-    return torch.autograd.grad(
-        outputs, inputs, cotangents, create_graph=create, allow_unused=True
-    )
+    create = torch.is_grad_enabled()
+    return torch.autograd.grad(outputs, inputs, cotangents, create_graph=create, allow_unused=True)

@@ -286,7 +286,7 @@ class ObjectiveOperator:
             with self.objective.curvature_graph(i) as graph:
                 heads = (self.split or self.objective.split(graph)).heads
                 squares = squared_gradients(heads, vector.params, graph.record.layers)
-                scale = weight * float(curvature_scale(heads))
+                scale = weight * curvature_scale(heads, vector.params)
                 total.add_(vector.flatten(squares), alpha=scale)
         self.objective.reducer.vector(total)
         return (total + self.decay + damping).clamp_(min=torch.finfo(total.dtype).tiny) ** EXPONENT

@@ -4,8 +4,28 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
+#: Lambda of the first step in units of the curvature along the gradient.
+INITIAL = 1.0
 #: Martens 2010, section 4.1 (after Levenberg-Marquardt): thresholds on rho and the factor.
 LOW, HIGH, FACTOR = 0.25, 0.75, 1.5
+
+
+def initial_damping(gradient: Tensor, product: Tensor) -> float:
+    """The curvature along the gradient, ``g^T G g / g^T g``, so that the loss's scale is no matter.
+
+    Args:
+        gradient: g, of shape (P,).
+        product: G g, of shape (P,).
+
+    Example:
+        >>> initial_damping(torch.tensor([2.0, 0.0]), torch.tensor([6.0, 0.0]))
+        3.0
+    """
+    along = float(torch.dot(gradient, product) / torch.dot(gradient, gradient))
+    return INITIAL * abs(along) if along and math.isfinite(along) else 1.0
 
 
 def reduction_ratio(loss: float, new_loss: float, predicted: float) -> float:

@@ -11,7 +11,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,34 @@ class RandomState:
             sys.modules["numpy"].random.set_state(self.numpy)
 
 
+class Saved(NamedTuple):
+    """A module's buffer and a copy of its values at one moment."""
+
+    module: nn.Module
+    name: str
+    buffer: Tensor | None
+    copy: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> Saved:
+        buffer = module._buffers.get(name)
+        return cls(module, name, buffer, None if buffer is None else buffer.detach().clone())
+
+    def restore(self) -> None:
+        if self.buffer is not None and self.copy is not None and _is_writable(self.buffer):
+            # Batch norm does not count its edits as versions, and a kept graph that saw them
+            # must not learn of this one either.
+            self.buffer.data.copy_(self.copy)
+        if self.module._buffers.get(self.name) is not self.buffer:
+            self.module._buffers[self.name] = self.buffer
+
+
 class Buffers:
     """The buffers of every module that ran, as they were before it ran first."""
 
     def __init__(self) -> None:
         self.seen: set[nn.Module] = set()
-        self.saved: list[tuple[nn.Module, str, Tensor, Tensor, int]] = []
+        self.before: list[Saved] = []
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -53,13 +75,8 @@ class Buffers:
         finally:
             handle.remove()
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        for module, name, tensor, copy, version in self.saved:
-            if tensor._version != version:
-                tensor.copy_(copy)
-            if module._buffers.get(name) is not tensor:
-                module._buffers[name] = tensor
+    def now(self) -> list[Saved]:
+        return [Saved.of(s.module, s.name) for s in self.before]
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
         if module in self.seen:
@@ -67,10 +84,7 @@ class Buffers:
         for part in module.modules():  # a method of a child may run without its own forward
             if part not in self.seen:
                 self.seen.add(part)
-                for name, buffer in part._buffers.items():
-                    if buffer is not None:
-                        copy = buffer.detach().clone()
-                        self.saved.append((part, name, buffer, copy, buffer._version))
+                self.before.extend(Saved.of(part, name) for name in part._buffers)
 
 
 class FrozenWorld:
@@ -78,7 +92,7 @@ class FrozenWorld:
 
     The first run goes on as it would anyway and leaves its marks: generators move
     on, running statistics count the batch. Every later run starts from the same
-    noise, and what it changes is put back.
+    noise and the same buffers, and what it changes is put back.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -87,12 +101,14 @@ class FrozenWorld:
         self.after = self.before
         self.marks = [self.before]
         self.buffers = Buffers()
+        self.buffers_after: list[Saved] = []
 
     @contextmanager
     def first_run(self) -> Iterator[None]:
         with self.buffers.watched():
             yield
         self.after = RandomState(self.device)
+        self.buffers_after = self.buffers.now()
 
     def mark(self) -> None:
         """Between two batches of the first run: the next one's noise begins here."""
@@ -100,17 +116,27 @@ class FrozenWorld:
 
     @contextmanager
     def rerun(self, batch: int = 0) -> Iterator[None]:
-        marks = Buffers()
         self.marks[min(batch, len(self.marks) - 1)].restore()
         try:
-            with marks.watched():
+            _restore(self.buffers.before)
+            with self.buffers.watched():
                 yield
         finally:
-            marks.restore()
+            _restore(self.buffers.before)
+            _restore(self.buffers_after)
             self.after.restore()
 
     def undo(self) -> None:
         """As if no run had been: for a step that fails."""
-        self.buffers.restore()
+        _restore(self.buffers.before)
         self.before.restore()
 
+
+def _restore(saved: list[Saved]) -> None:
+    for one in saved:
+        one.restore()
+
+
+def _is_writable(buffer: Tensor) -> bool:
+    """Not expanded: nobody can have edited a buffer whose entries share their memory."""
+    return all(step or size < 2 for step, size in zip(buffer.stride(), buffer.shape, strict=True))

@@ -9,6 +9,22 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from torch_hf.capture import kind
+from torch_hf.cases import edge_of
+
+#: Second derivatives that are zero although autograd has an edge for them, and which edge.
+FLAT = {
+    "Sgn": 0,
+    "Sign": 0,
+    "NllLossBackward": 1,
+    "NllLoss2DBackward": 1,
+    "ThresholdBackward": 1,
+    "LeakyReluBackward": 1,
+}
+
+#: Where a loss term's result lies, its weight in the loss, the outputs it is a function of.
+Piece = tuple[Any, Tensor, tuple[Tensor, ...]]
+
 
 class Head(Protocol):
     """A term of the loss, seen as a function of the network's outputs."""
@@ -30,12 +46,12 @@ class _Piece:
 
     def __init__(
         self,
-        result: Tensor,
+        result: Any,  # a tensor or a gradient edge
         coefficient: Tensor | None,
         outputs: tuple[Tensor, ...],
     ) -> None:
-        self.result = result
-        self.coefficient = coefficient
+        self.result = [result]
+        self.coefficient = None if coefficient is None else [coefficient]
         self.outputs = outputs
 
     def gradient(self) -> tuple[Tensor, ...]:
@@ -44,47 +60,43 @@ class _Piece:
         )
         return filled(found, self.outputs)
 
-    def _gradient_graph(self) -> tuple[Tensor, ...]:
+    def _gradient_graph(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             found = grad(
-                self.result, self.outputs, self.coefficient, create_graph=True, allow_unused=True
+                self.result, outputs, self.coefficient, create_graph=True, allow_unused=True
             )
-        return filled(found, self.outputs)
+        return filled(found, outputs)
 
 
-class SquareHead(_Piece):
-    """``sum(c * r**2)``: the Hessian is ``2c``."""
+class DiagonalHead(_Piece):
+    """A loss that treats each entry of its output by itself: the Hessian is ``diag(weight)``."""
+
+    def __init__(self, piece: Piece, weight: Tensor) -> None:
+        super().__init__(*piece)
+        self.weight = weight  # broadcast to the output
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
-        return (tangents[0] * self._weight,)
+        return (tangents[0] * self.weight,)
 
     def trace(self) -> Tensor:
-        return self._weight.expand_as(self.outputs[0]).sum()
-
-    @property
-    def _weight(self) -> Tensor:
-        assert self.coefficient is not None
-        return 2 * self.coefficient
+        return self.weight.expand_as(self.outputs[0]).sum()
 
 
 class ElementwiseHead(_Piece):
-    """A loss that treats each entry of its input by itself, like ``mse_loss`` or ``huber_loss``.
+    """As :class:`DiagonalHead`, its weight by double backward, like ``huber_loss``.
 
     With two arguments it is a function of their difference, as the losses of
-    :data:`~torch_hf.capture.LOSSES` with two are.
+    :data:`~torch_hf.capture.LOSSES` with two are; the second must not depend on the first.
     """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        first = self._gradient_graph()[0]
-        diagonal = None
-        if first.requires_grad:
-            ones = torch.ones_like(first)
-            (diagonal,) = grad(
-                first, self.outputs[0], ones, retain_graph=True, allow_unused=True
-            )
-        self.diagonal = torch.zeros_like(self.outputs[0]) if diagonal is None else diagonal
-        self.curved = diagonal is not None
+        (first,) = self._gradient_graph(self.outputs[:1])
+        (self.diagonal,) = grad(first, self.outputs[:1], torch.ones_like(first), retain_graph=True)
+
+    def gradient(self) -> tuple[Tensor, ...]:
+        (first,) = grad(self.result, self.outputs[:1], self.coefficient, retain_graph=True)
+        return (first,) if len(self.outputs) == 1 else (first, -first)
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
         if len(tangents) == 1:
@@ -96,13 +108,32 @@ class ElementwiseHead(_Piece):
         return len(self.outputs) * self.diagonal.sum()
 
 
+class NormHead(_Piece):
+    """``sum(c * |r|)``: the Hessian is ``c (I - u u^T) / |r|`` with u the unit vector of r."""
+
+    def __init__(self, piece: Piece, weight: Tensor, dim: Any) -> None:
+        super().__init__(*piece)
+        self.dim = dim
+        r = self.outputs[0].detach()
+        norm = torch.linalg.vector_norm(r, dim=dim, keepdim=True)
+        self.weight = torch.where(norm > 0, weight / norm, 0.0)  # at 0 autograd's slope is 0 too
+        self.unit = torch.where(norm > 0, r / norm, 0.0)
+
+    def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        along = (self.unit * tangents[0]).sum(self.dim, keepdim=True)
+        return (self.weight * (tangents[0] - self.unit * along),)
+
+    def trace(self) -> Tensor:
+        return (self.weight * (1 - self.unit.square())).sum()
+
+
 class SoftmaxHead(_Piece):
     """Cross-entropy of ``softmax(z)``: the Hessian is ``s (diag(p) - p p^T)`` in each position.
 
     The closed form needs two copies of the logits where double backward holds ten.
     """
 
-    def __init__(self, piece: tuple[Any, ...], weight: Tensor, dim: int) -> None:
+    def __init__(self, piece: Piece, weight: Tensor, dim: int) -> None:
         super().__init__(*piece)
         self.dim = dim
         self.probability = torch.softmax(self.outputs[0].detach(), dim)
@@ -122,8 +153,9 @@ class GraphHead(_Piece):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        slopes = self._gradient_graph()
-        self._places = [i for i, g in enumerate(slopes) if g.requires_grad]
+        slopes = self._gradient_graph(self.outputs)
+        ends = {edge_of(z) for z in self.outputs}
+        self._places = [i for i, g in enumerate(slopes) if g.requires_grad and _curves(g, ends)]
         self._slopes = [slopes[i] for i in self._places]
         self.curved = bool(self._slopes)
 
@@ -142,7 +174,24 @@ class GraphHead(_Piece):
     def trace(self) -> Tensor:
         signs = tuple(random_signs(z.shape, z) for z in self.outputs)
         products = self.hessian(*signs)
-        return sum(((s * h).sum() for s, h in zip(signs, products, strict=True)), signs[0].new_zeros(()))
+        terms = [(s * h).sum() for s, h in zip(signs, products, strict=True)]
+        return torch.stack(terms).sum()
+
+
+def _curves(slope: Tensor, ends: set[Any]) -> bool:
+    """Whether a slope's graph reaches an output otherwise than by derivatives that are zero."""
+    start = edge_of(slope)
+    todo, seen = [start], {start}
+    while todo:
+        node, place = todo.pop()
+        if (node, place) in ends:
+            return True
+        flat = FLAT.get(kind(node))
+        for i, edge in enumerate(node.next_functions):
+            if edge[0] is not None and i != flat and edge not in seen:
+                seen.add(edge)
+                todo.append(edge)
+    return False
 
 
 def random_signs(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -151,9 +200,7 @@ def random_signs(shape: Sequence[int], like: Tensor) -> Tensor:
 
 def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """None, where autograd found no path, as zeros."""
-    return tuple(
-        torch.zeros_like(z) if g is None else g for g, z in zip(found, like, strict=True)
-    )
+    return tuple(torch.zeros_like(z) if g is None else g for g, z in zip(found, like, strict=True))
 
 
 def entropy_weights(logits: Tensor, settings: Mapping[str, Any], coefficient: Tensor) -> Tensor:

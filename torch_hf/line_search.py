@@ -1,4 +1,4 @@
-"""From CG's iterates to a step: walk back while the loss improves, then Armijo's rule."""
+"""From CG's iterates to a move: walk back while the loss improves, then Armijo's rule."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from torch_hf.cg import Iterate
+from torch_hf.damping import reduction_ratio
 
 #: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
 SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
@@ -31,18 +33,93 @@ class Step(NamedTuple):
     loss: float
 
 
+class Move(NamedTuple):
+    """What a search came to.
+
+    Attributes:
+        direction: Of shape (P,); None where the parameters are to stay.
+        length: The factor on it.
+        loss: The loss where the parameters will be.
+        ratio: Actual over predicted change at the iterate that backtracking chose.
+        floor: The lambda below which rounding swallows it.
+        reason: Why the step was rejected or shortened; empty otherwise.
+    """
+
+    direction: Tensor | None
+    length: float
+    loss: float
+    ratio: float = math.nan
+    floor: float = 0.0
+    reason: str = ""
+
+
+def search(
+    loss_along: LossAlong,
+    candidates: Sequence[Iterate],
+    length: float,
+    start_loss: float,
+    damping: float,
+) -> Move:
+    """Backtracking, then the line search, and the ratio that the damping rule goes by.
+
+    Args:
+        loss_along: The loss at theta + length * direction.
+        candidates: CG's iterates, in the order of the solve.
+        length: The factor on them to start from, ``lr``.
+        start_loss: The loss at theta.
+        damping: Lambda in the iterates' values of q.
+    """
+    if length == 0.0:
+        return Move(None, 0.0, start_loss, reason="lr is 0")
+    if not candidates[-1].slope < 0:
+        return Move(None, 0.0, start_loss, reason="CG found no direction of descent")
+    chosen, loss = backtrack(loss_along, candidates, length)
+    step = armijo(
+        loss_along,
+        chosen.vector,
+        start_loss=start_loss,
+        slope=chosen.slope,
+        length=length,
+        first_loss=loss,
+    )
+    predicted, floor = predict(chosen, length, damping)
+    ratio = reduction_ratio(start_loss, loss, predicted)
+    if step.length == 0.0:
+        reason = f"no decrease of the loss along the direction in {MAX_TRIES} tries"
+        return Move(None, 0.0, start_loss, ratio, floor, reason)
+    reason = ""
+    if step.length != length:
+        reason = f"line search shortened the step to {step.length / length:.3g} of its length"
+    return Move(chosen.vector, step.length, step.loss, ratio, floor, reason)
+
+
+def predict(chosen: Iterate, length: float, damping: float) -> tuple[float, float]:
+    """The change that the model predicts for ``length * d``, and the lambda lost in rounding.
+
+    The model is q without the damping term: lambda stands for what the model does not know,
+    and a ratio to the damped q lies above 1 wherever lambda is large, which lets lambda fall
+    while it still does the work (``docs/design.md`` has the figures).
+    """
+    bend = chosen.value - chosen.slope  # 1/2 d^T (G + lambda I) d
+    square = float(torch.dot(chosen.vector, chosen.vector))
+    undamped = bend - 0.5 * damping * square
+    floor = torch.finfo(chosen.vector.dtype).eps * abs(2.0 * bend) / square if square else 0.0
+    return length * chosen.slope + length**2 * undamped, floor
+
+
 def backtrack(loss_along: LossAlong, iterates: Sequence[Iterate], length: float) -> Backtracked:
     """Walks back over CG's iterates while the loss falls (Martens 2010, section 4.6).
 
     Args:
         loss_along: The loss at theta + length * direction.
-        iterates: In the order of the solve; those after which q is not below 0 are passed over.
+        iterates: In the order of the solve; those where q or its slope is not below 0
+            are passed over.
         length: The factor on each iterate, ``lr``.
     """
     last, *earlier = reversed(iterates)
     best = Backtracked(last, loss_along(last.vector, length))
     for iterate in earlier:
-        if iterate.value >= 0:
+        if not (iterate.value < 0 and iterate.slope < 0):
             continue
         loss = loss_along(iterate.vector, length)
         if not (loss < best.loss or not math.isfinite(best.loss)):
@@ -78,6 +155,6 @@ def armijo(
         if tries:
             length *= SHRINK
             loss = loss_along(direction, length)
-        if loss <= start_loss + SUFFICIENT_DECREASE * length * slope:
+        if -math.inf < loss <= start_loss + SUFFICIENT_DECREASE * length * slope:
             return Step(length, loss)
     return Step(0.0, start_loss)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,15 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_hf import _checks
 from torch_hf.capture import Capture, Record
-from torch_hf.cases import Cases, count_cases
+from torch_hf.cases import Cases, comparable, count_cases
 from torch_hf.frozen import FrozenWorld
-from torch_hf.per_case import signed_square, variance_norm
+from torch_hf.per_case import variance_over_cases
 from torch_hf.reduce import Reducer
 from torch_hf.split import Split, split_by_calls, split_by_outputs
 from torch_hf.vector import ParameterVector
 
 _NO_BATCH = object()
+#: How autograd says that it was asked for a derivative where no graph was built.
+_NEEDS_GRAPH = re.compile(r"requires?[_ ]grad|used in the graph")
 
 
 class Graph(NamedTuple):
@@ -75,18 +78,17 @@ class Objective:
         self.closure = closure
         self.vector = vector
         self.world = world
-        self.batches = _listed(batches, "batches")
         self.own_curvature_batches = curvature_batches is not None
-        self.curvature_batches = (
-            _listed(curvature_batches, "curvature_batches")
-            if curvature_batches is not None
-            else self.batches
-        )
         if self.own_curvature_batches and batches is None:
             raise ValueError(
                 "curvature_batches was given without batches. Pass both, and a closure that "
                 "takes one batch: step(closure, batches=[batch], curvature_batches=[part])."
             )
+        _checks.takes_batch(closure, batches is not None)
+        self.batches = [_NO_BATCH] if batches is None else _checks.listed("batches", batches)
+        self.curvature_batches = self.batches
+        if curvature_batches is not None:
+            self.curvature_batches = _checks.listed("curvature_batches", curvature_batches)
         self.decay = decay
         self.sign = -1.0 if maximize else 1.0
         self.layers = layers
@@ -114,7 +116,7 @@ class Objective:
         gradients = [run[1] for run in runs]
         loss = sum(w * x for w, x in zip(self.weights, losses, strict=True))
         (loss,) = self.reducer.numbers([loss])
-        _check_finite(loss)
+        _checks.finite(loss)
         plain = self._combined(gradients)
         flat = self.reducer.vector(self.vector.flatten(plain))
         if self.reducer.group is not None:
@@ -136,8 +138,8 @@ class Objective:
         )
         if all(g is None for g in found):
             raise RuntimeError(
-                "The closure's loss does not depend on any parameter of this optimizer. Give the "
-                "optimizer the parameters of the model that the closure calls."
+                "The closure's loss does not depend on any parameter of this optimizer. Give it "
+                "those of the model that the closure calls: HFOptimizer(model.parameters())."
             )
         self.kept = graph if keep else None
         self.world.mark()
@@ -152,23 +154,21 @@ class Objective:
 
     def _weigh(self, counts: list[Cases], name: str) -> tuple[list[float], float]:
         """Each batch's weight, so that the sum is the mean by cases, and the number of cases."""
+        numbers = [c.number or 0.0 for c in counts]
+        if len(counts) == 1 and self.reducer.group is None:
+            return [1.0], numbers[0] or 1.0
         adds = all(c.adds for c in counts)
-        known = [c.number for c in counts if c.number is not None]
-        alone = len(counts) == 1 and self.reducer.group is None
-        if alone:
-            return [1.0], known[0] if known else 1.0
-        if len(known) < len(counts) and not adds:
+        if not adds and not comparable(counts):
             raise ValueError(
-                f"The losses of several {name} are to be averaged by number of cases, but the "
-                "terms of the loss have no number of cases in common. Let the closure return it: "
-                "`return loss, outputs, cases`."
+                f"The losses of several {name} are averaged by number of cases, but the terms of "
+                "this loss have no number of cases in common. Return the weight of each batch "
+                "with its loss: `return loss, outputs, cases`."
             )
-        (total,) = self.reducer.numbers([sum(known)])
-        if adds:
-            return [1.0] * len(counts), total
-        if total <= 0:
+        shares = [1.0 if adds else c.denominators[0] for c in counts]
+        total, divisor = self.reducer.numbers([sum(numbers), sum(shares)])
+        if divisor <= 0:
             raise ValueError(f"The {name} hold no case at all. Leave out empty batches.")
-        return [n / total for n in known], total
+        return [x if adds else x / divisor for x in shares], total
 
     # --- weight decay ---
 
@@ -196,8 +196,10 @@ class Objective:
         if not self.needs_graph:
             try:
                 return self._loss(grad=False)
-            except RuntimeError:  # the closure differentiates in a way that was not seen
-                self.needs_graph = True
+            except RuntimeError as error:
+                if not _NEEDS_GRAPH.search(str(error)):
+                    raise
+                self.needs_graph = True  # the closure differentiates in a way that was not seen
         return self._loss(grad=True)
 
     def _loss(self, grad: bool) -> float:
@@ -211,7 +213,11 @@ class Objective:
         return total + self._decay_loss()
 
     def gradient_variance(self, here: Value) -> float:
-        """The L1 norm of the gradient's variance over cases (Byrd et al. 2012)."""
+        """The L1 norm of the gradient's variance over cases, ``sum_j Var_i g_ij``.
+
+        Source: Byrd, Chin, Nocedal & Wu 2012, "Sample size selection in optimization methods
+        for machine learning", section 3.
+        """
         total = 0.0
         shared = self.kept is not None and not self.own_curvature_batches
         for i, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
@@ -219,9 +225,9 @@ class Objective:
                 graph = self.kept if shared else self._run(batch)
             assert graph is not None
             heads = self.split(graph).heads
-            total += weight**2 * signed_square(heads, self.vector.params)
+            total += weight**2 * variance_over_cases(heads, self.vector.params)
         (total,) = self.reducer.numbers([total])
-        return variance_norm(total, here.cases, here.gradient_norm)
+        return total * here.cases
 
     # --- graphs for the curvature ---
 
@@ -248,7 +254,14 @@ class Objective:
 
     def _call(self, capture: Capture, batch: Any) -> Record:
         args = () if batch is _NO_BATCH else (batch,)
-        return capture.run(self.closure, *args)
+        gradients = [p.grad for p in self.vector.params]
+        for p in self.vector.params:
+            p.grad = None  # so that the closure's zero_grad() does not reach the present ones
+        try:
+            return capture.run(self.closure, *args)
+        finally:
+            for p, g in zip(self.vector.params, gradients, strict=True):
+                p.grad = g
 
     @torch.enable_grad()
     def _run(self, batch: Any) -> Graph:
@@ -257,7 +270,7 @@ class Objective:
         )
         record = self._call(capture, batch)
         loss = self._objective(record)
-        returned, outputs, cases = parse(record)
+        returned, outputs, cases = _checks.returned(record.returned)
         if not loss.requires_grad:
             raise RuntimeError(
                 "The closure's loss is a constant: it is not connected to any parameter. Compute "
@@ -265,84 +278,19 @@ class Objective:
             )
         counted = count_cases(record, loss, outputs, self.vector.params)
         if cases is not None:
-            counted = Cases(cases, adds=False)
+            counted = Cases(cases, adds=False, denominators=(cases,))
         return Graph(loss, outputs, record, returned, counted)
 
     def _objective(self, record: Record) -> Tensor:
-        returned, _, _ = parse(record)
-        terms = record.held or [returned]
-        for term in terms:
-            if not isinstance(term, Tensor) or term.numel() != 1:
-                got = tuple(term.shape) if isinstance(term, Tensor) else type(term).__name__
-                raise ValueError(
-                    f"The closure's loss must be a tensor with one element, got {got}. "
-                    "Reduce it, for instance with loss.mean()."
-                )
-        total = terms[0].reshape(())
+        loss, _, _ = _checks.returned(record.returned)
+        terms = [_checks.scalar(term) for term in record.held or [loss]]
+        total = terms[0]
         for term in terms[1:]:
-            total = total + term.reshape(())
+            total = total + term
         return total if self.sign == 1.0 else -total
-
-
-def parse(record: Record) -> tuple[Any, tuple[Tensor, ...], float | None]:
-    """What a closure returned, as (loss, outputs, cases)."""
-    returned = record.returned
-    if returned is None:
-        raise TypeError(
-            "The closure returned None, but the loss was expected. End it with `return loss`."
-        )
-    if not isinstance(returned, (tuple, list)):
-        return returned, (), None
-    if len(returned) not in (2, 3):
-        raise TypeError(
-            f"The closure returned a {type(returned).__name__} of {len(returned)}, but a loss, "
-            "(loss, outputs) or (loss, outputs, cases) was expected."
-        )
-    outputs = returned[1]
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-    if not isinstance(outputs, (tuple, list)) or not all(isinstance(z, Tensor) for z in outputs):
-        raise TypeError(
-            "The closure returned (loss, outputs) where outputs is neither a tensor nor a tuple "
-            "of tensors. Return the tensors that the loss was computed from."
-        )
-    if torch.is_grad_enabled() and not any(z.requires_grad for z in outputs):
-        raise RuntimeError(
-            "The outputs that the closure returned are not connected to the loss (none requires "
-            "a gradient). Return the very tensors that the loss was computed from, not detached."
-        )
-    cases = None
-    if len(returned) == 3:
-        cases = float(returned[2])
-        if not (math.isfinite(cases) and cases > 0):
-            raise ValueError(f"The closure's number of cases must be positive, got {returned[2]!r}.")
-    return returned[0], tuple(outputs), cases
 
 
 def parse_loss(returned: Any) -> Any:
     """The loss alone of what a closure returned."""
     loss = returned[0] if isinstance(returned, (tuple, list)) else returned
     return loss.detach() if isinstance(loss, Tensor) else loss
-
-
-def _listed(batches: Iterable[Any] | None, name: str) -> list[Any]:
-    if batches is None:
-        return [_NO_BATCH]
-    if isinstance(batches, (Tensor, dict, str)) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"{name} must be a list (or another iterable) of batches, got a "
-            f"{type(batches).__name__}. Wrap a single batch: {name}=[batch], or cut it: "
-            f"{name}=split_batch(batch, size)."
-        )
-    listed = list(batches)
-    if not listed:
-        raise ValueError(f"{name} is empty: at least one batch is needed.")
-    return listed
-
-
-def _check_finite(loss: float) -> None:
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"The closure's loss is {loss} at the present parameters, so no step can be judged. "
-            "Check the batch for NaN or Inf, and the loss for log(0) or a division by zero "
-            "(F.cross_entropy and F.binary_cross_entropy_with_logits are safe forms)."
-        )

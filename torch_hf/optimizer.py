@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from torch_hf import _checks
 from torch_hf.cg import CGResult, Iterate, conjugate_gradients
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
-from torch_hf.damping import next_damping, reduction_ratio
+from torch_hf.damping import initial_damping, next_damping
 from torch_hf.frozen import FrozenWorld
-from torch_hf.line_search import MAX_TRIES, armijo, backtrack
+from torch_hf.line_search import Move, search
 from torch_hf.objective import Objective, Value, parse_loss
 from torch_hf.preconditioner import Preconditioner, make_preconditioner
 from torch_hf.reduce import Reducer
@@ -25,23 +24,15 @@ from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.state import pack, unpack
 from torch_hf.vector import ParameterVector
 
-#: Lambda of the first step, where none is given, in units of the curvature along the gradient.
-INITIAL_DAMPING = 1.0
-_SHARED = ("damping", "cg_max_iter", "cg_tol", "cg_decay", "maximize")
 
+class _Outcome(NamedTuple):
+    """A step decided, and what its report says."""
 
-@dataclass(frozen=True)
-class _Decision:
-    """What a step came to: the move and what the report says of it."""
-
-    direction: Tensor | None
-    length: float
-    loss: float
-    ratio: float
-    solution: CGResult | None
-    damping: float
-    floor: float = 0.0
-    reason: str = ""
+    move: Move
+    damping: float | None
+    solution: CGResult | None = None
+    curvature: ObjectiveOperator | None = None
+    variance: float | None = None
 
 
 class HFOptimizer(Optimizer):
@@ -121,7 +112,7 @@ class HFOptimizer(Optimizer):
             "maximize": maximize,
             "steps": 0,
         }
-        _check_options(defaults)
+        _checks.options(defaults)
         self.preconditioner = make_preconditioner(preconditioner, history_size)
         self.curvature = curvature
         self.process_group = process_group
@@ -129,7 +120,7 @@ class HFOptimizer(Optimizer):
         self._requests = Requests()
         self._start: Tensor | None = None
         super().__init__(params, defaults)
-        self._vector()  # complains about parameters now rather than at the first step
+        ParameterVector(self._trainable())  # complains now rather than at the first step
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -158,53 +149,58 @@ class HFOptimizer(Optimizer):
         if closure is None:
             return self._initialise()
         clock = Clock(("gradient", "products", "preconditioner", "evaluations"))
-        vector = self._vector()
+        vector = ParameterVector(self._trainable())
         world = FrozenWorld(vector.device)
         gradients = [p.grad for p in vector.params]
         try:
             objective = self._objective(closure, batches, curvature_batches, vector, world)
             with clock.part("gradient"):
                 here = objective.value()
-            requests = replace(self._requests)
-            curvature, decision, variance = self._decide(objective, here, clock)
+            outcome = self._decide(objective, here, clock)
         except BaseException:
             self.preconditioner.abandon()
             world.undo()
             for p, g in zip(vector.params, gradients, strict=True):
                 p.grad = g
             raise
-        self._commit(vector, here, decision)
+        self._commit(vector, here, outcome)
         world.after.restore()
-        self._report(objective, here, curvature, decision, variance, requests, clock)
+        self.last_report = self._report(objective, here, outcome, clock)
         return parse_loss(here.returned)
 
     # --- the parts of a step, in the order it takes them ---
 
-    def _decide(
-        self, objective: Objective, here: Value, clock: Clock
-    ) -> tuple[ObjectiveOperator | None, _Decision, float | None]:
+    def _decide(self, objective: Objective, here: Value, clock: Clock) -> _Outcome:
         """Everything that is computed; nothing that lasts is changed."""
         if here.gradient_norm == 0.0 or not math.isfinite(here.gradient_norm):
-            return None, self._stay(here), None
+            zero = here.gradient_norm == 0.0
+            reason = "the gradient is zero" if zero else "the gradient is not finite"
+            return _Outcome(
+                Move(None, 0.0, here.loss, reason=reason), self.param_groups[0]["damping"]
+            )
         with clock.part("gradient"):
             curvature = ObjectiveOperator(objective, self.curvature)
-            wanted = self._requests.gradient_variance
-            variance = objective.gradient_variance(here) if wanted else None
+            asked = self._requests.gradient_variance
+            variance = objective.gradient_variance(here) if asked else None
         damping = self._damping(curvature, here, clock)
         solution = self._solve(curvature, here, damping, clock)
         candidates, length = self._scaled(solution, here, curvature, damping)
         curvature.release()  # trial values in the parameters would spoil the kept graph
-        decision = self._search(objective, here, candidates, length, damping, clock)
-        return curvature, replace(decision, solution=solution), variance
+        with objective.vector.trial() as trial, clock.part("evaluations"):
+
+            def loss_along(direction: Tensor, length: float) -> float:
+                trial.place(direction, length)
+                return objective.loss()
+
+            move = search(loss_along, candidates, length, here.loss, damping)
+        return _Outcome(move, damping, solution, curvature, variance)
 
     def _damping(self, curvature: ObjectiveOperator, here: Value, clock: Clock) -> float:
         given = self.param_groups[0]["damping"]
         if given is not None:
             return float(given)
-        g = here.gradient
         with clock.part("products"):
-            along = float(torch.dot(g, curvature(g)) / torch.dot(g, g))
-        return INITIAL_DAMPING * abs(along) if math.isfinite(along) and along else 1.0
+            return initial_damping(here.gradient, curvature(here.gradient))
 
     def _solve(
         self, curvature: ObjectiveOperator, here: Value, damping: float, clock: Clock
@@ -220,11 +216,10 @@ class HFOptimizer(Optimizer):
             diagonal = curvature.diagonal(damping) if wanted else None
             self.preconditioner.begin(damping, diagonal)
         decay = options["cg_decay"]
-        start = self._start * decay if self._start is not None and decay else None
         return conjugate_gradients(
             clock.timed("products", damped),
             here.gradient,
-            start=start,
+            start=self._start * decay if self._start is not None and decay else None,
             preconditioner=clock.timed("preconditioner", self.preconditioner.apply),
             tol=options["cg_tol"],
             max_iter=options["cg_max_iter"],
@@ -235,97 +230,48 @@ class HFOptimizer(Optimizer):
         self, solution: CGResult, here: Value, curvature: ObjectiveOperator, damping: float
     ) -> tuple[list[Iterate], float]:
         """CG's iterates under ``lr``: a common factor, or each group's own on the last iterate."""
-        rates = [g["lr"] for g in self.param_groups for p in g["params"] if p.requires_grad]
+        rates = [float(g["lr"]) for g in self.param_groups for p in g["params"] if p.requires_grad]
         if len(set(rates)) == 1:
-            return solution.iterates, float(rates[0])
-        factors = curvature.objective.vector.spread(rates)
-        d = solution.last.vector * factors
+            return solution.iterates, rates[0]
+        d = solution.last.vector * curvature.objective.vector.spread(rates)
         slope = float(torch.dot(here.gradient, d))
         if not slope < 0:
-            return solution.iterates, float(max(rates))
+            return solution.iterates, max(rates)
         bend = float(torch.dot(d, curvature(d).add_(d, alpha=damping)))
         return [Iterate(solution.iterations, slope + 0.5 * bend, slope, d)], 1.0
 
-    def _search(
-        self,
-        objective: Objective,
-        here: Value,
-        candidates: list[Iterate],
-        length: float,
-        damping: float,
-        clock: Clock,
-    ) -> _Decision:
-        """Backtracking, line search, and the ratio of actual to predicted change."""
-        stay = _Decision(None, 0.0, here.loss, math.nan, None, damping)
-        if length == 0.0:
-            return replace(stay, reason="lr is 0")
-        if not candidates[-1].slope < 0:
-            return replace(stay, reason="CG found no direction of descent")
-        with objective.vector.trial() as trial, clock.part("evaluations"):
-
-            def loss_along(direction: Tensor, factor: float) -> float:
-                trial.place(direction, factor)
-                return objective.loss()
-
-            chosen, loss = backtrack(loss_along, candidates, length)
-            step = armijo(
-                loss_along,
-                chosen.vector,
-                start_loss=here.loss,
-                slope=chosen.slope,
-                length=length,
-                first_loss=loss,
-            )
-        predicted, floor = _prediction(chosen, length, damping)
-        reason = ""
-        if step.length == 0.0:
-            reason = f"no decrease of the loss along the direction in {MAX_TRIES} tries"
-        elif step.length != length:
-            reason = f"line search shortened the step to {step.length / length:.3g} of its length"
-        ratio = reduction_ratio(here.loss, loss, predicted)
-        moved = chosen.vector if step.length else None
-        return _Decision(moved, step.length, step.loss, ratio, None, damping, floor, reason)
-
-    def _commit(self, vector: ParameterVector, here: Value, decision: _Decision) -> None:
+    def _commit(self, vector: ParameterVector, here: Value, outcome: _Outcome) -> None:
         """The only place where parameters and the state for the next step change."""
-        options = self.param_groups[0]
-        accepted = decision.direction is not None
-        if decision.direction is not None:
-            vector.move(decision.direction, decision.length)
-        if decision.solution is None:
-            self.preconditioner.abandon()
-        else:
+        move, solution = outcome.move, outcome.solution
+        accepted = move.direction is not None
+        if move.direction is not None:
+            vector.move(move.direction, move.length)
+        if solution is not None:
             self.preconditioner.end()
         if here.gradient_norm != 0.0:
-            self._start = decision.solution.last.vector if accepted and decision.solution else None
-            damping = next_damping(decision.damping, decision.ratio, accepted, decision.floor)
-            for group in self.param_groups:
-                group["damping"] = damping
-        options["steps"] += 1
+            self._start = solution.last.vector if accepted and solution is not None else None
+            if outcome.damping is not None:
+                damping = next_damping(outcome.damping, move.ratio, accepted, move.floor)
+                for group in self.param_groups:
+                    group["damping"] = damping
+        self.param_groups[0]["steps"] += 1
         pack(self.state, vector, self._start, self.preconditioner)
         for p, g in zip(vector.params, here.plain_gradient, strict=True):
             p.grad = g
 
     def _report(
-        self,
-        objective: Objective,
-        here: Value,
-        curvature: ObjectiveOperator | None,
-        decision: _Decision,
-        variance: float | None,
-        requests: Requests,
-        clock: Clock,
-    ) -> None:
-        solution = decision.solution
-        self.last_report = StepReport(
+        self, objective: Objective, here: Value, outcome: _Outcome, clock: Clock
+    ) -> StepReport:
+        move, solution, curvature = outcome.move, outcome.solution, outcome.curvature
+        return StepReport(
             step=self.param_groups[0]["steps"],
             loss=here.loss,
-            new_loss=decision.loss,
-            accepted=decision.direction is not None,
-            reduction_ratio=decision.ratio,
-            damping=decision.damping,
+            new_loss=move.loss,
+            accepted=move.direction is not None,
+            reduction_ratio=move.ratio,
+            damping=math.nan if outcome.damping is None else outcome.damping,
             gradient_norm=here.gradient_norm,
-            step_length=decision.length,
+            step_length=move.length,
             cg_iterations=solution.iterations if solution else 0,
             cg_stop=solution.stop if solution else Stop.ZERO_GRADIENT,
             products=curvature.products if curvature else 0,
@@ -333,21 +279,13 @@ class HFOptimizer(Optimizer):
             batch_cases=round(here.cases),
             curvature_cases=round(curvature.cases) if curvature else 0,
             engine=curvature.engine if curvature else "",
-            reason=decision.reason,
-            gradient_variance=variance,
+            reason=move.reason,
+            gradient_variance=outcome.variance,
             seconds=clock.seconds(),
             requests=self._requests,
         )
 
     # --- set-up ---
-
-    def _stay(self, here: Value) -> _Decision:
-        damping = self.param_groups[0]["damping"]
-        reason = "the gradient is zero" if here.gradient_norm == 0.0 else "non-finite gradient"
-        return _Decision(None, 0.0, here.loss, math.nan, None, damping or 0.0, reason=reason)
-
-    def _vector(self) -> ParameterVector:
-        return ParameterVector(self._trainable())
 
     def _trainable(self) -> list[Tensor]:
         return [p for g in self.param_groups for p in g["params"] if p.requires_grad]
@@ -361,7 +299,8 @@ class HFOptimizer(Optimizer):
                 f"{type(closure).__name__}. Write def closure(): ...; return loss, and call "
                 "optimizer.step(closure)."
             )
-        _check_options(self.param_groups[0])
+        for group in self.param_groups:
+            _checks.options(group)
         self._fit_state(vector)
         groups = self.param_groups
         return Objective(
@@ -379,10 +318,8 @@ class HFOptimizer(Optimizer):
 
     def _fit_state(self, vector: ParameterVector) -> None:
         """Forgets directions of another length: parameters were added, frozen or thawed."""
-        known = [p for p in vector.params if "cg_iterate" in self.state.get(p, {})]
-        if self._start is not None and (
-            self._start.numel() != vector.numel or len(known) != len(vector.params)
-        ):
+        known = list(self.state)
+        if known and [id(p) for p in known] != [id(p) for p in vector.params]:
             self._start = None
             self.preconditioner.load_state_dict({})
 
@@ -395,12 +332,12 @@ class HFOptimizer(Optimizer):
                 "HFOptimizer.step() needs a closure that computes the loss, since it evaluates "
                 "the loss several times a step: optimizer.step(closure), as torch.optim.LBFGS."
             )
-        pack(self.state, self._vector(), self._start, self.preconditioner)
+        pack(self.state, ParameterVector(params), self._start, self.preconditioner)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state that ``state_dict`` gave, vectors in the precision they were saved in."""
         super().load_state_dict(state_dict)
-        vector = self._vector()
+        vector = ParameterVector(self._trainable())
         self._start = unpack(self.state, state_dict, self.param_groups, vector, self.preconditioner)
         pack(self.state, vector, self._start, self.preconditioner)
 
@@ -408,28 +345,3 @@ class HFOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("last_report", None)
 
-
-def _prediction(chosen: Iterate, length: float, damping: float) -> tuple[float, float]:
-    """q of the step evaluated, and the lambda that rounding would swallow."""
-    bend = chosen.value - chosen.slope
-    predicted = length * chosen.slope + length**2 * bend
-    square = float(torch.dot(chosen.vector, chosen.vector))
-    floor = torch.finfo(chosen.vector.dtype).eps * abs(2.0 * bend) / square if square else 0.0
-    if RATIO_UNDAMPED:
-        predicted -= 0.5 * length**2 * damping * square
-    return predicted, floor
-
-
-RATIO_UNDAMPED = False
-
-
-def _check_options(options: dict[str, Any]) -> None:
-    _checks.number("lr", options["lr"], low=0.0, hint="1.0 is the Newton step.")
-    _checks.number("weight_decay", options["weight_decay"], low=0.0, hint="0 is none.")
-    if options["damping"] is not None:
-        hint = "None chooses it from the curvature."
-        _checks.number("damping", options["damping"], low=0.0, hint=hint)
-    _checks.count("cg_max_iter", options["cg_max_iter"], low=1, hint="250 is usual.")
-    _checks.number("cg_tol", options["cg_tol"], low=0.0, high=1.0, hint="5e-4 is usual.")
-    _checks.number("cg_decay", options["cg_decay"], low=0.0, high=1.0, hint="0.95 is usual.")
-    _checks.flag("maximize", options["maximize"])

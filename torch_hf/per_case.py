@@ -4,12 +4,15 @@ For a linear layer that is used once, the sum over cases of squared gradients is
 ``sum_i (delta_i x_i^T)^2 = (delta^2)^T (x^2)`` with x its inputs and delta the gradients at its
 outputs. For all other weights (shared, recurrent, convolutional, normalisation) the sign of
 each case's gradient is flipped at random: ``E (sum_i s_i g_i)^2 = sum_i g_i^2``, unbiased, its
-noise drawn towards the tensor's mean. Positions of a sequence count as cases.
+noise drawn towards the tensor's mean. Positions of a sequence count as cases. Penalties on the
+parameters themselves are no case's and are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -24,26 +27,26 @@ EXPONENT = 0.75
 SHRINKAGE = 2.0 / 3.0
 
 
-def curvature_scale(heads: Sequence[Head]) -> Tensor:
+def curvature_scale(heads: Sequence[Head], params: Sequence[Tensor]) -> float:
     """What turns sums of squared gradients into curvature: ``tr H / sum |dL/dz|^2``.
 
     Squared gradients scale with the square of the loss, lambda with the loss; times this
     ratio, both taken in output space, they scale alike.
     """
-    trace = torch.stack([h.trace().double() for h in heads]).sum()
-    slopes = torch.stack(
-        [s.double().square().sum() for h in heads for s in h.gradient()]
-    ).sum()
-    return torch.where(slopes > 0, trace / slopes, 0.0)
+    heads = _over_cases(heads, params)
+    trace = sum(float(h.trace()) for h in heads)
+    slopes = sum(float(s.double().square().sum()) for h in heads for s in h.gradient())
+    return trace / slopes if slopes > 0 else 0.0
 
 
 def squared_gradients(
     heads: Sequence[Head], params: Sequence[Tensor], layers: Sequence[Layer]
 ) -> list[Tensor]:
     """Per parameter, the sum over cases of the squared gradients, in the objective's units."""
-    used_once = _used_once(params, layers)
-    cotangents = [_with_random_signs(s) for h in heads for s in h.gradient()]
-    outputs = [z for h in heads for z in h.outputs]
+    outputs, cotangents = _weighted_slopes(heads, params, _random_signs)
+    if not outputs:
+        return [torch.zeros_like(p) for p in params]
+    used_once = _used_once(outputs, params, layers)
     targets = [layer.output for layer in used_once] + list(params)
     found = grad(outputs, targets, cotangents, retain_graph=True, allow_unused=True)
     deltas, sums = found[: len(used_once)], found[len(used_once) :]
@@ -57,20 +60,40 @@ def squared_gradients(
     ]
 
 
-def _used_once(params: Sequence[Tensor], layers: Sequence[Layer]) -> list[Layer]:
-    """Layers whose weight is one of the parameters itself and serves nowhere else seen."""
+def _used_once(
+    outputs: Sequence[Tensor], params: Sequence[Tensor], layers: Sequence[Layer]
+) -> list[Layer]:
+    """Layers whose weight and bias are parameters themselves and serve nowhere else."""
     own = {id(p) for p in params}
-    uses: dict[int, int] = {}
-    for layer in layers:
-        for p in (layer.weight, layer.bias):
-            uses[id(p)] = uses.get(id(p), 0) + 1
+    seen = Counter(id(p) for layer in layers for p in (layer.weight, layer.bias))
+    uses = _uses(outputs)
+
+    def once(p: Tensor) -> bool:
+        return seen[id(p)] == 1 and uses[id(p)] <= 1  # 0 where it is frozen
+
     return [
         layer
         for layer in layers
         if id(layer.weight) in own
-        and uses[id(layer.weight)] == 1
-        and (layer.bias is None or uses[id(layer.bias)] == 1)
+        and once(layer.weight)
+        and (layer.bias is None or once(layer.bias))
     ]
+
+
+def _uses(outputs: Sequence[Tensor]) -> Counter[int]:
+    """How often each leaf stands in the graph under the outputs."""
+    todo = list({z.grad_fn for z in outputs})
+    seen, uses = set(todo), Counter[int]()
+    while todo:
+        node = todo.pop()
+        for below, _ in node.next_functions if node is not None else ():
+            leaf = getattr(below, "variable", None)
+            if leaf is not None:
+                uses[id(leaf)] += 1
+            elif below is not None and below not in seen:
+                seen.add(below)
+                todo.append(below)
+    return uses
 
 
 def _of_layer(layer: Layer, delta: Tensor) -> dict[int, Tensor]:
@@ -89,32 +112,52 @@ def _of_signed_sum(p: Tensor, signed_sum: Tensor | None) -> Tensor:
     return square.lerp(square.mean(), SHRINKAGE)
 
 
-def _with_random_signs(slope: Tensor) -> Tensor:
-    if slope.ndim == 0:
-        return slope
-    signs = random_signs(slope.shape[:1], slope)
-    return slope * signs.view(-1, *[1] * (slope.ndim - 1))
+def _weighted_slopes(
+    heads: Sequence[Head],
+    params: Sequence[Tensor],
+    weights: Callable[[int, Tensor], Tensor],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The heads' outputs and gradients there, each case under its weight, the same in all."""
+    drawn: dict[int, Tensor] = {}
+    outputs, slopes = [], []
+    for head in _over_cases(heads, params):
+        for z, slope in zip(head.outputs, head.gradient(), strict=True):
+            cases = slope.shape[0] if slope.ndim else 1
+            if cases not in drawn:
+                drawn[cases] = weights(cases, slope)
+            shape = [*slope.shape[:1], *[1] * (slope.ndim - 1)]
+            outputs.append(z)
+            slopes.append(slope * drawn[cases].to(slope.dtype).view(shape))
+    return outputs, slopes
 
 
-def signed_square(heads: Sequence[Head], params: Sequence[Tensor]) -> float:
-    """``|sum_i s_i g_i / n|^2`` with random signs; its expectation is ``mean |g_i|^2 / n``."""
-    cotangents = [_with_random_signs(s) for h in heads for s in h.gradient()]
-    outputs = [z for h in heads for z in h.outputs]
+def _over_cases(heads: Sequence[Head], params: Sequence[Tensor]) -> list[Head]:
+    own = {id(p) for p in params}
+    return [h for h in heads if not all(id(z) in own for z in h.outputs)]
+
+
+def _random_signs(cases: int, like: Tensor) -> Tensor:
+    return random_signs((cases,), like)
+
+
+def _balanced_signs(cases: int, like: Tensor) -> Tensor:
+    """Random signs whose sum is 0, and n that of their squares: what all share cancels."""
+    signs = torch.ones(cases, dtype=like.dtype, device=like.device)
+    signs[: cases // 2] = -1.0
+    signs -= signs.mean()
+    if cases > 1:
+        signs *= math.sqrt(cases) / signs.norm()
+    return signs[torch.randperm(cases, device=like.device)]
+
+
+def variance_over_cases(heads: Sequence[Head], params: Sequence[Tensor]) -> float:
+    """An unbiased estimate of ``sum_j Var_i g_ij / n``, g_i a case's gradient, from one backward.
+
+    With signs that sum to 0, ``E |sum_i s_i g_i / n|^2`` is the variance over cases (with
+    ``n - 1``) over n; the mean gradient, and with it whatever all cases share, drops out.
+    """
+    outputs, cotangents = _weighted_slopes(heads, params, _balanced_signs)
+    if not outputs:
+        return 0.0
     found = grad(outputs, list(params), cotangents, retain_graph=True, allow_unused=True)
     return sum(float(g.double().square().sum()) for g in found if g is not None)
-
-
-def variance_norm(signed: float, cases: float, gradient_norm: float) -> float:
-    """The L1 norm of the variance over cases of the gradient, ``sum_j Var_i g_ij``.
-
-    Args:
-        signed: From :func:`signed_square`.
-        cases: n.
-        gradient_norm: The norm of the mean gradient.
-
-    Source: Byrd, Chin, Nocedal & Wu 2012, "Sample size selection in optimization methods for
-    machine learning", section 3.
-    """
-    if cases <= 1:
-        return 0.0
-    return max(cases * signed - gradient_norm**2, 0.0) * cases / (cases - 1)

@@ -7,7 +7,7 @@ the loss is made of is a remainder and brings its own Hessian: nothing is droppe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,28 +16,20 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
-from torch_hf.capture import Call, Record
+from torch_hf.capture import LOSSES, Call, Record
+from torch_hf.cases import Term, below, edge_of, linear_terms
 from torch_hf.heads import (
+    DiagonalHead,
     ElementwiseHead,
     GraphHead,
     Head,
+    NormHead,
+    Piece,
     SoftmaxHead,
-    SquareHead,
     entropy_weights,
 )
 
-SHAPING = {
-    "View", "UnsafeView", "ReshapeAlias", "Transpose", "T", "Permute", "Squeeze", "Unsqueeze",
-    "Clone", "Alias", "ToCopy", "Expand", "Select", "Slice", "Index", "BackwardHookFunction",
-    "Contiguous", "Flatten",
-}
-AVERAGING = {"Mean", "Div"}
-LINEAR = SHAPING | AVERAGING | {
-    "Add", "Sub", "Rsub", "Mul", "Neg", "Sum", "Stack", "Cat", "Where", "MaskedFill",
-    "MaskedSelect", "Gather", "IndexSelect",
-}
-
-EXPLICIT_FORM = """return the network's outputs beside the loss, and the split is yours:
+EXPLICIT_FORM = """return the network's outputs beside the loss:
 
     def closure():
         optimizer.zero_grad()
@@ -61,13 +53,6 @@ class Split:
     remainders: list[tuple[GradientEdge, Tensor]] = field(default_factory=list)
 
 
-@dataclass
-class Term:
-    node: Any
-    place: int
-    averaged: bool
-
-
 def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Split:
     """The split found from the loss functions that were seen.
 
@@ -75,21 +60,20 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
         RuntimeError: No known loss function was seen, or none with curvature.
     """
     own = {id(p) for p in params}
-    terms = list(linear_terms(loss, record.calls))
-    known = [t for t in terms if t.node in record.calls]
-    calls = [record.calls[t.node] for t in known]
-    weights = _weights(loss, [c.result for c in calls])
-    heads = [_head(c, w, record) for c, w in zip(calls, weights, strict=True)]
-    flat = [c.name for c, h in zip(calls, heads, strict=True) if h is None]
-    curved = [h for h in heads if h is not None]
-    if not curved:
-        raise RuntimeError(_no_split(flat))
-    others = [t for t in terms if t.node not in record.calls]
-    for call, head, term in zip(calls, heads, known, strict=True):
-        if head is None and call.name != "l1_loss":
+    heads, others, flat = [], [], set()
+    for term in linear_terms(loss, record.calls):
+        call = record.calls.get(term.node)
+        head = make_head(call, term.weight, record) if call is not None else None
+        if head is not None:
+            heads.append(head)
+            continue
+        if call is not None and call.name in LOSSES:
+            flat.add(call.name)
+        if (call is None or call.name != "l1_loss") and _reaches(term.node, own, ()):
             others.append(term)  # no curvature in its argument, but that may be curved itself
-    remainders = _remainders(loss, [t for t in others if _reaches(t.node, own, ())])
-    return Split(curved, remainders)
+    if not heads:
+        raise RuntimeError(_no_split(flat, record.refused))
+    return Split(heads, _remainders(others))
 
 
 def split_by_outputs(
@@ -106,7 +90,7 @@ def split_by_outputs(
     if found is not None:
         return Split(found)
     own = {id(p) for p in params}
-    stops = {_edge(z) for z in outputs}
+    stops = {edge_of(z) for z in outputs}
     remainders, connected = [], False
     for term in linear_terms(loss, stops):
         hits = (term.node, term.place) in stops or _hits(term.node, stops)
@@ -134,81 +118,40 @@ def split_by_outputs(
         raise RuntimeError(
             "The loss is linear in the outputs that the closure returned, so its Gauss-Newton "
             "curvature is zero. Return the tensors before the last nonlinearity (the logits, "
-            "not their log_softmax), or use HFOptimizer(params, curvature=\"hessian\")."
+            'not their log_softmax), or use HFOptimizer(params, curvature="hessian").'
         )
-    return Split([head], _remainders(loss, remainders))
+    return Split([head], _remainders(remainders))
 
 
-# --- the walk -------------------------------------------------------------------------------
-
-
-def _kind(node: Any) -> str:
-    return str(node.name()).split("::")[-1].rstrip("0123456789").removesuffix("Backward")
-
-
-def linear_terms(loss: Tensor, stops: Any) -> Iterator[Term]:
-    """The first nodes below linear operations, each once, or the stops on the way."""
-    start = _edge(loss)
-    todo = [(start[0], start[1], False)]
-    seen: dict[tuple[Any, int], Term] = {}
-    while todo:
-        node, place, averaged = todo.pop()
-        if (node, place) in seen:
-            seen[node, place].averaged |= averaged
-            continue
-        stop = node in stops or (node, place) in stops
-        below = None if stop else _operands(node)
-        if below is None:
-            seen[node, place] = Term(node, place, averaged)
-        else:
-            averaged = averaged or _kind(node) in AVERAGING
-            todo.extend((fn, nr, averaged) for fn, nr in below)
-    yield from seen.values()
-
-
-def _operands(node: Any) -> list[tuple[Any, int]] | None:
-    """The differentiable operands of a linear operation; None if it is not linear in them."""
-    kind = _kind(node)
-    if kind not in LINEAR:
+def _recognised(record: Record, loss: Tensor, outputs: tuple[Tensor, ...]) -> list[Head] | None:
+    """Heads with closed forms, where they are functions of just the outputs named."""
+    terms = linear_terms(loss, record.calls)
+    if not all(t.node in record.calls for t in terms):
         return None
-    entries = list(node.next_functions)
-    active = [e for e in entries if e[0] is not None]
-    if kind == "Mul" and len(active) > 1:
+    heads = [make_head(record.calls[t.node], t.weight, record) for t in terms]
+    found = [h for h in heads if h is not None]
+    named = {id(z) for z in outputs}
+    if len(found) < len(heads) or {id(z) for h in found for z in h.outputs} != named:
         return None
-    if kind == "Div" and len(entries) > 1 and entries[1][0] is not None:
-        return None
-    return active
+    return found
 
 
-def _edge(z: Tensor) -> tuple[Any, int]:
-    edge = torch.autograd.graph.get_gradient_edge(z)
-    return edge.node, edge.output_nr
-
-
-def _below(node: Any, stops: Any) -> Iterator[Any]:
-    """The nodes of the graph under a node, not going past the stops."""
-    todo, seen = [node], {node}
-    while todo:
-        node = todo.pop()
-        yield node
-        for fn, nr in node.next_functions:
-            if fn is not None and fn not in seen and (fn, nr) not in stops:
-                seen.add(fn)
-                todo.append(fn)
+def _remainders(terms: list[Term]) -> list[tuple[GradientEdge, Tensor]]:
+    return [(GradientEdge(t.node, t.place), t.weight) for t in terms]
 
 
 def _reaches(node: Any, own: set[int], stops: Any) -> bool:
-    return any(id(getattr(n, "variable", None)) in own for n in _below(node, stops))
+    return any(id(getattr(n, "variable", None)) in own for n in below(node, stops))
 
 
 def _hits(node: Any, stops: Any) -> bool:
-    return any((fn, nr) in stops for n in _below(node, stops) for fn, nr in n.next_functions)
+    return any((fn, nr) in stops for n in below(node, stops) for fn, nr in n.next_functions)
 
 
 def _check_separate(outputs: tuple[Tensor, ...]) -> None:
     for i, z in enumerate(outputs):
-        others = {_edge(o) for j, o in enumerate(outputs) if j != i}
-        if _hits(_edge(z)[0], others):
+        others = {edge_of(o) for j, o in enumerate(outputs) if j != i}
+        if edge_of(z) in others or _hits(edge_of(z)[0], others):
             raise RuntimeError(
                 f"Output {i} that the closure returned is computed from another of the outputs, "
                 "so the loss would be counted twice. Return only the tensors that the loss "
@@ -216,97 +159,139 @@ def _check_separate(outputs: tuple[Tensor, ...]) -> None:
             )
 
 
-# --- heads ----------------------------------------------------------------------------------
+# --- which head a call makes ----------------------------------------------------------------
 
 
-def _weights(loss: Tensor, results: list[Tensor]) -> list[Tensor]:
-    return list(grad(loss, results, retain_graph=True)) if results else []
+def make_head(call: Call, weight: Tensor, record: Record) -> Head | None:
+    """The head of a call seen; None where it has no convex curvature in its argument.
+
+    Args:
+        call: A term of the loss.
+        weight: The derivative of the loss in the call's result.
+        record: What else was seen: log-probabilities and norms are followed to their makers.
+    """
+    piece = (call.edge, weight, call.inputs)
+    match call.name:
+        case "cross_entropy":
+            logits = call.inputs[0]
+            dim = 1 if logits.ndim > 1 else 0
+            return SoftmaxHead(piece, entropy_weights(logits, call.settings, weight), dim)
+        case "nll_loss" | "kl_div" | "log_softmax" | "log":
+            return _log_probability_head(call, weight, record)
+        case "binary_cross_entropy":
+            return _bernoulli_head(call, weight, record)
+        case "gaussian_nll_loss":
+            return GraphHead(*piece)
+        case "norm":
+            convex = bool((weight >= 0).all())
+            return NormHead(piece, *_norm_weight(call, weight)) if convex else None
+        case "pow" | "square" | "mul" | "dot":
+            return _square_head(call, weight, record)
+        case "softmax" | "sigmoid" | "l1_loss":
+            return None
+    if len(call.inputs) == 2:
+        return _difference_head(piece)
+    return ElementwiseHead(*piece)
 
 
-def _remainders(loss: Tensor, terms: list[Term]) -> list[tuple[GradientEdge, Tensor]]:
-    edges = [GradientEdge(t.node, t.place) for t in terms]
-    return list(zip(edges, grad(loss, edges, retain_graph=True), strict=True)) if edges else []
+def _square_head(call: Call, weight: Tensor, record: Record) -> Head:
+    """``sum(c * r**2)``, also where it was written as the square of a norm."""
+    norm = record.maker(call.inputs[0], "norm")
+    if norm is None or call.name == "dot":
+        return DiagonalHead((call.edge, weight, call.inputs), 2 * weight)
+    pulled = _pulled(weight, call.inputs[0], norm.edge)
+    return DiagonalHead((call.edge, weight, norm.inputs), 2 * _norm_weight(norm, pulled)[0])
 
 
-def _head(call: Call, weight: Tensor, record: Record) -> Head | None:
-    """The head of a call seen; None where the loss has no curvature in its argument."""
-    piece = (call.result, weight, call.inputs)
-    if call.name == "cross_entropy":
-        logits = call.inputs[0]
-        dim = 1 if logits.ndim > 1 else 0
-        return SoftmaxHead(piece, entropy_weights(logits, call.settings, weight), dim)
-    if call.name in ("nll_loss", "kl_div"):
-        return _log_probability_head(call, weight, record)
-    if call.name == "binary_cross_entropy":
-        link = _link(call.inputs[0], record, "sigmoid")
-        if link is not None:
-            piece = (call.result, weight, link.inputs)
-    if call.name == "gaussian_nll_loss":
-        return _curved(GraphHead(*piece))
-    if call.result.ndim == 0 and call.name in ("pow", "__pow__", "square", "mul", "__mul__"):
-        link = _link(call.inputs[0], record, "norm", "linalg_vector_norm", "vector_norm")
-        if link is not None and link.result.ndim == 0:
-            return SquareHead(call.result, weight, link.inputs)
-    if call.name in ("binary_cross_entropy_with_logits", "binary_cross_entropy") or (
-        call.name.endswith("_loss")
-    ):
-        return _curved(ElementwiseHead(*piece))
-    return SquareHead(*piece)
+def _norm_weight(norm: Call, weight: Tensor) -> tuple[Tensor, Any]:
+    """A weight on norms in a shape that broadcasts to their argument, and their dimensions."""
+    dim = norm.settings["dim"]
+    dims = [dim] if isinstance(dim, int) else dim
+    if dims is not None and not norm.settings["keepdim"]:
+        for d in sorted(d % norm.inputs[0].ndim for d in dims):
+            weight = weight.unsqueeze(d)
+    return weight, dim
 
 
 def _log_probability_head(call: Call, weight: Tensor, record: Record) -> Head | None:
     """Walks log-probabilities back to logits: cut at the former, the curvature is zero."""
-    link = _link(call.inputs[0], record, "log_softmax", "log")
-    if link is None:
-        return None
+    link = call
+    if call.name in LOSSES:
+        found = record.maker(call.inputs[0], "log_softmax", "log")
+        if found is None:
+            return None
+        link = found
+    slope = weight if link is call else _pulled(weight, call.edge, link.edge)
     logits, dim = link.inputs[0], link.settings.get("dim")
     if link.name == "log":
-        soft = _link(link.inputs[0], record, "softmax")
+        soft = record.maker(logits, "softmax")
         if soft is None:
-            return _curved(GraphHead(call.result, weight, link.inputs))
-        logits, dim = soft.inputs[0], soft.settings.get("dim")
-    slope = grad(call.result, link.result, weight, retain_graph=True)[0]
+            convex = bool((slope <= 0).all())
+            return ElementwiseHead(link.edge, slope, link.inputs) if convex else None
+        slope = _pulled(slope, logits, soft.edge)
+        logits, dim = soft.inputs[0], soft.settings["dim"]
     axis = dim if isinstance(dim, int) else (0 if logits.ndim in (0, 1, 3) else 1)
-    return SoftmaxHead((call.result, weight, (logits,)), -slope.sum(axis, keepdim=True), axis)
+    return SoftmaxHead((call.edge, weight, (logits,)), -slope.sum(axis, keepdim=True), axis)
 
 
-def _curved(head: Any) -> Any:
-    return head if head.curved else None
+def _bernoulli_head(call: Call, weight: Tensor, record: Record) -> Head:
+    """Walks probabilities back to logits z, where the second derivative is ``p (1 - p)``.
+
+    Double backward through p loses it to rounding where p is close to 0 or 1.
+    """
+    p, settings = call.inputs[0], call.settings
+    link = record.maker(p, "sigmoid")
+    if link is None:
+        return ElementwiseHead(call.edge, weight, call.inputs)
+    entries = weight / p.numel() if settings["reduction"] == "mean" else weight
+    if settings["weight"] is not None:
+        entries = entries * settings["weight"]
+    z = link.inputs[0]
+    q = torch.sigmoid(z.detach())
+    pulled = _pulled(entries.expand_as(p), p, link.edge)
+    return DiagonalHead((call.edge, weight, link.inputs), pulled * q * (1 - q))
 
 
-def _link(z: Tensor, record: Record, *names: str) -> Call | None:
-    """The call of one of these names that made a tensor, seen through changes of shape."""
-    node = z.grad_fn
-    while node is not None and node not in record.calls and _kind(node) in SHAPING:
-        node = node.next_functions[0][0]
-    call = record.calls.get(node) if node is not None else None
-    return call if call is not None and call.name in names else None
+def _difference_head(piece: Piece) -> Head:
+    """Of two outputs, one of which may depend on the other, that one comes first."""
+    result, weight, (a, b) = piece
+    if a.shape != b.shape:
+        return GraphHead(*piece)
+    (through,) = grad(b, a, torch.zeros_like(b), retain_graph=True, allow_unused=True)
+    return ElementwiseHead(result, weight, (a, b) if through is None else (b, a))
 
 
-def _recognised(record: Record, loss: Tensor, outputs: tuple[Tensor, ...]) -> list[Head] | None:
-    """Heads with closed forms, where the outputs named are just what the losses took."""
-    terms = list(linear_terms(loss, record.calls))
-    if not all(t.node in record.calls for t in terms):
-        return None
-    calls = [record.calls[t.node] for t in terms]
-    given = {id(z) for z in outputs}
-    if {id(z) for c in calls for z in c.inputs} != given:
-        return None
-    weights = _weights(loss, [c.result for c in calls])
-    heads = [_head(c, w, record) for c, w in zip(calls, weights, strict=True)]
-    taken = {id(z) for h in heads if h is not None for z in h.outputs}
-    return [h for h in heads if h is not None] if taken == given else None
+def _pulled(weight: Tensor, result: Any, back_to: GradientEdge) -> Tensor:
+    return grad([result], [back_to], [weight], retain_graph=True)[0]
 
 
-def _no_split(flat: list[str]) -> str:
-    if "nll_loss" in flat or "kl_div" in flat:
+# --- where there is none --------------------------------------------------------------------
+
+
+def _no_split(flat: set[str], refused: set[str]) -> str:
+    if refused:
         cause = (
-            "the loss is linear in the log-probabilities it was given, and the log_softmax that "
-            "made them was not seen. Use F.cross_entropy on the logits, or "
+            f"in {_and(refused)} the target, weight or variance depends on the parameters too. "
+            f"Detach it (target.detach()), or {EXPLICIT_FORM}"
+        )
+    elif flat & {"nll_loss", "kl_div"}:
+        cause = (
+            f"{_and(flat)} is linear in the log-probabilities it was given, and the log_softmax "
+            "that made them was not seen. Use F.cross_entropy or F.log_softmax on the logits, or "
+            f"{EXPLICIT_FORM}"
         )
     elif flat:
-        cause = f"{' and '.join(sorted(set(flat)))} has no curvature (its second derivative is 0). "
-        cause += "Take a loss that has (F.huber_loss, F.mse_loss), or "
+        cause = (
+            f"{_and(flat)} has no curvature, its second derivative is 0. Take F.huber_loss or "
+            'F.mse_loss, or the whole Hessian: HFOptimizer(params, curvature="hessian").'
+        )
     else:
-        cause = "none of torch's loss functions and no mean or sum of squares was seen in it. Either "
-    return f"No Gauss-Newton split of this loss was found: {cause}{EXPLICIT_FORM}"
+        cause = (
+            "it is no sum of torch's loss functions (F.cross_entropy, F.mse_loss, ...) and of "
+            f"means or sums of squares. To say where the network ends, {EXPLICIT_FORM}"
+        )
+    return f"No Gauss-Newton split of this loss was found: {cause}"
+
+
+def _and(names: set[str]) -> str:
+    return " and ".join(sorted(names))

@@ -7,7 +7,7 @@ view of the flat vector, so that keeping it costs nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -21,19 +21,23 @@ _PREFIX = "preconditioner."
 def pack(
     state: Any, vector: ParameterVector, start: Tensor | None, preconditioner: Preconditioner
 ) -> None:
-    """Lays CG's last iterate and the preconditioner's vectors out by parameter."""
+    """Lays CG's last iterate and the preconditioner's vectors out by parameter.
+
+    Parameters that are not in ``vector`` (frozen since) lose theirs: it would be another step's.
+    """
     flats: dict[str, Any] = {"cg_iterate": vector.zeros() if start is None else start}
     flats |= {_PREFIX + k: v for k, v in preconditioner.state_dict().items()}
+    state.clear()
     for p in vector.params:
         state[p] = {}
     first = state[vector.params[0]]
     for key, value in flats.items():
-        if not isinstance(value, Tensor) or value.ndim == 0 or value.shape[-1] != vector.numel:
+        if not _may_be_vector(value) or value.ndim == 0 or value.shape[-1] != vector.numel:
             first[key] = value
             continue
         pieces = value.split(vector.sizes, dim=-1)
         for p, piece in zip(vector.params, pieces, strict=True):
-            state[p][key] = piece.view(*value.shape[:-1], *p.shape)
+            state[p][key] = piece.view((*value.shape[:-1], *p.shape))
 
 
 def unpack(
@@ -55,9 +59,11 @@ def unpack(
     flats: dict[str, Any] = {}
     for key, value in first.items():
         shape = vector.params[0].shape
-        lead = value.shape[: value.ndim - len(shape)] if isinstance(value, Tensor) else ()
-        if not isinstance(value, Tensor) or value.shape[len(lead) :] != shape or (
-            key not in original[vector.params[-1]]
+        lead = value.shape[: value.ndim - len(shape)] if _may_be_vector(value) else ()
+        if (
+            not _may_be_vector(value)
+            or value.shape[len(lead) :] != shape
+            or key not in original[vector.params[-1]]
         ):
             flats[key] = value
             continue
@@ -66,3 +72,7 @@ def unpack(
     start = flats.pop("cg_iterate", None)
     preconditioner.load_state_dict({k.removeprefix(_PREFIX): v for k, v in flats.items()})
     return None if start is None or not torch.any(start) else start
+
+
+def _may_be_vector(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()

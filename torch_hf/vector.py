@@ -52,9 +52,7 @@ class ParameterVector:
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """As :meth:`views`, in each parameter's own dtype."""
-        return [
-            v.to(p.dtype) for v, p in zip(self.views(vector), self.params, strict=True)
-        ]
+        return [v.to(p.dtype) for v, p in zip(self.views(vector), self.params, strict=True)]
 
     def spread(self, values: Sequence[float]) -> Tensor | float:
         """One number per parameter as a vector ``(P,)``, or as itself where all agree."""
@@ -102,8 +100,8 @@ class Trial:
 def check_parameters(params: Sequence[Tensor]) -> None:
     if not params:
         raise ValueError(
-            "There is nothing to optimize: no parameter with requires_grad=True was given. "
-            "Pass model.parameters()."
+            "There is nothing to optimize: no parameter with requires_grad=True was given. Pass "
+            "model.parameters(), unfrozen with model.requires_grad_(True) if they are frozen."
         )
     for p in params:
         if not p.is_floating_point():

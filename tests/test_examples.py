@@ -1,0 +1,150 @@
+"""Each example as a user runs it, for a few steps on tiny data sets in the real formats."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_hf.tracking import read_csv
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
+CLASSES += ["dog", "frog", "horse", "ship", "truck"]
+
+
+def run_example(name, *arguments, cwd):
+    """Run ``examples/<name>.py`` in ``cwd``, where its results then lie in ``runs/<name>``."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / f"{name}.py"), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def write_idx(path, array):
+    """The format of MNIST's files: unsigned bytes, dimensions big-endian."""
+    header = struct.pack(f">HBB{array.dim()}I", 0, 8, array.dim(), *array.shape)
+    path.write_bytes(header + array.to(torch.uint8).numpy().tobytes())
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    """MNIST of 96 + 40 cases, and a folder of 20 + 10 images in the classes of CIFAR-10."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, cases in (("train", 96), ("t10k", 40)):
+        images = torch.randint(256, (cases, 28, 28), generator=generator)
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", torch.arange(cases) % 10)
+    for part, cases in (("train", 2), ("test", 1)):
+        for name in CLASSES:
+            folder = root / "cifar10" / part / name
+            folder.mkdir(parents=True)
+            for i in range(cases):
+                image = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(image.numpy()).save(folder / f"{i}.png")
+    return root
+
+
+RUNS = [
+    ("digits", "hf", "test_accuracy"),
+    ("mnist", "hf", "test_accuracy"),
+    ("mnist", "adam", "test_accuracy"),
+    ("mnist", "sgd", "test_accuracy"),
+    ("mnist", "lbfgs", "test_accuracy"),
+    ("cifar10", "hf", "test_accuracy"),
+    ("autoencoder", "hf", "train_squared_error"),
+]
+
+
+@pytest.mark.parametrize(("name", "optimizer", "score"), RUNS, ids=lambda value: value)
+def test_three_steps(name, optimizer, score, data_root, tmp_path):
+    arguments = ["--max-steps", 3, "--batch-size", 20, "--optimizer", optimizer, "--device", "cpu"]
+    if name != "digits":
+        arguments += ["--data-root", data_root]
+    if name == "autoencoder":
+        arguments += ["--split-size", 7]
+    done = run_example(name, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cases/s" in done.stderr  # the progress bar
+    assert score.replace("_", " ") in done.stdout
+
+    columns = read_csv(tmp_path / "runs" / name / "training.csv")
+    assert columns["step"] == [1, 2, 3]
+    assert all(torch.tensor(columns["loss"]).isfinite())
+    assert columns[score][-1] >= 0
+    assert (tmp_path / "runs" / name / "training.png").read_bytes().startswith(b"\x89PNG")
+    if optimizer == "hf":
+        assert "λ" in done.stdout
+        assert all(
+            new <= old for old, new in zip(columns["loss"], columns["new_loss"], strict=True)
+        )
+    if name == "autoencoder":
+        assert columns["curvature_cases"][0] == 10
+
+
+def test_image_folder_at_the_data_root_itself(data_root, tmp_path):
+    arguments = ["--max-steps", 1, "--optimizer", "adam", "--data-root", data_root / "cifar10"]
+    done = run_example("cifar10", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("mnist", ["--data-root", "nowhere"], "MNIST is not in nowhere/MNIST/raw"),
+        ("autoencoder", ["--data-root", "nowhere"], "MNIST is not in nowhere/MNIST/raw"),
+        ("cifar10", ["--data-root", "nowhere"], "CIFAR-10 is not in nowhere/cifar-10-batches-py"),
+        ("digits", ["--max-steps", "0"], "--max-steps must be positive; got 0"),
+        ("digits", ["--device", "cuda:99"], "--device cuda:99 is not at hand"),
+    ],
+)
+def test_what_is_missing_is_said_in_a_sentence(name, arguments, message, tmp_path):
+    done = run_example(name, *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    if "nowhere" in arguments:
+        assert "--download" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_other_classes_than_cifar10s(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / part / "unicorn").mkdir(parents=True)
+        (tmp_path / part / "unicorn" / "0.png").touch()
+    done = run_example("cifar10", "--data-root", ".", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "unicorn" in done.stderr
+
+
+@pytest.mark.slow
+def test_digits_reach_97_percent(tmp_path):
+    done = run_example("digits", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    columns = read_csv(tmp_path / "runs" / "digits" / "training.csv")
+    assert columns["test_accuracy"][-1] >= 0.97
+    assert columns["elapsed"][-1] < 120
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("TORCH_HF_DATA" not in os.environ, reason="TORCH_HF_DATA names no data root")
+def test_mnist_reaches_98_percent(tmp_path):
+    done = run_example("mnist", "--data-root", os.environ["TORCH_HF_DATA"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    columns = read_csv(tmp_path / "runs" / "mnist" / "training.csv")
+    assert columns["test_accuracy"][-1] >= 0.98

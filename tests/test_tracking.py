@@ -1,0 +1,209 @@
+"""CSV rows, TensorBoard scalars, the progress bar's postfix, and the plots drawn from rows."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+
+from torch_hf.plotting import plot_comparison, plot_training
+from torch_hf.report import StepReport, Stop
+from torch_hf.tracking import CSVLogger, log_scalars, progress_postfix, read_csv
+
+REPORT = StepReport(
+    step=1,
+    loss=2.0,
+    new_loss=1.5,
+    accepted=True,
+    reduction_ratio=0.9,
+    damping=1e-2,
+    gradient_norm=0.5,
+    step_length=1.0,
+    cg_iterations=12,
+    cg_stop=Stop.PROGRESS,
+    products=13,
+    evaluations=2,
+    batch_cases=64,
+    curvature_cases=32,
+    engine="double_backward",
+    seconds={"total": 0.1, "products": 0.05},
+)
+REJECTED = dataclasses.replace(
+    REPORT, step=2, accepted=False, reduction_ratio=math.nan, reason="the loss rose"
+)
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class TestCSVLogger:
+    def test_columns_are_the_reports_and_the_extras(self, tmp_path):
+        with CSVLogger(tmp_path / "new" / "run.csv") as logger:
+            logger.log(REPORT, epoch=1)
+        (row,) = rows_of(logger.path)
+        expected = {**REPORT.to_dict(), "epoch": 1}
+        assert list(row) == list(expected)
+        assert row == {key: "" if value is None else str(value) for key, value in expected.items()}
+
+    def test_a_row_is_on_disk_before_log_returns(self, tmp_path):
+        with CSVLogger(tmp_path / "run.csv") as logger:
+            for rows in (1, 2, 3):
+                logger.log(REPORT)
+                assert len(rows_of(logger.path)) == rows
+
+    def test_a_later_column_widens_the_file(self, tmp_path):
+        with CSVLogger(tmp_path / "run.csv") as logger:
+            logger.log({"step": 1, "note": 'with "quotes", and\nlines'})
+            logger.log({"step": 2}, test_accuracy=0.5)
+            logger.log({"step": 3})
+        columns = read_csv(logger.path)
+        assert list(columns) == ["step", "note", "test_accuracy"]
+        assert columns["step"] == [1, 2, 3]
+        assert rows_of(logger.path)[0]["note"] == 'with "quotes", and\nlines'
+        assert columns["test_accuracy"] == pytest.approx([math.nan, 0.5, math.nan], nan_ok=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["run.csv"]
+
+    @pytest.mark.parametrize(("append", "steps"), [(True, [1, 2]), (False, [2])])
+    def test_append_continues_and_otherwise_replaces(self, tmp_path, append, steps):
+        for report in (REPORT, REJECTED):
+            with CSVLogger(tmp_path / "run.csv", append=append) as logger:
+                logger.log(report)
+        assert read_csv(logger.path)["step"] == steps
+
+    def test_a_closed_logger_says_so(self, tmp_path):
+        with CSVLogger(tmp_path / "run.csv") as logger:
+            pass
+        logger.close()
+        with pytest.raises(ValueError, match="closed"):
+            logger.log(REPORT)
+
+    def test_an_error_inside_keeps_the_rows(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt), CSVLogger(tmp_path / "run.csv") as logger:
+            logger.log(REPORT)
+            raise KeyboardInterrupt
+        assert len(rows_of(tmp_path / "run.csv")) == 1
+
+
+def test_read_csv_gives_numbers(tmp_path):
+    with CSVLogger(tmp_path / "run.csv") as logger:
+        logger.log(REPORT)
+        logger.log(REJECTED)
+    columns = read_csv(logger.path)
+    assert columns["accepted"] == [1, 0]
+    assert columns["damping"] == [1e-2, 1e-2]
+    assert math.isnan(columns["cg_stop"][0])
+
+
+def test_read_csv_of_an_empty_file(tmp_path):
+    (tmp_path / "run.csv").touch()
+    with pytest.raises(ValueError, match="empty"):
+        read_csv(tmp_path / "run.csv")
+
+
+def test_log_scalars_writes_the_numbers_at_the_step():
+    written = {}
+
+    class Writer:
+        def add_scalar(self, tag, scalar_value, global_step=None):
+            written[tag] = (scalar_value, global_step)
+
+    log_scalars(Writer(), REPORT, test_accuracy=0.5, unknown=None)
+    assert written["hf/damping"] == (1e-2, 1)
+    assert written["hf/accepted"] == (1.0, 1)
+    assert written["hf/test_accuracy"] == (0.5, 1)
+    assert not {"hf/cg_stop", "hf/unknown", "hf/gradient_variance", "hf/step"} & set(written)
+
+
+def test_progress_postfix():
+    assert progress_postfix(REPORT) == {
+        "loss": "1.5",
+        "batch": "64",
+        "λ": "0.01",
+        "ρ": "0.90",
+        "CG": "12",
+    }
+    rejected = progress_postfix(REJECTED)
+    assert rejected["rejected"] == "the loss rose"
+    assert "ρ" not in rejected
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of six steps, the third of them rejected, the test set seen every other step."""
+    with CSVLogger(tmp_path / "run.csv") as logger:
+        for step in range(1, 7):
+            report = dataclasses.replace(
+                REJECTED if step == 3 else REPORT,
+                step=step,
+                loss=2.0 / step,
+                damping=0.5**step,
+                batch_cases=64 * step,
+            )
+            seen = {"test_loss": 2.5 / step, "test_accuracy": 1 - 0.5 / step}
+            logger.log(report, elapsed=0.5 * step, **(seen if step % 2 == 0 else {}))
+    return logger.path
+
+
+def assert_png(path, least_bytes=10_000):
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert len(data) > least_bytes
+
+
+class TestPlots:
+    def test_training(self, run, tmp_path):
+        plot_training(run, tmp_path / "plots" / "training.png", title="Six steps")
+        assert_png(tmp_path / "plots" / "training.png")
+
+    def test_another_optimizers_run(self, tmp_path):
+        with CSVLogger(tmp_path / "adam.csv") as logger:
+            for step in range(1, 4):
+                logger.log({"step": step, "loss": 1 / step, "batch_cases": 32})
+        plot_training(logger.path, tmp_path / "adam.png")
+        assert_png(tmp_path / "adam.png")
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+    def test_losses_a_logarithm_does_not_take(self, tmp_path, value):
+        with CSVLogger(tmp_path / "run.csv") as logger:
+            logger.log({"step": 1, "loss": 100.0})
+            logger.log({"step": 2, "loss": value})
+        plot_training(logger.path, tmp_path / "run.png")
+        assert_png(tmp_path / "run.png")
+
+    def test_comparison(self, run, tmp_path):
+        plot_comparison({"one": run, "two": run}, tmp_path / "two.png", title="Two runs")
+        assert_png(tmp_path / "two.png")
+
+    def test_comparison_without_the_column(self, run, tmp_path):
+        with pytest.raises(ValueError, match="no run has values in column 'speed'"):
+            plot_comparison({"one": run}, tmp_path / "two.png", column="speed")
+
+    @pytest.mark.parametrize("text", ["step,loss\n", "note\nhello\n"])
+    def test_nothing_to_draw(self, tmp_path, text):
+        (tmp_path / "run.csv").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"no rows|none of the columns"):
+            plot_training(tmp_path / "run.csv", tmp_path / "run.png")
+
+    def test_without_matplotlib_the_error_says_what_to_install(self, run, tmp_path, monkeypatch):
+        for module in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
+            monkeypatch.setitem(sys.modules, module, None)
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        with pytest.raises(ImportError, match=r"pip install torch_hf\[plot\]"):
+            plot_training(run, tmp_path / "run.png")
+
+    def test_importing_torch_hf_imports_nothing_optional(self):
+        optional = "{'matplotlib', 'tqdm', 'tensorboard', 'torchvision', 'sklearn'}"
+        code = (
+            "import sys, torch; before = set(sys.modules); "
+            f"import torch_hf; print({optional} & (set(sys.modules) - before))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == "set()"
