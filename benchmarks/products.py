@@ -117,7 +117,9 @@ def main() -> None:
         figures = measure(task, args.rounds)
         results[name] = {"parameters": task.numel, "batch": batch, "contenders": figures}
         rows.append([f"{name}, P = {task.numel:,}, batch {batch:,}"] + [""] * (len(header) - 1))
-        rows += [[f"  {c[0]}", *c[1:]] for c in (row(k, f, TARGETS[name]) for k, f in figures.items())]
+        rows += [
+            [f"  {c[0]}", *c[1:]] for c in (row(k, f, TARGETS[name]) for k, f in figures.items())
+        ]
     about = environment(args.device, args.threads)
     print_table("Gauss-Newton product over gradient (synthetic data)", header, rows)
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))

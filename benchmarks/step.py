@@ -77,7 +77,13 @@ def overhead(seconds: Iterable[dict[str, float]]) -> float:
 def time_row(name: str, r: StepReport | None, seconds: dict[str, float]) -> list[str]:
     counts = [r.cg_iterations, r.products, r.evaluations] if r else ["", "", ""]
     shares = [f"{seconds[part] / seconds['total']:.1%}" for part in SHOWN]
-    return [name, *map(str, counts), f"{seconds['total']:.2f}", *shares, f"{overhead([seconds]):.1%}"]
+    return [
+        name,
+        *map(str, counts),
+        f"{seconds['total']:.2f}",
+        *shares,
+        f"{overhead([seconds]):.1%}",
+    ]
 
 
 def time_steps(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,12 +92,12 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     seconds = [dict(r.seconds) for r in reports]
     counted = seconds[1:]
     total = {part: sum(row[part] for row in counted) for part in counted[0]}
-    rows = [
-        time_row(f"step {r.step}", r, row) for r, row in zip(reports, seconds, strict=True)
-    ]
+    rows = [time_row(f"step {r.step}", r, row) for r, row in zip(reports, seconds, strict=True)]
     rows.append(time_row("2 and after", None, total))
     header = ["", "CG", "products", "losses", "seconds", *SHOWN, "overhead"]
-    title = f"A step's time, batch {BATCH:,}, {PAIRS} pairs, at most {args.cg_max_iter} CG iterations"
+    title = (
+        f"A step's time, batch {BATCH:,}, {PAIRS} pairs, at most {args.cg_max_iter} CG iterations"
+    )
     print_table(title, header, rows)
     share = overhead(counted)
     verdict = "met" if share <= OVERHEAD else "missed"
@@ -115,7 +121,9 @@ class Peak:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         elif HIGH_WATER.exists():
-            HIGH_WATER.with_name("clear_refs").write_text("5")  # Linux: the mark falls to the present
+            HIGH_WATER.with_name("clear_refs").write_text(
+                "5"
+            )  # Linux: the mark falls to the present
         self.before = self._now()
 
     def bytes(self) -> int:
@@ -192,7 +200,12 @@ def memory_rows(found: list[dict[str, Any]]) -> list[list[str]]:
         sizes = [f"{f[key] / MEGABYTE:,.0f}" for key in ("gradient", "bytes", "promise")]
         vectors = (f["bytes"] - f["gradient"]) / (4 * f["parameters"])
         rows.append(
-            [f"{batches}, {f['pairs']} pairs", *sizes, f"{vectors:.0f}", "met" if f["met"] else "missed"]
+            [
+                f"{batches}, {f['pairs']} pairs",
+                *sizes,
+                f"{vectors:.0f}",
+                "met" if f["met"] else "missed",
+            ]
         )
     return rows
 

@@ -6,7 +6,7 @@ from reference import kept_iterations, martens_stop, pcg
 from torch.testing import assert_close
 
 import torch_hf.cg
-from torch_hf.cg import conjugate_gradients
+from torch_hf.cg import conjugate_gradients, progress_is_small
 from torch_hf.report import Stop
 
 
@@ -241,6 +241,15 @@ def test_martens_window_grows_with_the_iterations():
     run = Run(A, _normal(5, 300), max_iter=600)
     assert run.result.iterations > 110  # where k is no longer 10
     assert run.result.iterations == martens_stop(run.values())
+
+
+@pytest.mark.parametrize("tol", [0.0, 5e-4, 1e-2])
+@pytest.mark.parametrize("steepness", [0.0, 1e-4, 1e-3])
+@pytest.mark.parametrize("first", [-1.0, 0.005])
+def test_martens_rule_at_every_iteration(tol, steepness, first):
+    values = [first - steepness * i for i in range(230)]
+    stops = [n for n in range(230) if progress_is_small(values[: n + 1], tol)]
+    assert next(iter(stops), None) == martens_stop(values, tol)
 
 
 @every_start

@@ -3,9 +3,6 @@
 import pytest
 import torch
 from cases import every_case
-from torch import nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_hf.curvature import GaussNewtonOperator, HessianOperator
 

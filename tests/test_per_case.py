@@ -238,6 +238,22 @@ def test_squares_by_random_signs_have_the_right_mean(make):
         assert (draws.mean(0).sum() / square.sum() - 1).abs() < 0.15
 
 
+def test_a_layer_used_twice_under_autocast_does_not_count_as_used_once():
+    model, x = _TwiceLinear(), torch.randn(CASES, 3)
+
+    def closure():
+        with torch.autocast("cpu", dtype=torch.bfloat16):  # its two uses share one cast
+            z = model(x)
+        return F.mse_loss(z.float(), VALUES.float())
+
+    params = trainable(model)
+    record = Capture(params, layers=True).run(closure)
+    heads = split_by_calls(record, record.returned, params).heads
+    draws = [squared_gradients(heads, params, record.layers)[0] for _ in range(2)]
+    assert len(record.layers) == 2
+    assert not torch.equal(*draws)  # by random signs
+
+
 def _objective(closure, params, decay=0.0, **options):
     vector = ParameterVector(params)
     return Objective(

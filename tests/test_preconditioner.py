@@ -86,12 +86,8 @@ def _spoilt_pairs(seed, count, damping=0.3):
     """As above, but some show no curvature: those are to be left out."""
     G, pairs = _loose_pairs(seed, count, damping)
     s, y = pairs[0]
-    pairs[1:1] = [
-        (s, -y),
-        (torch.zeros(N).double(), torch.zeros(N).double()),
-        (s, s - s @ s / (s @ y) * y),
-    ]
-    return G, [*pairs, (y, -s)]
+    zero, orthogonal = torch.zeros_like(s), s - s @ s / (s @ y) * y
+    return G, [(y, -s), pairs[0], (s, -y), (zero, zero), (s, orthogonal), *pairs[1:], (y, -s)]
 
 
 def _selected(pairs, damping=0.3, size=32):

@@ -42,9 +42,7 @@ def options(group: Mapping[str, Any]) -> None:
     number("lr", group["lr"], low=0.0, hint="lr=1.0 is the Newton step.")
     number("weight_decay", group["weight_decay"], low=0.0, hint="weight_decay=0 is none.")
     if group["damping"] is not None:
-        number(
-            "damping", group["damping"], low=0.0, hint="damping=None takes it from the curvature."
-        )
+        number("damping", group["damping"], low=0.0, hint="damping=None chooses one.")
     count("cg_max_iter", group["cg_max_iter"], low=1, hint="cg_max_iter=250 is usual.")
     number("cg_tol", group["cg_tol"], low=0.0, high=1.0, hint="cg_tol=5e-4 is usual.")
     number("cg_decay", group["cg_decay"], low=0.0, high=1.0, hint="cg_decay=0.95 is usual.")
@@ -67,6 +65,15 @@ def listed(name: str, batches: Any) -> list[Any]:
     if not found:
         raise ValueError(f"{name} is empty: give at least one batch, {name}=[batch].")
     return found
+
+
+def closure(value: Any) -> None:
+    """Something to call."""
+    if not callable(value):
+        raise TypeError(
+            f"step() expects a closure that computes the loss, got a {type(value).__name__}. "
+            "Write def closure(): ...; return loss, and call optimizer.step(closure)."
+        )
 
 
 def takes_batch(closure: Callable[..., Any], batch: bool) -> None:

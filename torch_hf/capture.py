@@ -157,6 +157,7 @@ class Capture(TorchFunctionMode):
         self.fast_convolutions = fast_convolutions
 
     def run(self, closure: Callable[..., Any], *args: Any) -> Record:
+        """The record of one run; attention is differentiable twice in it."""
         # The fused attention kernels have no double backward, the mathematical one has.
         with sdpa_kernel(SDPBackend.MATH), self:
             self.record.returned = closure(*args)
@@ -230,7 +231,7 @@ class Capture(TorchFunctionMode):
 @contextmanager
 def differentiable_kernels(name: str) -> Iterator[None]:
     """The recurrent kernels of cuDNN have no double backward: others are used instead."""
-    if name in RECURRENT and torch.backends.cudnn.is_available():
+    if name in RECURRENT and torch.cuda.is_available():
         with torch.backends.cudnn.flags(enabled=False):
             yield
     else:
@@ -257,7 +258,7 @@ def _arguments(name: str, args: Any, kwargs: Any) -> tuple[list[Tensor], dict[st
         case "mul":
             wanted = second is first
         case "dot":
-            wanted = second is first and first.ndim <= 1
+            wanted = second is first and second.ndim <= 1
         case "norm":
             wanted, settings = _norm(name, first, args, kwargs)
         case "softmax" | "log_softmax":

@@ -20,6 +20,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
+        """Counts what runs inside towards a part."""
         start = time.perf_counter()
         try:
             yield
@@ -27,6 +28,8 @@ class Clock:
             self.parts[name] += time.perf_counter() - start
 
     def timed(self, name: str, function: Callable[P, T]) -> Callable[P, T]:
+        """The function, its time counted towards a part."""
+
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
             with self.part(name):
                 return function(*args, **kwargs)

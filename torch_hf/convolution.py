@@ -59,7 +59,8 @@ def convolve(
     """As ``torch.conv1d``, ``conv2d`` or ``conv3d``, with the rule above."""
     dims = x.ndim - 2
     geometry = [_each(v, dims) for v in (stride, padding, dilation)]
-    return _Convolution.apply(x, weight, bias, *geometry, groups)
+    result: Tensor = _Convolution.apply(x, weight, bias, *geometry, groups)
+    return result
 
 
 def _each(value: Any, dims: int) -> list[int]:

@@ -1,132 +1,24 @@
-"""Gauss-Newton and Hessian products, by double backward through a graph kept for many products.
-
-With u a stand-in for the outputs' cotangent, ``g(u) = J^T u`` is linear in u, so the backward
-of its graph is the tangent map: ``J v = d<g(u), v>/du`` (the double-backward trick). Then
-``G v = J^T (H (J v))`` with H the Hessian of the loss in the outputs (Schraudolph 2002).
-"""
+"""Gauss-Newton and Hessian operators: flat vectors in, flat vectors out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
-from torch.autograd.graph import GradientEdge
 
 from torch_hf.capture import Record
-from torch_hf.convolution import tangents_only
 from torch_hf.frozen import FrozenWorld
-from torch_hf.heads import Head, filled
 from torch_hf.objective import Graph, Objective
 from torch_hf.per_case import EXPONENT, curvature_scale, squared_gradients
+from torch_hf.products import BatchGaussNewton, BatchHessian, LocalProduct
 from torch_hf.reduce import Reducer
 from torch_hf.split import Split, split_by_outputs
 from torch_hf.vector import ParameterVector
 
 DOUBLE_BACKWARD, TANGENT_RULES = "double_backward", "tangent_rules"
 ENGINES = ("auto", DOUBLE_BACKWARD, TANGENT_RULES)
-
-
-class Product(Protocol):
-    """A symmetric matrix as a map of vectors ``(P,)``."""
-
-    def __call__(self, v: Tensor) -> Tensor:
-        """The product with a vector ``(P,)``."""
-
-
-class _Jacobian:
-    """J v and J^T u for network outputs, on a kept graph."""
-
-    def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        self.outputs = list(outputs)
-        self.params = list(params)
-        self.cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
-        with torch.enable_grad():
-            pulled = grad(
-                self.outputs, self.params, self.cotangents, create_graph=True, allow_unused=True
-            )
-        self.reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-        self.pulled = [pulled[i] for i in self.reached]
-
-    def push(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with tangents_only():
-            found = grad(
-                self.pulled,
-                self.cotangents,
-                [tangents[i] for i in self.reached],
-                retain_graph=True,
-                allow_unused=True,
-            )
-        return filled(found, self.outputs)
-
-    def pull(self, cotangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        return grad(
-            self.outputs, self.params, list(cotangents), retain_graph=True, allow_unused=True
-        )
-
-
-class _Hessian:
-    """Hessian products of ``sum(weight * tensor)`` on a kept graph."""
-
-    def __init__(
-        self,
-        outputs: Sequence[Tensor | GradientEdge],
-        weights: Sequence[Tensor] | None,
-        params: Sequence[Tensor],
-    ) -> None:
-        self.params = list(params)
-        with torch.enable_grad():
-            slopes = grad(
-                list(outputs),
-                self.params,
-                weights,
-                create_graph=True,
-                allow_unused=True,
-            )
-        self.curved = [i for i, g in enumerate(slopes) if g is not None and g.requires_grad]
-        self.slopes = [slopes[i] for i in self.curved]
-
-    def check_curved(self) -> None:
-        if not self.slopes:
-            raise RuntimeError(
-                "The loss is linear in the parameters, so its Hessian is zero and there is no "
-                "curvature to use. Take a first-order optimizer, or a loss with curvature."
-            )
-
-    def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        if not self.slopes:
-            return [None] * len(self.params)
-        return grad(
-            self.slopes,
-            self.params,
-            [tangents[i] for i in self.curved],
-            retain_graph=True,
-            allow_unused=True,
-        )
-
-
-class _GaussNewton:
-    """G v of one batch: the heads through the network, the remainders by their own Hessian."""
-
-    def __init__(self, split: Split, params: Sequence[Tensor]) -> None:
-        self.heads: list[Head] = split.heads
-        self.jacobian = _Jacobian([z for head in self.heads for z in head.outputs], params)
-        self.remainder = None
-        if split.remainders:
-            edges, weights = zip(*split.remainders, strict=True)
-            self.remainder = _Hessian(edges, weights, params)
-
-    def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        pushed = iter(self.jacobian.push(tangents))
-        curved: list[Tensor] = []
-        for head in self.heads:
-            curved.extend(head.hessian(*(next(pushed) for _ in head.outputs)))
-        product = list(self.jacobian.pull(curved))
-        if self.remainder is not None:
-            product = [_added(a, b) for a, b in zip(product, self.remainder(tangents), strict=True)]
-        return product
 
 
 class GaussNewtonOperator:
@@ -158,13 +50,11 @@ class GaussNewtonOperator:
 
     engine = DOUBLE_BACKWARD
 
-    def __init__(
-        self, loss: Tensor, outputs: Tensor | Sequence[Tensor], params: Any
-    ) -> None:
+    def __init__(self, loss: Tensor, outputs: Tensor | Sequence[Tensor], params: Any) -> None:
         self.vector = ParameterVector([p for p in params if p.requires_grad])
         given = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
         split = split_by_outputs(Record(), loss, given, self.vector.params)
-        self._local: Any = _GaussNewton(split, self.vector.params)
+        self._local: Any = BatchGaussNewton(split, self.vector.params)
 
     @classmethod
     def from_closure(
@@ -219,7 +109,7 @@ class HessianOperator:
 
     def __init__(self, loss: Tensor, params: Any) -> None:
         self.vector = ParameterVector([p for p in params if p.requires_grad])
-        self._local = _Hessian([loss], None, self.vector.params)
+        self._local = BatchHessian([loss], None, self.vector.params)
 
     def __call__(self, v: Tensor) -> Tensor:
         """``H v`` for a vector ``(P,)``, as a vector ``(P,)``."""
@@ -245,7 +135,7 @@ class ObjectiveOperator:
         self.products = 0
         self.split: Split | None = None
         self.decay = objective.vector.spread(objective.decay)
-        self._local: Any = None
+        self._local: LocalProduct | None = None
         counts = []
         for i in range(len(objective.curvature_batches)):
             with objective.curvature_graph(i) as graph:
@@ -297,22 +187,16 @@ class ObjectiveOperator:
         self.split = None
         self.objective.kept = None
 
-    def _build(self, graph: Graph) -> Any:
+    def _build(self, graph: Graph) -> LocalProduct:
         if self.curvature == "hessian":
-            hessian = _Hessian([graph.loss], None, self.objective.vector.params)
+            hessian = BatchHessian([graph.loss], None, self.objective.vector.params)
             hessian.check_curved()
             return hessian
         self.split = self.objective.split(graph)
-        return _GaussNewton(self.split, self.objective.vector.params)
+        return BatchGaussNewton(self.split, self.objective.vector.params)
 
     def _product(self, i: int, tangents: list[Tensor]) -> Sequence[Tensor | None]:
         if self._local is not None:
             return self._local(tangents)
         with self.objective.curvature_graph(i) as graph:
             return self._build(graph)(tangents)
-
-
-def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return a + b

@@ -30,6 +30,7 @@ class RandomState:
         self.numpy: Any = numpy.random.get_state() if numpy else None
 
     def restore(self) -> None:
+        """Puts the state back."""
         random.setstate(self.python)
         torch.set_rng_state(self.torch)
         if self.cuda is not None:
@@ -48,10 +49,12 @@ class Saved(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Saved:
+        """A module's buffer as it is now."""
         buffer = module._buffers.get(name)
         return cls(module, name, buffer, None if buffer is None else buffer.detach().clone())
 
     def restore(self) -> None:
+        """Puts the state back."""
         if self.buffer is not None and self.copy is not None and _is_writable(self.buffer):
             # Batch norm does not count its edits as versions, and a kept graph that saw them
             # must not learn of this one either.
@@ -69,6 +72,7 @@ class Buffers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
+        """Remembers the buffers of modules that run inside."""
         handle = register_module_forward_pre_hook(self._remember)
         try:
             yield
@@ -76,6 +80,7 @@ class Buffers:
             handle.remove()
 
     def now(self) -> list[Saved]:
+        """The same buffers as they are now."""
         return [Saved.of(s.module, s.name) for s in self.before]
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
@@ -105,6 +110,7 @@ class FrozenWorld:
 
     @contextmanager
     def first_run(self) -> Iterator[None]:
+        """Around the runs that count."""
         with self.buffers.watched():
             yield
         self.after = RandomState(self.device)
@@ -116,6 +122,7 @@ class FrozenWorld:
 
     @contextmanager
     def rerun(self, batch: int = 0) -> Iterator[None]:
+        """Around a run that leaves no mark, with the noise that this batch saw first."""
         self.marks[min(batch, len(self.marks) - 1)].restore()
         try:
             _restore(self.buffers.before)

@@ -76,9 +76,11 @@ class DiagonalHead(_Piece):
         self.weight = weight  # broadcast to the output
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
         return (tangents[0] * self.weight,)
 
     def trace(self) -> Tensor:
+        """See :class:`Head`."""
         return self.weight.expand_as(self.outputs[0]).sum()
 
 
@@ -95,16 +97,19 @@ class ElementwiseHead(_Piece):
         (self.diagonal,) = grad(first, self.outputs[:1], torch.ones_like(first), retain_graph=True)
 
     def gradient(self) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
         (first,) = grad(self.result, self.outputs[:1], self.coefficient, retain_graph=True)
         return (first,) if len(self.outputs) == 1 else (first, -first)
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
         if len(tangents) == 1:
             return (self.diagonal * tangents[0],)
         product = self.diagonal * (tangents[0] - tangents[1])
         return product, -product
 
     def trace(self) -> Tensor:
+        """See :class:`Head`."""
         return len(self.outputs) * self.diagonal.sum()
 
 
@@ -120,10 +125,12 @@ class NormHead(_Piece):
         self.unit = torch.where(norm > 0, r / norm, 0.0)
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
         along = (self.unit * tangents[0]).sum(self.dim, keepdim=True)
         return (self.weight * (tangents[0] - self.unit * along),)
 
     def trace(self) -> Tensor:
+        """See :class:`Head`."""
         return (self.weight * (1 - self.unit.square())).sum()
 
 
@@ -140,11 +147,13 @@ class SoftmaxHead(_Piece):
         self.weight = weight  # s, broadcast along dim
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
         weighted = self.probability * tangents[0]
         centre = weighted.sum(self.dim, keepdim=True)
         return ((weighted - self.probability * centre) * self.weight,)
 
     def trace(self) -> Tensor:
+        """See :class:`Head`."""
         return (self.weight * (self.probability - self.probability.square())).sum()
 
 
@@ -160,6 +169,7 @@ class GraphHead(_Piece):
         self.curved = bool(self._slopes)
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
         if not self._slopes:
             return tuple(torch.zeros_like(t) for t in tangents)
         found = grad(
@@ -172,6 +182,7 @@ class GraphHead(_Piece):
         return filled(found, self.outputs)
 
     def trace(self) -> Tensor:
+        """See :class:`Head`."""
         signs = tuple(random_signs(z.shape, z) for z in self.outputs)
         products = self.hessian(*signs)
         terms = [(s * h).sum() for s, h in zip(signs, products, strict=True)]
@@ -195,6 +206,7 @@ def _curves(slope: Tensor, ends: set[Any]) -> bool:
 
 
 def random_signs(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Plus or minus one, each with probability 1/2."""
     return torch.randint(0, 2, shape, device=like.device).to(like.dtype) * 2 - 1
 
 
@@ -222,5 +234,6 @@ def entropy_weights(logits: Tensor, settings: Mapping[str, Any], coefficient: Te
         picked = w[torch.where(valid, target, 0)] * valid
         s = picked * (1 - smoothing) + smoothing / classes * w.sum() * valid
         denominator = picked.sum()
-    s = s * coefficient
-    return (s / denominator if mean else s).unsqueeze(dim).detach()
+    s = s * coefficient / (denominator if mean else 1)
+    weights: Tensor = s.unsqueeze(dim).detach()
+    return weights

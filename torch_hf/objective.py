@@ -232,6 +232,7 @@ class Objective:
     # --- graphs for the curvature ---
 
     def curvature_weights(self, counts: list[Cases]) -> tuple[list[float], float]:
+        """Each curvature batch's weight, and the number of cases in all."""
         return self._weigh(counts, "curvature_batches")
 
     @contextmanager

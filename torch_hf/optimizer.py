@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,21 +18,12 @@ from torch_hf.damping import initial_damping, next_damping
 from torch_hf.frozen import FrozenWorld
 from torch_hf.line_search import Move, search
 from torch_hf.objective import Objective, Value, parse_loss
+from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import Preconditioner, make_preconditioner
 from torch_hf.reduce import Reducer
-from torch_hf.report import Requests, StepReport, Stop
+from torch_hf.report import Requests, StepReport
 from torch_hf.state import pack, unpack
 from torch_hf.vector import ParameterVector
-
-
-class _Outcome(NamedTuple):
-    """A step decided, and what its report says."""
-
-    move: Move
-    damping: float | None
-    solution: CGResult | None = None
-    curvature: ObjectiveOperator | None = None
-    variance: float | None = None
 
 
 class HFOptimizer(Optimizer):
@@ -123,7 +114,7 @@ class HFOptimizer(Optimizer):
         ParameterVector(self._trainable())  # complains now rather than at the first step
 
     @torch.no_grad()
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[..., Any] | None = None,
         batches: Iterable[Any] | None = None,
@@ -165,19 +156,19 @@ class HFOptimizer(Optimizer):
             raise
         self._commit(vector, here, outcome)
         world.after.restore()
-        self.last_report = self._report(objective, here, outcome, clock)
+        steps = self.param_groups[0]["steps"]
+        self.last_report = outcome.report(steps, objective, here, clock, self._requests)
         return parse_loss(here.returned)
 
     # --- the parts of a step, in the order it takes them ---
 
-    def _decide(self, objective: Objective, here: Value, clock: Clock) -> _Outcome:
+    def _decide(self, objective: Objective, here: Value, clock: Clock) -> Outcome:
         """Everything that is computed; nothing that lasts is changed."""
         if here.gradient_norm == 0.0 or not math.isfinite(here.gradient_norm):
             zero = here.gradient_norm == 0.0
             reason = "the gradient is zero" if zero else "the gradient is not finite"
-            return _Outcome(
-                Move(None, 0.0, here.loss, reason=reason), self.param_groups[0]["damping"]
-            )
+            move = Move(None, 0.0, here.loss, reason=reason)
+            return Outcome(move, self.param_groups[0]["damping"])
         with clock.part("gradient"):
             curvature = ObjectiveOperator(objective, self.curvature)
             asked = self._requests.gradient_variance
@@ -193,7 +184,7 @@ class HFOptimizer(Optimizer):
                 return objective.loss()
 
             move = search(loss_along, candidates, length, here.loss, damping)
-        return _Outcome(move, damping, solution, curvature, variance)
+        return Outcome(move, damping, solution, curvature, variance)
 
     def _damping(self, curvature: ObjectiveOperator, here: Value, clock: Clock) -> float:
         given = self.param_groups[0]["damping"]
@@ -240,50 +231,23 @@ class HFOptimizer(Optimizer):
         bend = float(torch.dot(d, curvature(d).add_(d, alpha=damping)))
         return [Iterate(solution.iterations, slope + 0.5 * bend, slope, d)], 1.0
 
-    def _commit(self, vector: ParameterVector, here: Value, outcome: _Outcome) -> None:
+    def _commit(self, vector: ParameterVector, here: Value, outcome: Outcome) -> None:
         """The only place where parameters and the state for the next step change."""
         move, solution = outcome.move, outcome.solution
-        accepted = move.direction is not None
         if move.direction is not None:
             vector.move(move.direction, move.length)
         if solution is not None:
             self.preconditioner.end()
         if here.gradient_norm != 0.0:
-            self._start = solution.last.vector if accepted and solution is not None else None
+            self._start = solution.last.vector if outcome.accepted and solution else None
             if outcome.damping is not None:
-                damping = next_damping(outcome.damping, move.ratio, accepted, move.floor)
+                damping = next_damping(outcome.damping, move.ratio, outcome.accepted, move.floor)
                 for group in self.param_groups:
                     group["damping"] = damping
         self.param_groups[0]["steps"] += 1
         pack(self.state, vector, self._start, self.preconditioner)
         for p, g in zip(vector.params, here.plain_gradient, strict=True):
             p.grad = g
-
-    def _report(
-        self, objective: Objective, here: Value, outcome: _Outcome, clock: Clock
-    ) -> StepReport:
-        move, solution, curvature = outcome.move, outcome.solution, outcome.curvature
-        return StepReport(
-            step=self.param_groups[0]["steps"],
-            loss=here.loss,
-            new_loss=move.loss,
-            accepted=move.direction is not None,
-            reduction_ratio=move.ratio,
-            damping=math.nan if outcome.damping is None else outcome.damping,
-            gradient_norm=here.gradient_norm,
-            step_length=move.length,
-            cg_iterations=solution.iterations if solution else 0,
-            cg_stop=solution.stop if solution else Stop.ZERO_GRADIENT,
-            products=curvature.products if curvature else 0,
-            evaluations=objective.evaluations,
-            batch_cases=round(here.cases),
-            curvature_cases=round(curvature.cases) if curvature else 0,
-            engine=curvature.engine if curvature else "",
-            reason=move.reason,
-            gradient_variance=outcome.variance,
-            seconds=clock.seconds(),
-            requests=self._requests,
-        )
 
     # --- set-up ---
 
@@ -293,12 +257,7 @@ class HFOptimizer(Optimizer):
     def _objective(
         self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
     ) -> Objective:
-        if not callable(closure):
-            raise TypeError(
-                f"step() expects a closure that computes the loss, got a "
-                f"{type(closure).__name__}. Write def closure(): ...; return loss, and call "
-                "optimizer.step(closure)."
-            )
+        _checks.closure(closure)
         for group in self.param_groups:
             _checks.options(group)
         self._fit_state(vector)
@@ -341,7 +300,6 @@ class HFOptimizer(Optimizer):
         self._start = unpack(self.state, state_dict, self.param_groups, vector, self.preconditioner)
         pack(self.state, vector, self._start, self.preconditioner)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.__dict__.setdefault("last_report", None)
-
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("preconditioner", "curvature", "process_group", "last_report", "_requests", "_start")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}

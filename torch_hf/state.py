@@ -35,7 +35,7 @@ def pack(
         if not _may_be_vector(value) or value.ndim == 0 or value.shape[-1] != vector.numel:
             first[key] = value
             continue
-        pieces = value.split(vector.sizes, dim=-1)
+        pieces = torch.split(value, vector.sizes, dim=-1)
         for p, piece in zip(vector.params, pieces, strict=True):
             state[p][key] = piece.view((*value.shape[:-1], *p.shape))
 

@@ -35,6 +35,7 @@ class ParameterVector:
         self.dtype = dtype
 
     def zeros(self) -> Tensor:
+        """A vector ``(P,)`` of zeros."""
         return torch.zeros(self.numel, dtype=self.dtype, device=self.device)
 
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
@@ -47,7 +48,7 @@ class ParameterVector:
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The pieces of a vector ``(P,)`` in the parameters' shapes, without copying."""
-        pieces = vector.split(self.sizes)
+        pieces = torch.split(vector, self.sizes)
         return [v.view(p.shape) for v, p in zip(pieces, self.params, strict=True)]
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
@@ -87,17 +88,20 @@ class Trial:
 
     @torch.no_grad()
     def place(self, direction: Tensor, length: float) -> None:
+        """Puts ``theta + length * direction`` into the parameters."""
         pieces = self.vector.views(direction)
         for p, old, d in zip(self.vector.params, self.saved, pieces, strict=True):
             p.copy_(torch.add(old.to(d.dtype), d, alpha=length))
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Puts theta back, bit for bit."""
         for p, old in zip(self.vector.params, self.saved, strict=True):
             p.copy_(old)
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:
+    """Complains about what cannot be optimized."""
     if not params:
         raise ValueError(
             "There is nothing to optimize: no parameter with requires_grad=True was given. Pass "

@@ -1,0 +1,63 @@
+"""A step decided: what will be done, and the report it makes."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch_hf.cg import CGResult
+from torch_hf.clock import Clock
+from torch_hf.curvature import ObjectiveOperator
+from torch_hf.line_search import Move
+from torch_hf.objective import Objective, Value
+from torch_hf.report import Requests, StepReport, Stop
+
+
+class Outcome(NamedTuple):
+    """What a step came to.
+
+    Attributes:
+        move: Where the parameters go.
+        damping: The lambda used; None where the step ended before there was one.
+        solution: What CG found, if it ran.
+        curvature: The operator, if it was made.
+        variance: The gradient's variance, if it was asked for.
+    """
+
+    move: Move
+    damping: float | None
+    solution: CGResult | None = None
+    curvature: ObjectiveOperator | None = None
+    variance: float | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the parameters move."""
+        return self.move.direction is not None
+
+    def report(
+        self, step: int, objective: Objective, here: Value, clock: Clock, requests: Requests
+    ) -> StepReport:
+        """The record of the step."""
+        solution, curvature = self.solution, self.curvature
+        return StepReport(
+            step=step,
+            loss=here.loss,
+            new_loss=self.move.loss,
+            accepted=self.accepted,
+            reduction_ratio=self.move.ratio,
+            damping=math.nan if self.damping is None else self.damping,
+            gradient_norm=here.gradient_norm,
+            step_length=self.move.length,
+            cg_iterations=solution.iterations if solution else 0,
+            cg_stop=solution.stop if solution else Stop.ZERO_GRADIENT,
+            products=curvature.products if curvature else 0,
+            evaluations=objective.evaluations,
+            batch_cases=round(here.cases),
+            curvature_cases=round(curvature.cases) if curvature else 0,
+            engine=curvature.engine if curvature else "",
+            reason=self.move.reason,
+            gradient_variance=self.variance,
+            seconds=clock.seconds(),
+            requests=requests,
+        )

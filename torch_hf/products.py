@@ -1,0 +1,126 @@
+"""Products of one batch on a kept graph: Jacobian, Gauss-Newton matrix, Hessian.
+
+With u a stand-in for the outputs' cotangent, ``g(u) = J^T u`` is linear in u, so the backward
+of its graph is the tangent map: ``J v = d<g(u), v>/du`` (the double-backward trick). Then
+``G v = J^T (H (J v))`` with H the Hessian of the loss in the outputs (Schraudolph 2002).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+from torch.autograd.graph import GradientEdge
+
+from torch_hf.convolution import tangents_only
+from torch_hf.heads import Head, filled
+from torch_hf.split import Split
+
+#: Tangents by parameter to a product by parameter; None counts as zeros.
+LocalProduct = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
+
+
+class Jacobian:
+    """J v and J^T u for network outputs, on a kept graph."""
+
+    def __init__(self, outputs: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+        self.outputs = list(outputs)
+        self.params = list(params)
+        self.cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+        with torch.enable_grad():
+            pulled = grad(
+                self.outputs, self.params, self.cotangents, create_graph=True, allow_unused=True
+            )
+        self.reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+        self.pulled = [pulled[i] for i in self.reached]
+
+    def push(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """J v."""
+        with tangents_only():
+            found = grad(
+                self.pulled,
+                self.cotangents,
+                [tangents[i] for i in self.reached],
+                retain_graph=True,
+                allow_unused=True,
+            )
+        return filled(found, self.outputs)
+
+    def pull(self, cotangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """J^T u."""
+        return grad(
+            self.outputs, self.params, list(cotangents), retain_graph=True, allow_unused=True
+        )
+
+
+class BatchHessian:
+    """Hessian products of ``sum(weight * tensor)`` on a kept graph."""
+
+    def __init__(
+        self,
+        outputs: Sequence[Tensor] | Sequence[GradientEdge],
+        weights: Sequence[Tensor] | None,
+        params: Sequence[Tensor],
+    ) -> None:
+        self.params = list(params)
+        with torch.enable_grad():
+            slopes = grad(
+                outputs,
+                self.params,
+                weights,
+                create_graph=True,
+                allow_unused=True,
+            )
+        self.curved = [i for i, g in enumerate(slopes) if g is not None and g.requires_grad]
+        self.slopes = [slopes[i] for i in self.curved]
+
+    def check_curved(self) -> None:
+        """Complains where the Hessian is identically zero."""
+        if not self.slopes:
+            raise RuntimeError(
+                "The loss is linear in the parameters, so its Hessian is zero and there is no "
+                "curvature to use. Take a first-order optimizer, or a loss with curvature."
+            )
+
+    def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The product, by parameter."""
+        if not self.slopes:
+            return [None] * len(self.params)
+        return grad(
+            self.slopes,
+            self.params,
+            [tangents[i] for i in self.curved],
+            retain_graph=True,
+            allow_unused=True,
+        )
+
+
+class BatchGaussNewton:
+    """G v of one batch: the heads through the network, the remainders by their own Hessian."""
+
+    def __init__(self, split: Split, params: Sequence[Tensor]) -> None:
+        self.heads: list[Head] = split.heads
+        self.jacobian = Jacobian([z for head in self.heads for z in head.outputs], params)
+        self.remainder = None
+        if split.remainders:
+            edges, weights = zip(*split.remainders, strict=True)
+            self.remainder = BatchHessian(edges, weights, params)
+
+    def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The product, by parameter."""
+        pushed = iter(self.jacobian.push(tangents))
+        curved: list[Tensor] = []
+        for head in self.heads:
+            curved.extend(head.hessian(*(next(pushed) for _ in head.outputs)))
+        product = list(self.jacobian.pull(curved))
+        if self.remainder is not None:
+            product = [_added(a, b) for a, b in zip(product, self.remainder(tangents), strict=True)]
+        return product
+
+
+def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
