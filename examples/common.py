@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Task:
             size, and takes curvature products on ``curvature_fraction`` of the batch only.
         curvature_fraction: See ``split_size``.
         weight_decay: For hf, adam and sgd, where it means the same; torch's L-BFGS has none.
+        options: Further arguments of ``HFOptimizer``.
         loss: Outputs and targets to the mean loss over cases.
         score: Outputs and targets to a number for each case; its mean is reported.
         score_name: Its name in the table and the CSV file.
@@ -62,6 +63,7 @@ class Task:
     split_size: int | None = None
     curvature_fraction: float = 1.0
     weight_decay: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
     score: Callable[[Tensor, Tensor], Tensor] = correct
     score_name: str = "accuracy"
@@ -236,7 +238,7 @@ def make_optimizer(task: Task, args: argparse.Namespace) -> torch.optim.Optimize
         return torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=decay)
     if args.optimizer == "lbfgs":
         return torch.optim.LBFGS(parameters, lr=args.lr or 1.0, line_search_fn="strong_wolfe")
-    return HFOptimizer(parameters, lr=args.lr or 1.0, weight_decay=decay)
+    return HFOptimizer(parameters, lr=args.lr or 1.0, weight_decay=decay, **task.options)
 
 
 def make_sampler(task: Task, args: argparse.Namespace) -> GrowingBatchSampler:

@@ -371,13 +371,13 @@ def test_gradient_variance_is_that_of_the_cases(batches, decay, penalty):
         return loss + _penalty(problem.model) if penalty else loss
 
     draws = []
-    for _ in range(DRAWS // 2):
+    for _ in range(DRAWS // 4):
         objective = _objective(closure, params, decay, batches=batches)
         here = objective.value()
         draws.append(objective.gradient_variance(here))
         torch.rand(1)  # on to other signs
     mean = torch.tensor(draws, dtype=torch.float64).mean().item()
-    assert mean == pytest.approx(truth, rel=0.05)
+    assert mean == pytest.approx(truth, rel=0.1)
 
 
 def test_gradient_variance_of_a_single_case_is_zero():

@@ -11,6 +11,16 @@ from torch.nn import functional as F
 
 from torch_hf.curvature import GaussNewtonOperator
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small tensors on several threads wait for each other wherever cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 _generator = torch.Generator().manual_seed(0)
 
 
@@ -206,7 +216,7 @@ DIVERGENCES = tuple(
             F.log_softmax(z, 1), target, reduction=reduction, log_target=log
         ).sum(),
     )
-    for reduction in ("batchmean", "sum", "none")
+    for reduction in ("batchmean", "mean", "sum", "none")
     for target, log in ((PROBABILITIES, False), (PROBABILITIES.log(), True))
 )
 
@@ -292,6 +302,7 @@ SUMS = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
 @pytest.mark.parametrize(
     "row", CLASSIFICATION + DIVERGENCES + REGRESSION + SUMS, ids=lambda row: row.name
 )
@@ -409,6 +420,14 @@ def test_the_terms_of_an_evidence_bound():
     truth = dense_gauss_newton(encoder, convex, START)
     truth += dense_hessian(lambda params: rest(encoder(params)[1]), START)
     assert_same(found(loss), truth)
+
+
+def test_modules_with_backward_hooks():
+    soft, criterion = nn.LogSoftmax(1), nn.NLLLoss()
+    for module in (soft, criterion):
+        module.register_full_backward_hook(lambda *_: None)
+    truth = dense_gauss_newton(network, _cross_entropy, START)
+    assert_same(found(lambda params: criterion(soft(network(params)), CLASSES)), truth)
 
 
 # Losses of two network outputs

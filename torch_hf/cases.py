@@ -164,8 +164,10 @@ def linear_terms(loss: Tensor, stops: Any) -> list[Term]:
         averaged = kind(node) in AVERAGING or any(t.averaged for t in arrived)
         # A node called by itself gives its operands' share and goes no further: what the
         # operands owe to other paths, through a loss function, is not counted.
-        weights = node(*[None if t is None else t.weight for t in terms])
-        weights = weights if isinstance(weights, tuple) else (weights,)
+        weights: Any = [None if t is None else t.weight for t in terms]
+        if kind(node) != "BackwardHookFunction":  # where modules hang their hooks: the identity
+            weights = node(*weights)
+            weights = weights if isinstance(weights, tuple) else (weights,)
         for edge, weight in zip(node.next_functions, weights, strict=True):
             if edge[0] is not None and weight is not None:
                 _arrive(found, edge, weight, divisor, averaged)

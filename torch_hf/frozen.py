@@ -111,6 +111,7 @@ class FrozenWorld:
     @contextmanager
     def first_run(self) -> Iterator[None]:
         """Around the runs that count."""
+        self.marks = [RandomState(self.device)]  # reading the batches may have drawn numbers
         with self.buffers.watched():
             yield
         self.after = RandomState(self.device)
