@@ -14,16 +14,6 @@ from torch.nn import functional as F
 from torch_hf import HFOptimizer, LBFGSPreconditioner
 from torch_hf.preconditioner import DiagonalPreconditioner
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on several threads wait for each other wherever cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 X = torch.linspace(-1, 1, 12).view(6, 2)
 Y = X.flip(1).sin()
 CLASSES = torch.tensor([0, 1, 1, 0, 1, 0])

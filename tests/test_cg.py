@@ -30,14 +30,6 @@ def assert_same(found, truth, rtol):
     assert torch.linalg.norm(found - truth) <= rtol * torch.linalg.norm(truth)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Run:
     """A solve with everything it was seen to do."""
 

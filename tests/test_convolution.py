@@ -16,14 +16,6 @@ from torch_hf.convolution import convolve, has_rule, tangents_only
 from torch_hf.curvature import GaussNewtonOperator, HessianOperator
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _normal(seed, *shape):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float64, generator=generator)

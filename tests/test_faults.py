@@ -13,16 +13,6 @@ from torch.nn import functional as F
 
 from torch_hf import HFOptimizer, LBFGSPreconditioner
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on several threads wait for each other wherever cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 X = torch.linspace(-1, 1, 14).view(7, 2)
 Y = X.flip(1).sin()
 BATCH = (X, Y)

@@ -18,16 +18,6 @@ from torch_hf.objective import Objective
 from torch_hf.reduce import Reducer
 from torch_hf.vector import ParameterVector
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on several threads wait for each other wherever cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 CPU = torch.device("cpu")
 
 

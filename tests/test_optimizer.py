@@ -25,14 +25,6 @@ STABLE = {
 CALM = {"damping": 1.0, "history_size": 2, "cg_max_iter": 2, "weight_decay": 1e-2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def seed():
     with torch.random.fork_rng(devices=[]):

@@ -19,13 +19,10 @@ CASES, DRAWS = 7, 400
 
 
 @pytest.fixture(autouse=True)
-def one_thread_and_seed():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seed():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
-    torch.set_num_threads(before)
 
 
 def _normal(seed, *shape):

@@ -11,16 +11,6 @@ from torch.nn import functional as F
 
 from torch_hf.curvature import GaussNewtonOperator
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Small tensors on several threads wait for each other wherever cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 _generator = torch.Generator().manual_seed(0)
 
 

@@ -49,6 +49,19 @@ def options(group: Mapping[str, Any]) -> None:
     flag("maximize", group["maximize"])
 
 
+def group(given: Any, defaults: Mapping[str, Any]) -> None:
+    """A parameter group: its options, and none that holds for all groups."""
+    if not isinstance(given, dict):
+        raise TypeError(f"A parameter group must be a dict, got {type(given).__name__}.")
+    options({**defaults, **given})
+    for name in defaults.keys() - {"lr", "weight_decay"}:
+        if given.get(name, defaults[name]) != defaults[name]:
+            raise ValueError(
+                f"{name} holds for all parameters and cannot be {given[name]!r} for one group. "
+                f"Pass it to the constructor: HFOptimizer(groups, {name}={given[name]!r})."
+            )
+
+
 # --- what a user hands to a step ------------------------------------------------------------
 
 

@@ -59,8 +59,7 @@ class HFOptimizer(Optimizer):
         TypeError, ValueError: An argument is not what is said above; the message says which.
 
     Example:
-        >>> torch.manual_seed(0)  # doctest: +ELLIPSIS
-        <...>
+        >>> _ = torch.manual_seed(0)
         >>> x = torch.randn(50, 3, dtype=torch.float64)
         >>> y = x @ torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
         >>> model = torch.nn.Linear(3, 1, bias=False).double()
@@ -173,7 +172,10 @@ class HFOptimizer(Optimizer):
             curvature = ObjectiveOperator(objective, self.curvature)
             asked = self._requests.gradient_variance
             variance = objective.gradient_variance(here) if asked else None
-        damping = self._damping(curvature, here, clock)
+        damping = self.param_groups[0]["damping"]
+        if damping is None:
+            with clock.part("products"):
+                damping = initial_damping(here.gradient, curvature(here.gradient))
         solution = self._solve(curvature, here, damping, clock)
         candidates, length = self._scaled(solution, here, curvature, damping)
         curvature.release()  # trial values in the parameters would spoil the kept graph
@@ -185,13 +187,6 @@ class HFOptimizer(Optimizer):
 
             move = search(loss_along, candidates, length, here.loss, damping)
         return Outcome(move, damping, solution, curvature, variance)
-
-    def _damping(self, curvature: ObjectiveOperator, here: Value, clock: Clock) -> float:
-        given = self.param_groups[0]["damping"]
-        if given is not None:
-            return float(given)
-        with clock.part("products"):
-            return initial_damping(here.gradient, curvature(here.gradient))
 
     def _solve(
         self, curvature: ObjectiveOperator, here: Value, damping: float, clock: Clock
@@ -292,6 +287,11 @@ class HFOptimizer(Optimizer):
                 "the loss several times a step: optimizer.step(closure), as torch.optim.LBFGS."
             )
         pack(self.state, ParameterVector(params), self._start, self.preconditioner)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in ``torch.optim``; a group may have its own ``lr`` and ``weight_decay``."""
+        _checks.group(param_group, self.defaults)
+        super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state that ``state_dict`` gave, vectors in the precision they were saved in."""

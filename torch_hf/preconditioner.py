@@ -208,10 +208,10 @@ def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Prec
                 f"LBFGSPreconditioner(history_size=32); got {choice!r}."
             )
         return makers[choice]()
-    if not isinstance(choice, Preconditioner):
+    if isinstance(choice, type) or not isinstance(choice, Preconditioner):
         raise TypeError(
             "preconditioner must be a name or have the methods of "
             "torch_hf.preconditioner.Preconditioner (begin, apply, observe, end, abandon, "
-            f"state_dict, load_state_dict) and wants_diagonal; got a {type(choice).__name__}."
+            f"state_dict, load_state_dict) and wants_diagonal; got {choice!r}."
         )
     return choice
