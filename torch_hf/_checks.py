@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -78,6 +79,15 @@ def listed(name: str, batches: Any) -> list[Any]:
     if not found:
         raise ValueError(f"{name} is empty: give at least one batch, {name}=[batch].")
     return found
+
+
+def no_closure(params: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """A step without a closure is for making state: nothing could move in it."""
+    if any(rates) or any(p.grad is not None and torch.any(p.grad) for p in params):
+        raise RuntimeError(
+            "HFOptimizer.step() needs a closure that computes the loss, since it evaluates "
+            "the loss several times a step: optimizer.step(closure), as torch.optim.LBFGS."
+        )
 
 
 def closure(value: Any) -> None:
@@ -164,6 +174,46 @@ def _cases(value: Any) -> float:
     if not (math.isfinite(cases) and cases > 0):
         raise ValueError(f"The closure's cases must be positive, got {cases:g}. {hint}")
     return cases
+
+
+#: Said where a closure looks for gradients after ``backward()``.
+HELD_BACK = (
+    "The closure reads .grad after backward(), but HFOptimizer holds backward() back while it runs "
+    "the closure, so .grad is None there. Clip or log gradients after optimizer.step(closure), "
+    "when .grad holds the gradient; clipping has no effect on the step."
+)
+_TWICE = re.compile("not implemented|double backward|differentiate twice|higher order")
+
+
+def misses_gradients(error: Exception) -> bool:
+    """Whether an error comes of a gradient that is None."""
+    return "'NoneType'" in str(error) or "nested_tensorlist" in str(error)
+
+
+def not_twice(error: BaseException) -> str:
+    """What to say of an error of autograd's where an operation has no second derivative."""
+    if not isinstance(error, RuntimeError) or not _TWICE.search(str(error)):
+        return ""
+    return (
+        "An operation in the closure cannot be differentiated twice "
+        f"({str(error).splitlines()[0]}). Replace it by one that can: Embedding and mean for "
+        "EmbeddingBag, Sigmoid or Hardtanh for Hardsigmoid, torch.linalg.vector_norm of differences for cdist, "
+        'torch.compile(backend="eager") for a compiled module.'
+    )
+
+
+def gradients(found: Sequence[Tensor | None]) -> None:
+    """Some parameter has a gradient, and none a sparse one."""
+    if all(g is None for g in found):
+        raise RuntimeError(
+            "The closure's loss does not depend on any parameter of this optimizer. Give it "
+            "those of the model that the closure calls: HFOptimizer(model.parameters())."
+        )
+    if any(g is not None and g.is_sparse for g in found):
+        raise RuntimeError(
+            "A parameter has a sparse gradient, which cannot be differentiated again. "
+            "Make its layer with sparse=False, as in torch.nn.Embedding(n, d, sparse=False)."
+        )
 
 
 def finite(loss: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -242,3 +242,30 @@ def below(node: Any, stops: Any) -> Iterator[Any]:
             if fn is not None and fn not in seen and (fn, nr) not in stops:
                 seen.add(fn)
                 todo.append(fn)
+
+
+def weigh(
+    counts: Sequence[Cases], name: str, summed: Callable[[Sequence[float]], list[float]]
+) -> tuple[list[float], float]:
+    """Each batch's weight, so that the sum is the mean by cases, and the number of cases.
+
+    Args:
+        counts: Of each batch.
+        name: What the batches are called in an error.
+        summed: Numbers to their sums over processes.
+
+    Raises:
+        ValueError: The batches have no number of cases in common, or no case at all.
+    """
+    adds = counts[0].adds
+    if not adds and not comparable(counts):
+        raise ValueError(
+            f"The losses of several {name} are averaged by number of cases, but the terms of "
+            "this loss have no number of cases in common. Return the weight of each batch "
+            "with its loss: `return loss, outputs, cases`."
+        )
+    shares = [1.0 if adds else c.denominators[0] for c in counts]
+    total, divisor = summed([sum(c.number or 0.0 for c in counts), sum(shares)])
+    if divisor <= 0:
+        raise ValueError(f"The {name} hold no case at all. Leave out empty batches.")
+    return [x if adds else x / divisor for x in shares], total

@@ -42,6 +42,7 @@ def has_rule(name: str, args: Sequence[Any], kwargs: Any) -> bool:
         and x.ndim == dims + 2
         and not isinstance(padding, str)
         and x.dtype == weight.dtype
+        and not x.is_complex()
         and not torch.is_autocast_enabled(x.device.type)
         and not torch._C._are_functorch_transforms_active()
     )

@@ -25,7 +25,9 @@ def initial_damping(gradient: Tensor, product: Tensor) -> float:
         3.0
     """
     along = float(torch.dot(gradient, product) / torch.dot(gradient, gradient))
-    return INITIAL * abs(along) if along and math.isfinite(along) else 1.0
+    if not along or not math.isfinite(along):
+        return 1.0
+    return INITIAL * along if along > 0 else -2.0 * along  # G + lambda I mirrors it, never 0
 
 
 def reduction_ratio(loss: float, new_loss: float, predicted: float) -> float:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 
@@ -73,7 +74,10 @@ class Buffers:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Remembers the buffers of modules that run inside."""
-        handle = register_module_forward_pre_hook(self._remember)
+        hook = self._remember
+        if "torch._dynamo" in sys.modules:  # a compiled module may run: it must not trace the hook
+            hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+        handle = register_module_forward_pre_hook(hook)
         try:
             yield
         finally:
@@ -102,6 +106,8 @@ class FrozenWorld:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.autocast = torch.is_autocast_enabled(device.type)
+        self.autocast_dtype = torch.get_autocast_dtype(device.type)
         self.before = RandomState(device)
         self.after = self.before
         self.marks = [self.before]
@@ -116,6 +122,24 @@ class FrozenWorld:
             yield
         self.after = RandomState(self.device)
         self.buffers_after = self.buffers.now()
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Around a step: full precision, and attention that can be differentiated twice."""
+        with (
+            torch.autocast(self.device.type, enabled=False),
+            sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no double backward
+        ):
+            yield
+
+    @contextmanager
+    def surroundings(self) -> Iterator[None]:
+        """Around a run of the closure: autocast as its caller has it."""
+        torch.clear_autocast_cache()  # of cast weights: it does not see that trial values came
+        with torch.autocast(
+            self.device.type, dtype=self.autocast_dtype, enabled=self.autocast, cache_enabled=False
+        ):
+            yield
 
     def mark(self) -> None:
         """Between two batches of the first run: the next one's noise begins here."""

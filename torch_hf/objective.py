@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.capture import Capture, Record
-from torch_hf.cases import Cases, comparable, count_cases
+from torch_hf.cases import Cases, count_cases, weigh
 from torch_hf.frozen import FrozenWorld
 from torch_hf.per_case import variance_over_cases
 from torch_hf.reduce import Reducer
@@ -96,6 +96,7 @@ class Objective:
         self.reducer = reducer
         self.needs_graph = False
         self.weights: list[float] = []
+        self.cases = 0.0
         self.kept: Graph | None = None  # the graph of a single batch, for the curvature
         self.evaluations = 0
 
@@ -108,67 +109,59 @@ class Objective:
             TypeError, ValueError, RuntimeError: The closure returned something unusable; the
                 message says what was expected.
         """
+        gradient: list[Tensor | None] = [None] * len(self.vector.params)
+        losses, counts, returned = [], [], None
         with self.world.first_run():
-            runs = [self._differentiate(i) for i in range(len(self.batches))]
-        counts = [run[2] for run in runs]
-        self.weights, total = self._weigh(counts, "batches")
-        losses = [run[0] for run in runs]
-        gradients = [run[1] for run in runs]
+            for i, batch in enumerate(self.batches):
+                graph = self._run(batch)
+                self.needs_graph |= graph.record.differentiates_inside
+                losses.append(float(graph.loss.detach()))
+                counts.append(graph.cases)
+                self._add_gradient(gradient, graph, self._share(graph.cases, counts[0].adds))
+                if i == 0:
+                    returned = parse_loss(graph.returned)
+                self.world.mark()
+        self.weights, self.cases = self._weigh(counts, "batches")
+        scale = self.weights[0] / self._share(counts[0], counts[0].adds)
         loss = sum(w * x for w, x in zip(self.weights, losses, strict=True))
         (loss,) = self.reducer.numbers([loss])
         _checks.finite(loss)
-        plain = self._combined(gradients)
+        plain = [None if g is None else g.mul_(scale) for g in gradient] if scale != 1 else gradient
         flat = self.reducer.vector(self.vector.flatten(plain))
         if self.reducer.group is not None:
             plain = list(self.vector.unflatten(flat.clone()))
         self._add_decay(flat)
-        returned = runs[0][3]
-        if len(runs) > 1:
-            returned = torch.tensor(self.sign * loss, dtype=self.vector.dtype)
+        if len(losses) > 1:
+            dtype, device = self.vector.dtype, self.vector.device
+            returned = torch.tensor(self.sign * loss, dtype=dtype, device=device)
         norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
         full = loss + self._decay_loss()
-        return Value(full, flat, self._signed(plain), norm, total, returned)
+        return Value(full, flat, self._signed(plain), norm, self.cases, returned)
 
-    def _differentiate(self, i: int) -> tuple[float, list[Tensor | None], Cases, Any]:
-        graph = self._run(self.batches[i])
-        self.needs_graph |= graph.record.differentiates_inside
+    def _add_gradient(self, total: list[Tensor | None], graph: Graph, share: float) -> None:
+        """One batch's gradient onto the sum so far, so that no two batches' are held."""
         keep = len(self.batches) == 1 and not self.own_curvature_batches
-        found = torch.autograd.grad(
-            graph.loss, self.vector.params, retain_graph=keep, allow_unused=True
-        )
-        if all(g is None for g in found):
-            raise RuntimeError(
-                "The closure's loss does not depend on any parameter of this optimizer. Give it "
-                "those of the model that the closure calls: HFOptimizer(model.parameters())."
-            )
+        params = self.vector.params
+        found = torch.autograd.grad(graph.loss, params, retain_graph=keep, allow_unused=True)
+        _checks.gradients(found)
         self.kept = graph if keep else None
-        self.world.mark()
-        return float(graph.loss.detach()), list(found), graph.cases, graph.returned
+        for i, g in enumerate(found):
+            if g is not None:
+                part = g if share == 1 else g * share
+                before = total[i]
+                total[i] = part if before is None else before.add_(part)
 
-    def _combined(self, gradients: list[list[Tensor | None]]) -> list[Tensor | None]:
-        total: list[Tensor | None] = []
-        for parts in zip(*gradients, strict=True):
-            terms = [w * g for w, g in zip(self.weights, parts, strict=True) if g is not None]
-            total.append(torch.stack(terms).sum(0) if len(terms) > 1 else next(iter(terms), None))
-        return total
+    def _share(self, cases: Cases, adds: bool) -> float:
+        """What a batch counts before the sum over batches is divided."""
+        alone = len(self.batches) == 1 and self.reducer.group is None
+        if alone or adds or not cases.denominators:
+            return 1.0
+        return cases.denominators[0] or 1.0
 
     def _weigh(self, counts: list[Cases], name: str) -> tuple[list[float], float]:
-        """Each batch's weight, so that the sum is the mean by cases, and the number of cases."""
-        numbers = [c.number or 0.0 for c in counts]
         if len(counts) == 1 and self.reducer.group is None:
-            return [1.0], numbers[0] or 1.0
-        adds = all(c.adds for c in counts)
-        if not adds and not comparable(counts):
-            raise ValueError(
-                f"The losses of several {name} are averaged by number of cases, but the terms of "
-                "this loss have no number of cases in common. Return the weight of each batch "
-                "with its loss: `return loss, outputs, cases`."
-            )
-        shares = [1.0 if adds else c.denominators[0] for c in counts]
-        total, divisor = self.reducer.numbers([sum(numbers), sum(shares)])
-        if divisor <= 0:
-            raise ValueError(f"The {name} hold no case at all. Leave out empty batches.")
-        return [x if adds else x / divisor for x in shares], total
+            return [1.0], counts[0].number or 1.0
+        return weigh(counts, name, self.reducer.numbers)
 
     # --- weight decay ---
 
@@ -232,8 +225,14 @@ class Objective:
     # --- graphs for the curvature ---
 
     def curvature_weights(self, counts: list[Cases]) -> tuple[list[float], float]:
-        """Each curvature batch's weight, and the number of cases in all."""
-        return self._weigh(counts, "curvature_batches")
+        """Each curvature batch's weight, and the number of cases in all.
+
+        Where losses add, the sum over a sample stands for the sum over all cases.
+        """
+        weights, cases = self._weigh(counts, "curvature_batches")
+        if self.own_curvature_batches and counts[0].adds:
+            weights = [w * self.cases / cases for w in weights]
+        return weights, cases
 
     @contextmanager
     def curvature_graph(self, i: int) -> Iterator[Graph]:
@@ -259,7 +258,12 @@ class Objective:
         for p in self.vector.params:
             p.grad = None  # so that the closure's zero_grad() does not reach the present ones
         try:
-            return capture.run(self.closure, *args)
+            with self.world.surroundings():
+                return capture.run(self.closure, *args)
+        except (AttributeError, RuntimeError) as error:
+            if capture.record.held and _checks.misses_gradients(error):
+                raise RuntimeError(_checks.HELD_BACK) from error
+            raise
         finally:
             for p, g in zip(self.vector.params, gradients, strict=True):
                 p.grad = g

@@ -17,7 +17,7 @@ from torch_hf.curvature import ObjectiveOperator
 from torch_hf.damping import initial_damping, next_damping
 from torch_hf.frozen import FrozenWorld
 from torch_hf.line_search import Move, search
-from torch_hf.objective import Objective, Value, parse_loss
+from torch_hf.objective import Objective, Value
 from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import Preconditioner, make_preconditioner
 from torch_hf.reduce import Reducer
@@ -144,28 +144,30 @@ class HFOptimizer(Optimizer):
         gradients = [p.grad for p in vector.params]
         try:
             objective = self._objective(closure, batches, curvature_batches, vector, world)
-            with clock.part("gradient"):
-                here = objective.value()
-            outcome = self._decide(objective, here, clock)
-        except BaseException:
+            with world.arithmetic():
+                with clock.part("gradient"):
+                    here = objective.value()
+                outcome = self._decide(objective, here, clock)
+        except BaseException as error:
             self.preconditioner.abandon()
             world.undo()
             for p, g in zip(vector.params, gradients, strict=True):
                 p.grad = g
+            if _checks.not_twice(error):
+                raise RuntimeError(_checks.not_twice(error)) from error
             raise
         self._commit(vector, here, outcome)
         world.after.restore()
         steps = self.param_groups[0]["steps"]
         self.last_report = outcome.report(steps, objective, here, clock, self._requests)
-        return parse_loss(here.returned)
+        return here.returned
 
     # --- the parts of a step, in the order it takes them ---
 
     def _decide(self, objective: Objective, here: Value, clock: Clock) -> Outcome:
         """Everything that is computed; nothing that lasts is changed."""
-        if here.gradient_norm == 0.0 or not math.isfinite(here.gradient_norm):
-            zero = here.gradient_norm == 0.0
-            reason = "the gradient is zero" if zero else "the gradient is not finite"
+        reason = self._no_step(here)
+        if reason:
             move = Move(None, 0.0, here.loss, reason=reason)
             return Outcome(move, self.param_groups[0]["damping"])
         with clock.part("gradient"):
@@ -187,6 +189,14 @@ class HFOptimizer(Optimizer):
 
             move = search(loss_along, candidates, length, here.loss, damping)
         return Outcome(move, damping, solution, curvature, variance)
+
+    def _no_step(self, here: Value) -> str:
+        """Why there is nothing to solve; empty where there is."""
+        if here.gradient_norm == 0.0:
+            return "the gradient is zero"
+        if not math.isfinite(here.gradient_norm):
+            return "the gradient is not finite"
+        return "" if any(g["lr"] for g in self.param_groups) else "lr is 0"
 
     def _solve(
         self, curvature: ObjectiveOperator, here: Value, damping: float, clock: Clock
@@ -233,7 +243,7 @@ class HFOptimizer(Optimizer):
             vector.move(move.direction, move.length)
         if solution is not None:
             self.preconditioner.end()
-        if here.gradient_norm != 0.0:
+        if solution is not None or not math.isfinite(here.gradient_norm):
             self._start = solution.last.vector if outcome.accepted and solution else None
             if outcome.damping is not None:
                 damping = next_damping(outcome.damping, move.ratio, outcome.accepted, move.floor)
@@ -280,12 +290,7 @@ class HFOptimizer(Optimizer):
     def _initialise(self) -> None:
         """``step()`` without a closure: what distributed checkpointing does to make state."""
         params = self._trainable()
-        still = all(p.grad is None or not torch.any(p.grad) for p in params)
-        if not still or any(g["lr"] for g in self.param_groups):
-            raise RuntimeError(
-                "HFOptimizer.step() needs a closure that computes the loss, since it evaluates "
-                "the loss several times a step: optimizer.step(closure), as torch.optim.LBFGS."
-            )
+        _checks.no_closure(params, [g["lr"] for g in self.param_groups])
         pack(self.state, ParameterVector(params), self._start, self.preconditioner)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

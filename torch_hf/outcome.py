@@ -50,7 +50,7 @@ class Outcome(NamedTuple):
             gradient_norm=here.gradient_norm,
             step_length=self.move.length,
             cg_iterations=solution.iterations if solution else 0,
-            cg_stop=solution.stop if solution else Stop.ZERO_GRADIENT,
+            cg_stop=solution.stop if solution else _without_cg(here.gradient_norm),
             products=curvature.products if curvature else 0,
             evaluations=objective.evaluations,
             batch_cases=round(here.cases),
@@ -61,3 +61,9 @@ class Outcome(NamedTuple):
             seconds=clock.seconds(),
             requests=requests,
         )
+
+
+def _without_cg(gradient_norm: float) -> Stop:
+    if not math.isfinite(gradient_norm):
+        return Stop.NON_FINITE
+    return Stop.NOT_RUN if gradient_norm else Stop.ZERO_GRADIENT

@@ -83,7 +83,7 @@ class DiagonalPreconditioner(NoPreconditioner):
     """Division by ``(mean g^2 + lambda)^0.75`` (Martens 2010, section 4.7).
 
     The mean square is scaled to curvature, so that multiplying the loss by a constant changes
-    nothing (see :mod:`torch_hf.diagonal`).
+    nothing (see :mod:`torch_hf.per_case`).
     """
 
     wants_diagonal = True

@@ -18,6 +18,7 @@ class Stop(str, enum.Enum):
     ZERO_CURVATURE = "zero curvature"
     NON_FINITE = "non-finite product"
     ZERO_GRADIENT = "zero gradient"
+    NOT_RUN = "not run"
 
     def __str__(self) -> str:
         return self.value
@@ -53,7 +54,7 @@ class StepReport:
         evaluations: Loss evaluations at trial points.
         batch_cases: Cases the loss and gradient were averaged over.
         curvature_cases: Cases the products were averaged over.
-        engine: How products were taken (``"double_backward"``, ``"linearized"``).
+        engine: How products were taken (``"double_backward"``, ``"tangent_rules"``).
         reason: Why the step was rejected or shortened; empty otherwise.
         gradient_variance: L1 norm of the variance over cases of the per-case
             gradient (Byrd et al. 2012), where a growth rule asked for it.

@@ -55,6 +55,10 @@ def unpack(
     numbers = [i for g in saved["param_groups"] for i in g["params"]]
     params = [p for g in groups for p in g["params"]]
     original = {p: saved["state"].get(i, {}) for i, p in zip(numbers, params, strict=True)}
+    owners = {id(p) for p, entries in original.items() if "cg_iterate" in entries}
+    if owners != {id(p) for p in vector.params}:  # none, or of other parameters: of no use here
+        preconditioner.load_state_dict({})
+        return None
     first = original[vector.params[0]]
     flats: dict[str, Any] = {}
     for key, value in first.items():
@@ -68,7 +72,7 @@ def unpack(
             flats[key] = value
             continue
         pieces = [original[p][key].reshape(*lead, p.numel()) for p in vector.params]
-        flats[key] = torch.cat(pieces, dim=-1).to(device=vector.device)
+        flats[key] = torch.cat(pieces, dim=-1).to(device=vector.device, dtype=vector.dtype)
     start = flats.pop("cg_iterate", None)
     preconditioner.load_state_dict({k.removeprefix(_PREFIX): v for k, v in flats.items()})
     return None if start is None or not torch.any(start) else start
