@@ -197,7 +197,7 @@ def not_twice(error: BaseException) -> str:
     return (
         "An operation in the closure cannot be differentiated twice "
         f"({str(error).splitlines()[0]}). Replace it by one that can: Embedding and mean for "
-        "EmbeddingBag, Sigmoid or Hardtanh for Hardsigmoid, torch.linalg.vector_norm of differences for cdist, "
+        "EmbeddingBag, Sigmoid or Hardtanh for Hardsigmoid, norms of differences for cdist, "
         'torch.compile(backend="eager") for a compiled module.'
     )
 
