@@ -211,18 +211,20 @@ def main() -> None:
     add("--cg-iterations", type=int, default=30, help="of each timed step")
     for name, default in {"batch": BATCH, "split": 1, "pairs": PAIRS}.items():
         add(f"--{name}", type=int, default=default, help=argparse.SUPPRESS)
+    add("--time-only", action="store_true", help="leave out the memory, which takes minutes")
     add("--measure", choices=("gradient", "step"), help=argparse.SUPPRESS)
     args = parse(parser)
     if args.measure:
         print(json.dumps(measure(args)))
         return
-    found = memory(args)
     if args.device.type == "cuda":  # so that the host's clock sees each kernel where it belongs
         os.environ["CUDA_LAUNCH_BLOCKING"] = "1"
     timed = time_steps(args)
+    found = [] if args.time_only else memory(args)
     header = ["batches", "gradient MB", "step MB", "promised MB", "step's extra / P", ""]
     title = "Peak memory of a step (promise: 3 gradients + (4M + kept + 8) P)"
-    print_table(f"{title}, P = {found[0]['parameters']:,}", header, memory_rows(found))
+    if found:
+        print_table(f"{title}, P = {found[0]['parameters']:,}", header, memory_rows(found))
     about = environment(args.device, args.threads)
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
     content = {"environment": about, "batch": BATCH, "time": timed, "memory": found}

@@ -63,9 +63,10 @@ def test_next_damping(ratio, accepted, damping):
 
 @pytest.mark.parametrize(
     ("product", "damping"),
-    [([6.0, 5.0], 3.0), ([-6.0, 5.0], 3.0), ([0.0, 5.0], 1.0), ([NAN, 0.0], 1.0), ([INF, 0], 1.0)],
+    [([6.0, 5.0], 3.0), ([-6.0, 5.0], 6.0), ([0.0, 5.0], 1.0), ([NAN, 0.0], 1.0), ([INF, 0], 1.0)],
 )
 def test_initial_damping(product, damping):
+    # Under negative curvature twice its size: with 3 the damped curvature along g would be 0.
     assert initial_damping(torch.tensor([2.0, 0.0]), torch.tensor(product)) == damping
 
 
