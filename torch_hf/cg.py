@@ -226,7 +226,7 @@ def _iterate(
         _value(s.g, s.d, s.r) if number % REFRESH == 0 else s.values[-1] - 0.5 * a * a / c
     )
     beta = -(a / c) * zy / s.rz if s.rz else 0.0
-    s.p.mul_(beta).add_(z)
+    torch.add(z, s.p, alpha=beta, out=s.p)
     s.rz, s.rr = rz, rr
     return None
 

@@ -109,22 +109,26 @@ class CompactInverse:
         """H r, for r of shape (P,)."""
         if not self.usable:
             return r.clone() if self.scale is None else r * self.scale
-        base = self._base(r)
         a = self.s @ r
-        b = self.y @ base
-        if self.shift:
-            b += self.shift * (self.gamma * a if self.scale is None else self.s @ base)
+        if self.scale is None:
+            b = self.gamma * (self.y @ r + self.shift * a)
+        else:
+            base = self._base(r, self.scale)
+            b = self.y @ base
+            if self.shift:
+                b += self.shift * (self.s @ base)
         c1 = self._c1a @ a + self._c1b @ b
         c2 = self._c2a @ a
         inner = torch.addmv(r, self.y.T, c2)
-        if self.shift and self.scale is None:
+        if self.scale is None:  # H0 is a number: it goes into the last pass
             c1 = c1 + self.gamma * self.shift * c2
-        elif self.shift:
+            return inner.addmv_(self.s.T, c1, beta=self.gamma)
+        if self.shift:
             inner.addmv_(self.s.T, c2, alpha=self.shift)
-        return self._base(inner).addmv_(self.s.T, c1)
+        return self._base(inner, self.scale).addmv_(self.s.T, c1)
 
-    def _base(self, r: Tensor) -> Tensor:
-        return self.gamma * r if self.scale is None else (self.gamma * r).mul_(self.scale)
+    def _base(self, r: Tensor, scale: Tensor) -> Tensor:
+        return (r * scale).mul_(self.gamma)
 
     def _gram(self, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """S Y^T, S S^T and Y D^-1 Y^T with Y at the present lambda; with D also in S D^-1 S^T."""
