@@ -79,13 +79,13 @@ def overhead(seconds: Iterable[dict[str, float]]) -> float:
 
 def time_row(name: str, r: StepReport | None, seconds: dict[str, float]) -> list[str]:
     counts = [r.cg_iterations, r.products, r.evaluations] if r else ["", "", ""]
-    shares = [f"{seconds[part] / seconds['total']:.1%}" for part in SHOWN]
+    shares = [f"{100 * seconds[part] / seconds['total']:.1f}" for part in SHOWN]
     return [
         name,
         *map(str, counts),
         f"{seconds['total']:.2f}",
         *shares,
-        f"{overhead([seconds]):.1%}",
+        f"{100 * overhead([seconds]):.1f}",
     ]
 
 
@@ -99,7 +99,8 @@ def time_steps(args: argparse.Namespace) -> dict[str, Any]:
     least = {part: min(row[part] for row in counted) for part in SHOWN}
     least["total"] = sum(least.values())
     rows += [time_row("2 and after", None, total), time_row("least of each", None, least)]
-    header = ["", "CG", "products", "losses", "seconds", *SHOWN, "overhead"]
+    shares = [f"{part} %" for part in (*SHOWN, "overhead")]
+    header = ["", "CG", "products", "losses", "seconds", *shares]
     print_table(f"A step's time, batch {BATCH:,}, {PAIRS} pairs", header, rows)
     share = overhead(counted)
     verdict = "met" if share <= OVERHEAD else "missed"

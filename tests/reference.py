@@ -150,23 +150,30 @@ def two_loop(pairs: Sequence[Pair], H0_apply: Callable[[Tensor], Tensor], r: Ten
 def uniform_sample(n_iterations: int, m: int) -> list[int]:
     """Numbers (from 1) of the CG iterations whose pairs are held after `n_iterations`.
 
-    Morales & Nocedal's (2000) uniform sample of at most `m`, an even number, and
-    besides it the newest iteration.
+    Morales & Nocedal's (2000) uniform sample of at most `m`, an even number. The newest
+    iteration, if not among them, replaces the one that was to leave next.
     """
     if m < 2 or m % 2:
         raise ValueError(f"m must be even and positive, got {m}")
     stored: list[int] = []
     cycle, number = 1, 1  # `number` is the paper's count
+
+    def leaves_next() -> int:
+        return 1 + (2 * number - 1) * 2 ** (cycle - 1)
+
     for j in range(1, n_iterations + 1):
         if len(stored) < m:
             stored.append(j)
         elif j == 1 + (m // 2 + number - 1) * 2**cycle:
-            stored.remove(1 + (2 * number - 1) * 2 ** (cycle - 1))
+            stored.remove(leaves_next())
             stored.append(j)
             number += 1
             if number > m // 2:
                 cycle, number = cycle + 1, 1
-    return sorted({*stored, n_iterations} - {0})
+    if n_iterations and n_iterations not in stored:
+        stored.remove(leaves_next())
+        stored.append(n_iterations)
+    return sorted(stored)
 
 
 # Hessian-free optimization

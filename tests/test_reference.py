@@ -237,11 +237,12 @@ def test_uniform_sample_is_roughly_equally_spaced(m):
         held = uniform_sample(n, m)
         assert held[0] == 1
         assert held[-1] == n
-        assert min(n, m) <= len(held) <= m + 1
+        assert len(held) == min(n, m)
         gaps = [b - a for a, b in pairwise(held)]
         spacing = 2 ** max(0, math.ceil(math.log2(n / m)))
-        assert max(gaps, default=1) <= spacing
-        # The newest is an extra and may lie close to the one before it.
+        # The newest has taken another's place, and may lie close to the one before it.
+        assert sum(gap > spacing for gap in gaps) <= 1
+        assert max(gaps, default=1) <= 2 * spacing
         assert min(gaps[:-1], default=spacing) >= spacing / 2
 
 
@@ -249,7 +250,7 @@ def test_uniform_sample_by_hand():
     assert uniform_sample(0, 4) == []
     assert uniform_sample(4, 4) == [1, 2, 3, 4]
     assert uniform_sample(5, 4) == [1, 3, 4, 5]
-    assert uniform_sample(6, 4) == [1, 3, 4, 5, 6]
+    assert uniform_sample(6, 4) == [1, 3, 5, 6]
     assert uniform_sample(7, 4) == [1, 3, 5, 7]
     assert uniform_sample(9, 4) == [1, 5, 7, 9]
     assert uniform_sample(13, 4) == [1, 5, 9, 13]

@@ -87,6 +87,7 @@ def conjugate_gradients(
     gradient: Tensor,
     *,
     start: Tensor | None = None,
+    decay: float = 1.0,
     preconditioner: Operator | None = None,
     tol: float = 5e-4,
     max_iter: int = 250,
@@ -97,7 +98,8 @@ def conjugate_gradients(
     Args:
         operator: v of shape (P,) to A v of shape (P,), symmetric.
         gradient: g, of shape (P,).
-        start: d_0, of shape (P,); zero if None.
+        start: Of shape (P,); the solve starts at ``d_0 = decay * start``, at zero if None.
+        decay: The factor on ``start`` (Martens 2010, section 4.8).
         preconditioner: r of shape (P,) to an approximation of A^-1 r.
         tol: Relative progress per iteration under which the solve stops (Martens 2010,
             section 4.4: 5e-4); 0 leaves the residual test alone.
@@ -116,7 +118,7 @@ def conjugate_gradients(
     """
     identity = preconditioner is None
     solve_with = preconditioner or torch.clone
-    state = _begin(operator, gradient, start, solve_with)
+    state = _begin(operator, gradient, start, decay, solve_with)
     floor = (RESIDUAL_ULPS * torch.finfo(gradient.dtype).eps) ** 2 * _dot(gradient, gradient)
     grid = _grid()
     next_kept = next(grid)
@@ -175,13 +177,15 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return float(torch.dot(a, b))
 
 
-def _begin(operator: Operator, g: Tensor, start: Tensor | None, solve_with: Operator) -> _Solve:
+def _begin(
+    operator: Operator, g: Tensor, start: Tensor | None, decay: float, solve_with: Operator
+) -> _Solve:
     if start is None:
         d, r = torch.zeros_like(g), -g
         value = 0.0
     else:
-        d = start.clone()
-        r = -g - operator(d)
+        d = start * decay
+        r = operator(d).neg().sub_(g)
         value = _value(g, d, r)
     z = solve_with(r)
     rz, rr = torch.stack([torch.dot(r, z), torch.dot(r, r)]).tolist()

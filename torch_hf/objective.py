@@ -128,15 +128,14 @@ class Objective:
         _checks.finite(loss)
         plain = [None if g is None else g.mul_(scale) for g in gradient] if scale != 1 else gradient
         flat = self.reducer.vector(self.vector.flatten(plain))
-        if self.reducer.group is not None:
-            plain = list(self.vector.unflatten(flat.clone()))
+        plain = self._plain(plain, flat)
         self._add_decay(flat)
         if len(losses) > 1:
             dtype, device = self.vector.dtype, self.vector.device
             returned = torch.tensor(self.sign * loss, dtype=dtype, device=device)
         norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
         full = loss + self._decay_loss()
-        return Value(full, flat, self._signed(plain), norm, self.cases, returned)
+        return Value(full, flat, plain, norm, self.cases, returned)
 
     def _add_gradient(self, total: list[Tensor | None], graph: Graph, share: float) -> None:
         """One batch's gradient onto the sum so far, so that no two batches' are held."""
@@ -178,8 +177,14 @@ class Objective:
             if d:
                 g.add_(p.detach(), alpha=d)
 
-    def _signed(self, gradient: list[Tensor | None]) -> list[Tensor | None]:
-        return [None if g is None else g * self.sign for g in gradient]
+    def _plain(self, found: list[Tensor | None], flat: Tensor) -> list[Tensor | None]:
+        """The closure's own gradient as ``.grad`` shows it; where that is ``flat``, its views."""
+        if self.reducer.group is not None:  # ranks may differ in what their loss reaches
+            return list(self.vector.unflatten(flat * self.sign))
+        if self.sign == -1.0 or any(self.decay) or self.vector.mixed:
+            return [None if g is None else g * self.sign for g in found]
+        views = self.vector.views(flat)
+        return [None if g is None else v for g, v in zip(found, views, strict=True)]
 
     # --- trial points ---
 

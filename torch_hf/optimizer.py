@@ -211,11 +211,11 @@ class HFOptimizer(Optimizer):
             wanted = self.preconditioner.wants_diagonal
             diagonal = curvature.diagonal(damping) if wanted else None
             self.preconditioner.begin(damping, diagonal)
-        decay = options["cg_decay"]
         return conjugate_gradients(
             clock.timed("products", damped),
             here.gradient,
-            start=self._start * decay if self._start is not None and decay else None,
+            start=self._start if options["cg_decay"] else None,
+            decay=options["cg_decay"],
             preconditioner=clock.timed("preconditioner", self.preconditioner.apply),
             tol=options["cg_tol"],
             max_iter=options["cg_max_iter"],

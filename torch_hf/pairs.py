@@ -15,7 +15,8 @@ class PairSelection:
     The uniform sample of Morales & Nocedal 2000, section 3 (with their `cycle` and `count`):
     the first M pairs are stored; then pair j is accepted only if
     ``j = 1 + (M/2 + count - 1) 2^cycle`` and takes the place of pair
-    ``1 + (2 count - 1) 2^(cycle - 1)``. The newest pair is kept besides.
+    ``1 + (2 count - 1) 2^(cycle - 1)``. At the end the newest pair, if its turn had not come,
+    takes the place of the pair that was to leave next: M pairs in all, the newest among them.
 
     Args:
         size: M, even.
@@ -30,30 +31,31 @@ class PairSelection:
         self._y: Tensor | None = None
         self._count = 1
         self._cycle = 1
-        self._newest = 0
+        self._newest: tuple[Tensor, Tensor] | None = None  # where its turn has not come
+        self._length = 0
 
     def offer(self, iteration: int, s: Tensor, y: Tensor) -> None:
         """Pair number ``iteration``, from 1 without a gap."""
         if self._s is None or self._y is None:
-            self._s = s.new_empty(self.size + 1, s.numel())
+            self._s = s.new_empty(self.size, s.numel())
             self._y = torch.empty_like(self._s)
-        self._newest = iteration
+        self._length = iteration
         if iteration <= self.size:
-            row = iteration - 1
-            self.rows[iteration] = row
+            self._store(iteration, iteration - 1, s, y)
         elif iteration == 1 + (self.size // 2 + self._count - 1) * 2**self._cycle:
-            row = self.rows.pop(1 + (2 * self._count - 1) * 2 ** (self._cycle - 1))
-            self.rows[iteration] = row
+            self._store(iteration, self.rows.pop(self._leaves_next()), s, y)
             self._advance()
+        elif self._newest is None:
+            self._newest = (s.clone(), y.clone())
         else:
-            row = self.size  # the spare row, for the newest
-        self._s[row].copy_(s)
-        self._y[row].copy_(y)
+            self._newest[0].copy_(s)
+            self._newest[1].copy_(y)
 
     def complete(self) -> bool:
         """Closes the run, with the newest pair; whether there is any pair."""
-        if self._newest and self._newest not in self.rows:
-            self.rows[self._newest] = self.size
+        if self._newest is not None and self._length not in self.rows:
+            self._store(self._length, self.rows.pop(self._leaves_next()), *self._newest)
+        self._newest = None
         return bool(self.rows)
 
     def stores(self) -> tuple[Tensor, Tensor, list[int]]:
@@ -69,6 +71,15 @@ class PairSelection:
         pairs._s, pairs._y = s, y
         pairs.rows = {i + 1: row for i, row in enumerate(order)}
         return pairs
+
+    def _store(self, iteration: int, row: int, s: Tensor, y: Tensor) -> None:
+        assert self._s is not None and self._y is not None
+        self.rows[iteration] = row
+        self._s[row].copy_(s)
+        self._y[row].copy_(y)
+
+    def _leaves_next(self) -> int:
+        return int(1 + (2 * self._count - 1) * 2 ** (self._cycle - 1))
 
     def _advance(self) -> None:
         self._count += 1

@@ -113,11 +113,11 @@ class LBFGSPreconditioner:
 
     Conjugate directions and their products are exact curvature pairs, and there are more of
     them in a run than memory holds: ``history_size`` of them are kept, evenly spread over the
-    run, and the newest besides. When lambda moved since, ``y += (lambda_new - lambda_old) s``
+    run, the newest among them. When lambda moved since, ``y += (lambda_new - lambda_old) s``
     is exact and free.
 
     Args:
-        history_size: M, even. Memory is 2 (M + 1) vectors of P numbers, twice that during CG.
+        history_size: M, even. Memory is 2 M vectors of P numbers, twice that during CG.
         base: What H_0 is a multiple of: ``"identity"`` or the inverse of Martens' ``"diagonal"``.
 
     Raises:

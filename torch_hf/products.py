@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import grad
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_hf.convolution import tangents_only
 from torch_hf.heads import Head, filled
@@ -34,7 +34,8 @@ class Jacobian:
                 self.outputs, self.params, self.cotangents, create_graph=True, allow_unused=True
             )
         self.reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-        self.pulled = [pulled[i] for i in self.reached]
+        # Edges, not tensors: J^T 0 itself is a vector of zeros that nobody reads.
+        self.pulled = [get_gradient_edge(pulled[i]) for i in self.reached]
 
     def push(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """J v."""
@@ -74,7 +75,7 @@ class BatchHessian:
                 allow_unused=True,
             )
         self.curved = [i for i, g in enumerate(slopes) if g is not None and g.requires_grad]
-        self.slopes = [slopes[i] for i in self.curved]
+        self.slopes = [get_gradient_edge(slopes[i]) for i in self.curved]
 
     def check_curved(self) -> None:
         """Complains where the Hessian is identically zero."""
