@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -36,6 +38,49 @@ def count(name: str, value: Any, *, low: int, hint: str) -> None:
 def flag(name: str, value: Any) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {type(value).__name__} {value!r}.")
+
+
+_NO_SCHEDULE = "The step's length comes of the curvature, so HFOptimizer has none. Leave it out."
+_KERNELS = (
+    "It chooses between kernels of an update entry by entry, and HFOptimizer's time goes into "
+    "products with the curvature. Leave it out."
+)
+_IN_THE_LOOP = (
+    "A step of HFOptimizer is one outer iteration, and when to end is up to your loop. Leave it "
+    "out, and look at optimizer.last_report."
+)
+#: Options of torch's optimizers that HFOptimizer does not have, and what to do instead.
+_FOREIGN = {
+    "differentiable": "A step cannot be differentiated through. Leave it out; for a loop that "
+    "needs it, take torch.optim.SGD(differentiable=True).",
+    "foreach": _KERNELS,
+    "fused": _KERNELS,
+    "capturable": "A step decides by numbers how many products it takes, so it cannot be "
+    "recorded in a CUDA graph. Leave it out.",
+    "max_iter": "It bounds L-BFGS's iterations in a step; a step of HFOptimizer is one. Leave it "
+    "out and take more steps, or write cg_max_iter to bound the CG iterations of a step.",
+    "max_eval": "The search over a step's trial points ends by itself. Leave it out.",
+    "tolerance_grad": _IN_THE_LOOP.removesuffix(".") + ".gradient_norm.",
+    "tolerance_change": _IN_THE_LOOP.removesuffix(".") + ".new_loss.",
+    "line_search_fn": "HFOptimizer always searches along its direction. Leave it out.",
+    "betas": "HFOptimizer keeps no averages of gradients. Leave it out.",
+    "momentum": "HFOptimizer has none; what it keeps of the last step is cg_decay times its "
+    "direction, where CG starts. Leave it out.",
+    "dampening": _NO_SCHEDULE,
+    "nesterov": _NO_SCHEDULE,
+    "amsgrad": _NO_SCHEDULE,
+    "eps": "HFOptimizer divides by no average. Leave it out; damping is what keeps a step small.",
+}
+
+
+def keywords(given: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Options that HFOptimizer does not have."""
+    for name in given:
+        if name in _FOREIGN:
+            raise TypeError(f"HFOptimizer has no option {name}. {_FOREIGN[name]}")
+        close = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"Did you mean {close[0]}?" if close else f"It has {', '.join(known)}."
+        raise TypeError(f"HFOptimizer has no option {name}. {hint}")
 
 
 def options(group: Mapping[str, Any]) -> None:
@@ -86,7 +131,8 @@ def no_closure(params: Sequence[Tensor], rates: Sequence[float]) -> None:
     if any(rates) or any(p.grad is not None and torch.any(p.grad) for p in params):
         raise RuntimeError(
             "HFOptimizer.step() needs a closure that computes the loss, since it evaluates "
-            "the loss several times a step: optimizer.step(closure), as torch.optim.LBFGS."
+            "the loss several times a step: optimizer.step(closure), as torch.optim.LBFGS. Where "
+            "a framework calls step() for you, docs/frameworks.md has the lines to add."
         )
 
 
@@ -96,6 +142,47 @@ def closure(value: Any) -> None:
         raise TypeError(
             f"step() expects a closure that computes the loss, got a {type(value).__name__}. "
             "Write def closure(): ...; return loss, and call optimizer.step(closure)."
+        )
+
+
+#: Said where gradients are scaled for 16-bit floats.
+GRADIENT_SCALER = (
+    "HFOptimizer cannot step under a GradScaler, which scales gradients by hand and calls step() "
+    "without the closure. Take bfloat16, which needs no scaler: precision='bf16-mixed' in "
+    "Lightning, mixed_precision='bf16' in Accelerate, bf16=True in Hugging Face's Trainer; or "
+    "train in 32 bits."
+)
+
+
+def accumulated(before: Sequence[Tensor | None], left: Sequence[Any]) -> None:
+    """Gradients at the start of a step are those that the last step left, or none.
+
+    Args:
+        before: Gradients before the closure ran, which did not clear them.
+        left: Weak references to those that the last step left.
+    """
+    ours = {id(g) for ref in left if (g := ref()) is not None}
+    if any(g is not None and id(g) not in ours and torch.any(g) for g in before):
+        raise RuntimeError(
+            "There are gradients from a backward() outside of the closure, and the closure did "
+            "not clear them. They are no part of the step, so gradients cannot be accumulated "
+            "over batches. Hand the batches to one step, optimizer.step(closure, batches=[...]), "
+            "or take larger batches (accumulate_grad_batches=1 in Lightning); or begin the "
+            "closure with optimizer.zero_grad() if these gradients are of no use."
+        )
+
+
+def accumulates(batches: Any) -> None:
+    """Accelerate leaves out the steps between, and with them their batches."""
+    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
+    if batches is not None or state is None or not state._shared_state:
+        return
+    if state().num_steps > 1:
+        raise RuntimeError(
+            f"Accelerate was asked to accumulate gradients over {state().num_steps} batches, but "
+            "it calls the closure for the last of them only. Leave gradient_accumulation_steps "
+            "at 1 and hand the batches to one step: "
+            "optimizer.optimizer.step(closure, batches=[...])."
         )
 
 
@@ -182,7 +269,7 @@ HELD_BACK = (
     "the closure, so .grad is None there. Clip or log gradients after optimizer.step(closure), "
     "when .grad holds the gradient; clipping has no effect on the step."
 )
-_TWICE = re.compile("not implemented|double backward|differentiate twice|higher order")
+_TWICE = re.compile("derivative for .* not implemented|double backward|differentiate twice")
 
 
 def misses_gradients(error: Exception) -> bool:

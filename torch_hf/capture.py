@@ -8,6 +8,7 @@ see the inputs of linear layers, and to give convolutions a cheaper tangent.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from torch_hf import _checks
 from torch_hf.convolution import convolve, has_rule
 
 #: Loss functions whose Hessian in the arguments named is known to be one of a convex loss
@@ -121,6 +123,7 @@ class Record:
     layers: list[Layer] = field(default_factory=list)
     differentiates_inside: bool = False
     fast_convolutions: bool = False
+    clears: bool = False  # whether gradients were set, or read by a zero_grad
 
     def maker(self, z: Tensor, *names: str) -> Call | None:
         """The call of one of these names that made a tensor, seen through changes of shape."""
@@ -170,6 +173,8 @@ class Capture(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "backward" and func in (torch.Tensor.backward, torch.autograd.backward):
             return self._backward(func, args, kwargs)
+        if name in ("__get__", "__set__") and id(args[0]) in self.ids:
+            self._gradient(func)
         if func is torch.autograd.grad:
             self.record.differentiates_inside = True
         if name not in WATCHED:
@@ -182,6 +187,14 @@ class Capture(TorchFunctionMode):
         if self.calls and isinstance(result, Tensor):
             self._keep(func, name, args, kwargs, result)
         return result
+
+    def _gradient(self, func: Any) -> None:
+        """Notes that gradients are cleared, and that they are looked at where they are not made."""
+        reads = func == _GRAD.__get__
+        if func == _GRAD.__set__ or (reads and _clearing()):
+            self.record.clears = True
+        elif reads and self.record.held:
+            raise RuntimeError(_checks.HELD_BACK)
 
     def _keep(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
         if name == "linear":
@@ -236,6 +249,19 @@ def differentiable_kernels(name: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+_GRAD: Any = torch.Tensor.grad
+
+
+def _clearing() -> bool:
+    """Whether a ``zero_grad`` is on the way from the closure to here."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not Capture.run.__code__:
+        if frame.f_code.co_name == "zero_grad":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def kind(node: Any) -> str:

@@ -95,6 +95,7 @@ class Objective:
         self.fast_convolutions = fast_convolutions
         self.reducer = reducer
         self.needs_graph = False
+        self.accumulates = False  # whether backward() found gradients that were not cleared
         self.weights: list[float] = []
         self.cases = 0.0
         self.kept: Graph | None = None  # the graph of a single batch, for the curvature
@@ -279,6 +280,7 @@ class Objective:
             self.vector.params, layers=self.layers, fast_convolutions=self.fast_convolutions
         )
         record = self._call(capture, batch)
+        self.accumulates |= bool(record.held) and not record.clears
         loss = self._objective(record)
         returned, outputs, cases = _checks.returned(record.returned)
         if not loss.requires_grad:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
+from typing import Any, NoReturn
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -90,7 +92,9 @@ class HFOptimizer(Optimizer):
         cg_decay: float = 0.95,
         maximize: bool = False,
         process_group: Any = None,
+        **unsupported: NoReturn,
     ) -> None:
+        _checks.keywords(unsupported, list(signature(HFOptimizer).parameters)[1:-1])
         _checks.one_of("curvature", curvature, ("ggn", "hessian"))
         defaults = {
             "lr": lr,
@@ -111,6 +115,13 @@ class HFOptimizer(Optimizer):
         self._start: Tensor | None = None
         super().__init__(params, defaults)
         ParameterVector(self._trainable())  # complains now rather than at the first step
+
+    _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by ``torch.amp.GradScaler``, which no step can be taken under."""
+        raise RuntimeError(_checks.GRADIENT_SCALER)
 
     @torch.no_grad()
     def step(
@@ -147,6 +158,8 @@ class HFOptimizer(Optimizer):
             with world.arithmetic():
                 with clock.part("gradient"):
                     here = objective.value()
+                if objective.accumulates:
+                    _checks.accumulated(gradients, self._left)
                 outcome = self._decide(objective, here, clock)
         except BaseException as error:
             self.preconditioner.abandon()
@@ -253,6 +266,7 @@ class HFOptimizer(Optimizer):
         pack(self.state, vector, self._start, self.preconditioner)
         for p, g in zip(vector.params, here.plain_gradient, strict=True):
             p.grad = g
+        self._left = [ref(p.grad) for p in vector.params if p.grad is not None]
 
     # --- set-up ---
 
@@ -263,6 +277,7 @@ class HFOptimizer(Optimizer):
         self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
     ) -> Objective:
         _checks.closure(closure)
+        _checks.accumulates(batches)
         for group in self.param_groups:
             _checks.options(group)
         self._fit_state(vector)
