@@ -1,0 +1,75 @@
+"""Checks of what a user hands in: matrices and indices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Rows = Tensor | Sequence[int]
+
+
+def check_matrices(factors: Sequence[Tensor], same_length: bool = True) -> None:
+    """Matrices of finite numbers, of one dtype, on one device, and of as many rows."""
+    if not factors:
+        raise ValueError("At least one factor is needed, a matrix with a row for each point.")
+    first = factors[0]
+    for number, factor in enumerate(factors, start=1):
+        if not isinstance(factor, Tensor) or not factor.is_floating_point():
+            got = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
+            raise TypeError(f"Factor {number} must be a floating-point tensor, got {got}.")
+        if factor.dim() != 2 or 0 in factor.shape:
+            raise ValueError(
+                f"Factor {number} must be a matrix (points, features) that is not empty, got shape "
+                f"{tuple(factor.shape)}."
+            )
+        if factor.dtype != first.dtype:
+            raise TypeError(
+                f"All factors must have one dtype; factor 1 has {first.dtype}, factor {number} has "
+                f"{factor.dtype}. Convert one, for instance with .to({first.dtype})."
+            )
+        if factor.device != first.device:
+            raise ValueError(
+                f"All factors must be on one device; factor 1 is on {first.device}, factor "
+                f"{number} on {factor.device}."
+            )
+        if same_length and len(factor) != len(first):
+            raise ValueError(
+                f"All factors must have a row for each point; factor 1 has {len(first)} rows, "
+                f"factor {number} has {len(factor)}. For a list of pairs from two feature matrices "
+                "use KroneckerFactors.from_pairs."
+            )
+        check_finite(f"Factor {number}", factor)
+
+
+def check_finite(name: str, matrix: Tensor) -> None:
+    """No NaN, no infinity; says where the first is."""
+    wrong = ~torch.isfinite(matrix)
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            f"{name} has {int(wrong.sum())} values that are not finite, the first {matrix[place]} "
+            f"at {place}. Remove such points or fill the values in."
+        )
+
+
+def as_indices(rows: Rows, length: int, device: torch.device, what: str = "indices") -> Tensor:
+    """Numbers of points as a tensor ``(k,)``, each at least 0 and below ``length``."""
+    found = torch.as_tensor(rows, device=device)
+    if found.numel() == 0:
+        found = found.long()
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(
+            f"{what} must be integers, got {found.dtype}. For a mask, give mask.nonzero()[:, 0]."
+        )
+    if found.dim() != 1:
+        raise ValueError(f"{what} must be a list or a vector, got shape {tuple(found.shape)}.")
+    found = found.long()
+    if len(found):
+        low, high = (int(x) for x in found.aminmax())
+        if low < 0 or high >= length:
+            raise ValueError(
+                f"{what} must be from 0 to {length - 1}; got {low if low < 0 else high}."
+            )
+    return found

@@ -1,0 +1,257 @@
+"""Exact SGD on the implicit weights of Kronecker layers, and on all other parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as plain_sgd
+
+from torch_hf import _checks
+from torch_hf.kronecker._span import Matrix, Slot
+from torch_hf.kronecker.layer import KroneckerLinear, layer_of
+
+#: Gradient rows held back by default; benchmarks/kronecker.py compares.
+DEFERRED_ROWS = 256
+#: And the most numbers in them.
+DEFERRED_NUMBERS = 2**24
+
+
+class KroneckerSGD(torch.optim.Optimizer):
+    """``torch.optim.SGD`` for models with a :class:`KroneckerLinear`, after arXiv 2305.08001.
+
+    The implicit weights go exactly where ``torch.optim.SGD`` would take weights ``(m, d)``: the
+    same momentum, dampening, Nesterov step and (coupled) weight decay, from the same
+    gradients. The step's cost does not depend on d. All other parameters take the plain step.
+
+    Momentum and decay act on all entries alike, so they are gathered in a 2 by 2 matrix of numbers;
+    gradients are held back and carried out together. The layer accounts for what is held back, so
+    neither is visible but in rounding. Learning-rate schedules work as ever.
+
+    Args:
+        params: Parameters or groups of them, those of at least one ``KroneckerLinear`` among them.
+        lr: Learning rate η.
+        momentum: μ.
+        dampening: Of the momentum.
+        weight_decay: λ, the factor of w added to the gradient.
+        nesterov: Whether the momentum is Nesterov's; needs momentum and no dampening.
+        maximize: Ascend.
+        defer: Gradient rows (samples) held back before one larger update; 0 is none, None is 256,
+            or fewer for very wide layers. They take ``defer * m`` numbers.
+        refresh_every: Steps after which correlations are computed anew, to shed what rounding adds
+            up to; n² m multiply-adds each time. None is never: see ``KroneckerLinear.drift``.
+        **others: None; of an option that cannot be exact, the error says why.
+
+    Raises:
+        TypeError: An option is of the wrong type, or no option of SGD.
+        ValueError: An option is out of range, or there is no Kronecker layer.
+
+    Example:
+        >>> from torch_hf.kronecker import KroneckerLinear, KroneckerFactors
+        >>> _ = torch.manual_seed(0)
+        >>> data = KroneckerFactors(torch.randn(8, 30), torch.randn(8, 40))
+        >>> model = torch.nn.Sequential(KroneckerLinear(data, 16), torch.nn.Tanh(),
+        ...                             torch.nn.Linear(16, 3))
+        >>> optimizer = KroneckerSGD(model.parameters(), lr=1e-3, momentum=0.9)
+        >>> batch, target = torch.tensor([1, 5, 6]), torch.tensor([0, 2, 1])
+        >>> loss = torch.nn.functional.cross_entropy(model(batch), target)
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        defer: int | None = None,
+        refresh_every: int | None = None,
+        **others: Any,
+    ) -> None:
+        if others:
+            raise TypeError(_no_option(next(iter(others))))
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                "KroneckerSGD takes parameters: KroneckerSGD(model.parameters(), lr=…)."
+            )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "defer": defer,
+            "refresh_every": refresh_every,
+        }
+        _check_options(defaults)
+        super().__init__(params, defaults)
+        if not self._layers():
+            raise ValueError(
+                "None of these parameters belongs to a KroneckerLinear. For other models use "
+                "torch.optim.SGD; for this one, pass the parameters of the model that holds the "
+                "layer: KroneckerSGD(model.parameters(), lr=…)."
+            )
+        self.register_state_dict_pre_hook(_settle_first)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, as ``torch.optim.SGD`` does.
+
+        Raises:
+            TypeError, ValueError: An option of the group is wrong.
+        """
+        if isinstance(param_group, dict):
+            _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step along the gradients that ``backward()`` left.
+
+        Args:
+            closure: Computes the loss anew and returns it, as in ``torch.optim.SGD``; optional.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: Something else changed a Kronecker layer's parameter or gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            others = []
+            for p in group["params"]:
+                layer = layer_of(p) if p.grad is not None else None
+                if layer is not None:
+                    self._step_layer(layer, group)
+                elif p.grad is not None:
+                    others.append(p)
+            self._step_others(others, group)
+        return loss
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues where a saved optimizer stood; load the model's own state as well.
+
+        Raises:
+            ValueError: The groups differ.
+        """
+        for layer in self._layers():
+            layer._detach()
+        super().load_state_dict(state_dict)
+        for state in self.state.values():  # what was loaded stays the caller's
+            state.update({k: v.clone() for k, v in state.items() if isinstance(v, Tensor)})
+
+    def _layers(self) -> list[KroneckerLinear]:
+        found = (layer_of(p) for group in self.param_groups for p in group["params"])
+        return [layer for layer in found if layer is not None]
+
+    def _step_layer(self, layer: KroneckerLinear, group: dict[str, Any]) -> None:
+        state = self.state[layer.coefficients]
+        first = bool(group["momentum"]) and "velocity_coefficients" not in state
+        if first:
+            state["velocity_coefficients"] = torch.zeros_like(layer.coefficients)
+            state["velocity_correlations"] = torch.zeros_like(layer.correlations)
+            state["velocity_anchor"] = 0.0
+        velocity = state.get("velocity_coefficients")
+        held = layer._span.velocity
+        if velocity is not None and (held is None or held.coefficients is not velocity):
+            slot = Slot(velocity, state["velocity_correlations"])
+            layer._detach()
+            layer._attach(slot, state["velocity_anchor"])
+        elif velocity is None and held is not None:  # another optimizer's
+            layer._detach()
+        transition, gain = linear_step(group, first)
+        if velocity is None:
+            transition, gain = [[transition[0][0]]], gain[:1]
+        layer._advance(transition, gain, _capacity(group["defer"], layer.out_features))
+        state["step"] = state.get("step", 0) + 1
+        if group["refresh_every"] and state["step"] % group["refresh_every"] == 0:
+            layer.refresh()
+
+    def _step_others(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        buffers = [self.state[p].get("momentum_buffer") for p in params]
+        names = ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
+        options = {name: group[name] for name in names}
+        sparse = any(p.grad is not None and p.grad.is_sparse for p in params)
+        gradients = [p.grad for p in params if p.grad is not None]
+        plain_sgd(
+            params, gradients, buffers, has_sparse_grad=sparse, lr=float(group["lr"]), **options
+        )
+        if group["momentum"]:
+            for p, buffer in zip(params, buffers, strict=True):
+                self.state[p]["momentum_buffer"] = buffer
+
+
+def linear_step(group: dict[str, Any], first: bool) -> tuple[Matrix, list[float]]:
+    """SGD as (w, v) ← M (w, v) + u g: M and u, the same for all entries.
+
+    Written out, with g' = ±g + λ w (- for ``maximize``):
+    v ← μ v + c g', c = 1 - dampening (1 at first), and w ← w - η (e g' + f v), with (e, f) =
+    (0, 1), Nesterov's (1, μ), or (1, 0) without momentum, which leaves v alone.
+    """
+    lr, decay, momentum = (float(group[k]) for k in ("lr", "weight_decay", "momentum"))
+    sign = -1.0 if group["maximize"] else 1.0
+    if not momentum:
+        return [[1.0 - lr * decay, 0.0], [0.0, 1.0]], [-lr * sign, 0.0]
+    c = 1.0 if first else 1.0 - float(group["dampening"])
+    e, f = (1.0, momentum) if group["nesterov"] else (0.0, 1.0)
+    direct = lr * (e + f * c)
+    transition = [[1.0 - direct * decay, -lr * f * momentum], [c * decay, momentum]]
+    return transition, [-direct * sign, c * sign]
+
+
+def _capacity(defer: int | None, neurons: int) -> int:
+    return min(DEFERRED_ROWS, DEFERRED_NUMBERS // neurons) if defer is None else defer
+
+
+def _settle_first(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            layer, state = layer_of(p), optimizer.state.get(p, {})
+            if layer is None or "velocity_anchor" not in state:
+                continue
+            held = layer._span.velocity
+            if held is not None and held.coefficients is state["velocity_coefficients"]:
+                layer.settle()
+                state["velocity_anchor"] = layer._span.anchors[1]
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    lr = lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+    _checks.number("lr", lr, low=0.0, hint="lr=0.1 is usual.")
+    _checks.number("momentum", group["momentum"], low=0.0, high=1.0, hint="momentum=0.9 is usual.")
+    _checks.number("dampening", group["dampening"], low=0.0, high=1.0, hint="dampening=0 is none.")
+    _checks.number("weight_decay", group["weight_decay"], low=0.0, hint="weight_decay=0 is none.")
+    for name in ("nesterov", "maximize"):
+        _checks.flag(name, group[name])
+    if group["nesterov"] and not (group["momentum"] and not group["dampening"]):
+        raise ValueError("nesterov=True needs momentum > 0 and dampening=0.")
+    if group["defer"] is not None:
+        _checks.count("defer", group["defer"], low=0, hint="defer=0 updates at once.")
+    if group["refresh_every"] is not None:
+        _checks.count("refresh_every", group["refresh_every"], low=1, hint="None is never.")
+
+
+def _no_option(name: str) -> str:
+    if name in ("betas", "eps", "amsgrad", "alpha", "rho", "lr_decay", "centered", "etas"):
+        return (
+            f"KroneckerSGD has no option {name!r}: rules that scale each entry of the gradient by "
+            "itself, as Adam and RMSprop do, lead out of the span of the inputs and need the "
+            "weights. Use lr, momentum and weight_decay, or a dense layer with that optimizer."
+        )
+    return (
+        f"KroneckerSGD has no option {name!r}. It takes lr, momentum, dampening, weight_decay, "
+        "nesterov, maximize, defer and refresh_every."
+    )
