@@ -174,12 +174,15 @@ def accumulated(before: Sequence[Tensor | None], left: Sequence[Any]) -> None:
 
 def accumulates(batches: Any) -> None:
     """Accelerate leaves out the steps between, and with them their batches."""
-    state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
-    if batches is not None or state is None or not state._shared_state:
+    if batches is not None or "accelerate.optimizer" not in sys.modules:
         return
-    if state().num_steps > 1:
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") != "accelerate.optimizer":
+        frame = frame.f_back
+    state = getattr(frame.f_locals.get("self"), "gradient_state", None)
+    if state is not None and state.num_steps > 1:
         raise RuntimeError(
-            f"Accelerate was asked to accumulate gradients over {state().num_steps} batches, but "
+            f"Accelerate was asked to accumulate gradients over {state.num_steps} batches, but "
             "it calls the closure for the last of them only. Leave gradient_accumulation_steps "
             "at 1 and hand the batches to one step: "
             "optimizer.optimizer.step(closure, batches=[...])."
