@@ -97,7 +97,7 @@ def test_growing_batches_grow_when_prepared(accelerator):
 
 def test_a_used_optimizer_may_be_prepared(accelerator):
     """``prepare`` loads the optimizer's state into itself."""
-    network, reports = plain_run(1)
+    network, _ = plain_run(1)
     optimizer = HFOptimizer(network.parameters())
     train(network, optimizer, make_loader(), 1, torch.Tensor.backward)
     a = accelerator()
