@@ -14,11 +14,14 @@ too, and carried out many at a time. Both are exact; ``read`` accounts for what 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_HAS_MKL = bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
 
 Matrix = list[list[float]]
 #: Gram rows: ``gram(i, None)`` is ``(len(i), n)``, ``gram(i, j)`` a block of it.
@@ -62,16 +65,25 @@ class Outstanding:
         self, samples: Tensor, gradient: Tensor | Entries, worth: list[float], capacity: int
     ) -> None:
         first, rows = len(self.worth), len(samples)
+        if not rows:
+            return  # no neuron was active
         if isinstance(gradient, Entries):
             self.sparse.append(gradient._replace(row=gradient.row + first))
         elif rows >= capacity:
             self.dense = gradient  # nothing will join it
         else:
-            if self.dense is None or self.dense.shape != (capacity, gradient.shape[1]):
-                self.dense = gradient.new_empty(capacity, gradient.shape[1])
+            if not first:
+                self._make_room(gradient, capacity)
+            assert self.dense is not None
             self.dense[first : first + rows] = gradient
         self.samples.append(samples)
         self.worth += [worth] * rows
+
+    def _make_room(self, gradient: Tensor, capacity: int) -> None:
+        shape, held = (capacity, gradient.shape[1]), self.dense
+        kept = held is not None and held.shape == shape and held.dtype == gradient.dtype
+        if not kept or held is None or held.device != gradient.device:
+            self.dense = gradient.new_empty(shape)
 
     def clear(self) -> None:
         self.samples, self.worth, self.sparse = [], [], []
@@ -124,7 +136,7 @@ class Span:
         found: Tensor | None = None
         for share, slot in zip(mix, self.slots(weights), strict=True):
             if share != 0.0:
-                part = slot.correlations.index_select(1, samples)
+                part = slot.correlations.gather(1, samples.expand(len(slot.correlations), -1))
                 part = part if share == 1.0 else part.mul_(share)
                 found = part if found is None else found.add_(part)
         if found is None:
@@ -218,12 +230,25 @@ def _add_product(
         gram = gram * gram.new_tensor(worth)[:, None]
     alpha = worth[0] if uniform else 1.0
     if isinstance(gradient, Entries):
-        place = torch.stack([gradient.neuron, gradient.row])
-        shape = (len(out), len(gram))
-        sparse = torch.sparse_coo_tensor(place, gradient.value, shape, check_invariants=False)
-        out.addmm_(sparse, gram, alpha=alpha)
+        sparse = _sparse(gradient, (len(out), len(gram)))
+        torch.addmm(out, sparse, gram, alpha=alpha, out=out)
     else:
         out.addmm_(gradient.T, gram, alpha=alpha)
+
+
+def _sparse(gradient: Entries, shape: tuple[int, int]) -> Tensor:
+    """Gᵀ ``(m, rows)``. By rows where MKL is at hand: it uses all threads, COO one."""
+    row, neuron, value = gradient
+    if value.is_cuda or not _HAS_MKL:
+        place = torch.stack([neuron, row])
+        return torch.sparse_coo_tensor(place, value, shape, check_invariants=False)
+    neuron, order = neuron.sort(stable=True)
+    starts = torch.searchsorted(neuron, torch.arange(shape[0] + 1))
+    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
+        warnings.simplefilter("ignore")
+        return torch.sparse_csr_tensor(
+            starts, row[order], value[order], shape, check_invariants=False
+        )
 
 
 def _add_rows(

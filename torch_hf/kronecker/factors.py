@@ -107,7 +107,10 @@ class KroneckerFactors:
             (3, 10)
         """
         check_matrices([A, B], same_length=False)
-        places = [as_indices(i, len(t), t.device) for i, t in ((rows, A), (cols, B))]
+        places = [
+            as_indices(rows, len(A), A.device, "rows"),
+            as_indices(cols, len(B), B.device, "cols"),
+        ]
         if len(places[0]) != len(places[1]):
             raise ValueError(
                 f"rows and cols must be equally long, one entry a pair; got {len(places[0])} and "
@@ -275,18 +278,13 @@ class KroneckerFactors:
         """Whether these are the same points, given by the same factors in the same order."""
         if self is other:
             return True
-        if (len(self), self.widths, len(self._terms)) != (
-            len(other),
-            other.widths,
-            len(other._terms),
-        ):
+        mine, theirs = ((len(x), x.widths, len(x._terms)) for x in (self, other))
+        if mine != theirs:
             return False
-        pairs = [
-            (f.rows(), g.rows())
-            for mine, theirs in zip(self._terms, other._terms, strict=True)
-            for f, g in zip(mine, theirs, strict=True)
-        ]
-        return all(torch.equal(f, g) for f, g in pairs)
+        if (self._scale is None) != (other._scale is None):
+            return False
+        ours, others = ([f.rows() for term in x._terms for f in term] for x in (self, other))
+        return all(map(torch.equal, ours, others))
 
     def duplicates(self) -> Tensor:
         """Which points repeat an earlier one: ``(k, 2)``, each a point and the first equal to it.
