@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_hf import HFOptimizer
+from torch_hf import GrowingBatchSampler, HFOptimizer
 
 L = pytest.importorskip("lightning")
 
@@ -193,6 +193,13 @@ def test_a_scheduler_of_the_rate(trainer):
     module = Scheduled()
     trainer(2).fit(module, make_loader())
     assert [max(r.step_length for r in module.reports[i : i + 3]) for i in (0, 3)] == [1.0, 0.5]
+
+
+def test_batches_grow_without_a_call_of_set_epoch(trainer):
+    module = Classifier()
+    sampler = GrowingBatchSampler(len(X), batch_size=10, growth=1.5)
+    trainer(3).fit(module, DataLoader(TensorDataset(X, Y), batch_sampler=sampler))
+    assert [r.batch_cases for r in module.reports] == [10] * 6 + [15] * 4 + [22, 22, 16]
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])

@@ -150,6 +150,11 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         return self._walk.epoch
 
     @property
+    def sampler(self) -> GrowingBatchSampler:
+        """Itself: where Lightning looks for the ``set_epoch`` to call."""
+        return self
+
+    @property
     def batch_size(self) -> int:
         """Cases in the current batch, over all ranks (the last of an epoch may differ)."""
         return self._size(self._clock())
