@@ -143,6 +143,20 @@ def test_deferring_changes_nothing(defer, gram):
     _assert_same_networks(model, dense)
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+@pytest.mark.parametrize("has_mkl", [True, False])
+def test_dense_and_sparse_products_agree(share, has_mkl, monkeypatch):
+    if has_mkl and not torch.backends.mkl.is_available():
+        pytest.skip("this torch was built without MKL")
+    monkeypatch.setattr("torch_hf.kronecker._gradient.SPARSE_BELOW", share)
+    monkeypatch.setattr("torch_hf.kronecker._gradient._HAS_MKL", has_mkl)
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
+    model, dense = _pair()
+    _train(model, KroneckerSGD(model.parameters(), **options), _batches(60, repeated=True))
+    _train(dense, torch.optim.SGD(dense.parameters(), **options), _batches(60, repeated=True))
+    _assert_same_networks(model, dense)
+
+
 def test_schedules_and_options_changed_on_the_way():
     model, dense = _pair()
     runs = []
@@ -317,8 +331,9 @@ def test_what_was_loaded_stays_as_it_is():
 
 def test_another_optimizer_starts_without_velocity():
     model, dense = _pair()
-    for options in ({"lr": 0.1, "momentum": 0.9}, {"lr": 0.05, "momentum": 0.8}, {"lr": 0.1}):
-        _train(model, KroneckerSGD(model.parameters(), **options), _batches(15))
+    several = ({"lr": 0.1, "momentum": 0.9}, {"lr": 0.05, "momentum": 0.8}, {"lr": 0.1})
+    for options, defer in zip(several, (20, 200, 10), strict=True):
+        _train(model, KroneckerSGD(model.parameters(), defer=defer, **options), _batches(15))
         _train(dense, torch.optim.SGD(dense.parameters(), **options), _batches(15))
     _assert_same_networks(model, dense)
 

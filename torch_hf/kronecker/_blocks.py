@@ -130,3 +130,21 @@ def unit_scale(terms: tuple[Term, ...], normalize: bool) -> Tensor | None:
             "them out, scale the factors, or use constant=True."
         )
     return squares.rsqrt()
+
+
+def equal(left: tuple[Term, ...], right: tuple[Term, ...]) -> bool:
+    """Whether all factors are equal, in order."""
+    if [len(term) for term in left] != [len(term) for term in right]:
+        return False
+    ours, theirs = ([f.rows() for term in terms for f in term] for terms in (left, right))
+    return all(map(torch.equal, ours, theirs))
+
+
+def groups(terms: tuple[Term, ...]) -> Tensor:
+    """For each point a number, the same where all factors are equal."""
+    codes = []
+    for factor in dict.fromkeys(f for term in terms for f in term):
+        code = torch.unique(factor.table, dim=0, return_inverse=True)[1]
+        codes.append(code if factor.index is None else code[factor.index])
+    found: Tensor = torch.unique(torch.stack(codes, 1), dim=0, return_inverse=True)[1]
+    return found

@@ -14,23 +14,17 @@ too, and carried out many at a time. Both are exact; ``read`` accounts for what 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_HAS_MKL = bool(torch.backends.mkl.is_available())  # type: ignore[no-untyped-call]
+from torch_hf.kronecker._gradient import Entries, add_product, add_rows, compressed
 
 Matrix = list[list[float]]
 #: Gram rows: ``gram(i, None)`` is ``(len(i), n)``, ``gram(i, j)`` a block of it.
 Gram = Callable[[Tensor, Tensor | None], Tensor]
-
-#: Share of non-zero gradient entries below which a sparse product beats a dense one on a CPU:
-#: 0.03 takes a third of the dense time at n = 4,000, m = 4,096 and 256 rows, and time is
-#: proportional to the share.
-SPARSE_BELOW = 0.08
 
 
 class Slot(NamedTuple):
@@ -38,14 +32,6 @@ class Slot(NamedTuple):
 
     coefficients: Tensor
     correlations: Tensor
-
-
-class Entries(NamedTuple):
-    """The gradient of a few active neurons: ``value`` at sample ``row`` of a batch."""
-
-    row: Tensor
-    neuron: Tensor
-    value: Tensor
 
 
 class Outstanding:
@@ -130,6 +116,12 @@ class Span:
         self.velocity = None
         self.anchors, self.mixing = self.anchors[:1], [[1.0]]
 
+    def limit(self, capacity: int, weights: Slot, gram: Gram) -> None:
+        """Sets how many gradient rows may be outstanding."""
+        if capacity != self.capacity:
+            self.flush(weights, gram)
+            self.capacity = capacity
+
     def read(self, weights: Slot, samples: Tensor, gram: Gram) -> Tensor:
         """Pre-activations ``(len(samples), m)`` as all steps so far have made them."""
         mix = self.mixing[0]
@@ -146,7 +138,7 @@ class Span:
                 sum(p * w for p, w in zip(mix, row, strict=True)) for row in self.outstanding.worth
             ]
             between = gram(self.outstanding.index(), samples)
-            _add_product(found, self.outstanding.gradient(), between, worth)
+            add_product(found, self.outstanding.gradient(), between, worth)
         return found.T
 
     def advance(
@@ -180,13 +172,13 @@ class Span:
         held = self.outstanding
         if not held.worth:
             return
-        samples, gradient = held.index(), _compressed(held.gradient())
+        samples, gradient = held.index(), compressed(held.gradient())
         rows = gram(samples, None)
         for number, slot in enumerate(self.slots(weights)):
             worth = [row[number] for row in self.outstanding.worth]
             if any(worth):
-                _add_product(slot.correlations, gradient, rows, worth)
-                _add_rows(slot.coefficients, gradient, samples, worth)
+                add_product(slot.correlations, gradient, rows, worth)
+                add_rows(slot.coefficients, gradient, samples, worth)
         held.clear()
 
     def settle(self, weights: Slot, gram: Gram) -> None:
@@ -208,59 +200,6 @@ class Span:
         ]
         self.mixing = _identity(size)
         self.rescaled += 1
-
-
-def _compressed(gradient: Tensor | Entries) -> Tensor | Entries:
-    """A gradient as its non-zero entries, where that pays."""
-    if isinstance(gradient, Entries) or gradient.is_cuda:
-        return gradient
-    if int(gradient.count_nonzero()) > SPARSE_BELOW * gradient.numel():
-        return gradient
-    transposed = gradient.T.contiguous()  # by neuron, so that each is fetched once
-    neuron, row = transposed.nonzero(as_tuple=True)
-    return Entries(row, neuron, transposed[neuron, row])
-
-
-def _add_product(
-    out: Tensor, gradient: Tensor | Entries, gram: Tensor, worth: Sequence[float]
-) -> None:
-    """``out += Gᵀ diag(worth) gram``: ``(m, k)``, from G ``(rows, m)`` and gram ``(rows, k)``."""
-    uniform = min(worth) == max(worth)
-    if not uniform:
-        gram = gram * gram.new_tensor(worth)[:, None]
-    alpha = worth[0] if uniform else 1.0
-    if isinstance(gradient, Entries):
-        sparse = _sparse(gradient, (len(out), len(gram)))
-        torch.addmm(out, sparse, gram, alpha=alpha, out=out)
-    else:
-        out.addmm_(gradient.T, gram, alpha=alpha)
-
-
-def _sparse(gradient: Entries, shape: tuple[int, int]) -> Tensor:
-    """Gᵀ ``(m, rows)``. By rows where MKL is at hand: it uses all threads, COO one."""
-    row, neuron, value = gradient
-    if value.is_cuda or not _HAS_MKL:
-        place = torch.stack([neuron, row])
-        return torch.sparse_coo_tensor(place, value, shape, check_invariants=False)
-    neuron, order = neuron.sort(stable=True)
-    starts = torch.searchsorted(neuron, torch.arange(shape[0] + 1))
-    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
-        warnings.simplefilter("ignore")
-        return torch.sparse_csr_tensor(
-            starts, row[order], value[order], shape, check_invariants=False
-        )
-
-
-def _add_rows(
-    out: Tensor, gradient: Tensor | Entries, samples: Tensor, worth: Sequence[float]
-) -> None:
-    """``out[samples] += diag(worth) G``, samples that recur added up."""
-    factors = out.new_tensor(worth)
-    if isinstance(gradient, Entries):
-        place = (samples[gradient.row], gradient.neuron)
-        out.index_put_(place, gradient.value * factors[gradient.row], accumulate=True)
-    else:
-        out.index_add_(0, samples, gradient * factors[:, None])
 
 
 def _identity(size: int) -> Matrix:
@@ -288,12 +227,3 @@ def _inverse(mixing: Matrix, limit: float) -> Matrix | None:
         return None
     inverse = [[d / determinant, -b / determinant], [-c / determinant, a / determinant]]
     return inverse if max(abs(x) for r in (*inverse, *mixing) for x in r) < limit else None
-
-
-def entries_of(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | Entries]:
-    """A parameter's sparse gradient as samples ``(B,)`` and their rows of gradient."""
-    place, values = gradient._indices(), gradient._values().to(dtype)
-    if gradient.sparse_dim() == 1:
-        return place[0], values
-    samples, row = torch.unique(place[0], return_inverse=True)
-    return samples, Entries(row, place[1], values)

@@ -149,8 +149,6 @@ class KroneckerFactors:
         all_terms = tuple(t for term in terms for t in term._terms)
         return _made(all_terms, _blocks.unit_scale(all_terms, normalize))
 
-    # --- what they are ----------------------------------------------------------------------
-
     def __len__(self) -> int:
         return len(self._terms[0][0])
 
@@ -178,8 +176,6 @@ class KroneckerFactors:
         terms = f", {len(self._terms)} terms" if len(self._terms) > 1 else ""
         widths = " x ".join(map(str, self.widths))
         return f"KroneckerFactors({len(self)} points of {widths} = {self.features}{terms})"
-
-    # --- inner products ---------------------------------------------------------------------
 
     def gram(self, rows: Rows | None = None, columns: Rows | None = None) -> Tensor:
         """Inner products ``⟨x_i, x_j⟩``, i in ``rows`` and j in ``columns``; None is all points.
@@ -226,8 +222,6 @@ class KroneckerFactors:
 
     def _checked(self, rows: Rows | None) -> Tensor | None:
         return None if rows is None else as_indices(rows, len(self), self.device)
-
-    # --- other forms ------------------------------------------------------------------------
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Coordinates ``start`` to ``stop`` of all points, ``(n, stop - start)``.
@@ -278,13 +272,8 @@ class KroneckerFactors:
         """Whether these are the same points, given by the same factors in the same order."""
         if self is other:
             return True
-        mine, theirs = ((len(x), x.widths, len(x._terms)) for x in (self, other))
-        if mine != theirs:
-            return False
-        if (self._scale is None) != (other._scale is None):
-            return False
-        ours, others = ([f.rows() for term in x._terms for f in term] for x in (self, other))
-        return all(map(torch.equal, ours, others))
+        alike = (self._scale is None) == (other._scale is None) and len(self) == len(other)
+        return alike and _blocks.equal(self._terms, other._terms)
 
     def duplicates(self) -> Tensor:
         """Which points repeat an earlier one: ``(k, 2)``, each a point and the first equal to it.
@@ -297,11 +286,7 @@ class KroneckerFactors:
             >>> KroneckerFactors(a, a).duplicates()
             tensor([[2, 0]])
         """
-        codes = []
-        for factor in dict.fromkeys(f for term in self._terms for f in term):
-            code = torch.unique(factor.table, dim=0, return_inverse=True)[1]
-            codes.append(code if factor.index is None else code[factor.index])
-        group = torch.unique(torch.stack(codes, 1), dim=0, return_inverse=True)[1]
+        group = _blocks.groups(self._terms)
         number = torch.arange(len(self), device=self.device)
         first = number.new_full((len(self),), len(self)).scatter_reduce(0, group, number, "amin")
         again = first[group] != number

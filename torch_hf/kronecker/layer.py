@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.kronecker import _memory, _setup
 from torch_hf.kronecker._autograd import EntryGradient, RowGradient
-from torch_hf.kronecker._inputs import Rows, as_indices
-from torch_hf.kronecker._search import NeuronSearch
-from torch_hf.kronecker._span import Matrix, Slot, Span, entries_of
+from torch_hf.kronecker._implicit import ImplicitWeights
+from torch_hf.kronecker._inputs import Rows
 from torch_hf.kronecker._start import Start
 from torch_hf.kronecker.factors import KroneckerFactors
-
-#: Of each layer's parameter, by its id, the layer: so an optimizer finds it.
-_LAYERS: weakref.WeakValueDictionary[int, KroneckerLinear] = weakref.WeakValueDictionary()
-
-
-def layer_of(parameter: Tensor) -> KroneckerLinear | None:
-    """The layer whose coefficients these are, None if no layer's."""
-    layer = _LAYERS.get(id(parameter))
-    return layer if layer is not None and layer.coefficients is parameter else None
 
 
 class ActiveNeurons(NamedTuple):
@@ -41,7 +30,7 @@ class ActiveNeurons(NamedTuple):
     values: Tensor
 
 
-class KroneckerLinear(nn.Module):
+class KroneckerLinear(ImplicitWeights):
     """``⟨w_r, x_i⟩`` for m neurons and n data points, without the weights ``(m, d)``.
 
     SGD moves weights only in the span of the data, ``w_r = α w_r(0) + Σ_i C_ir x_i``, so the
@@ -85,11 +74,6 @@ class KroneckerLinear(nn.Module):
         True
     """
 
-    coefficients: nn.Parameter
-    correlations: Tensor
-    fingerprint: Tensor
-    _gram: Tensor | None
-
     def __init__(
         self,
         factors: KroneckerFactors,
@@ -100,20 +84,13 @@ class KroneckerLinear(nn.Module):
         gram: str = "auto",
         keep_initial: bool = True,
     ) -> None:
-        super().__init__()
         _setup.check_arguments(factors, out_features, init, std, gram, keep_initial)
         kind, full = _setup.kind(init, factors), _setup.keeps_gram(factors, gram)
         _setup.check_memory(factors, out_features, kind, full, keep_initial)
-        self.factors, self.out_features = factors, out_features
         given = init.to(factors.device, factors.dtype) if isinstance(init, Tensor) else None
-        self.start = Start(factors, out_features, kind, float(std), given)
-        self.register_buffer("fingerprint", factors.gram([0])[0])  # of the data, in checkpoints
-        self.register_buffer("_gram", factors.gram() if full else None, persistent=False)
-        self.register_buffer("correlations", self.start.draw(keep_initial))
-        self.coefficients = nn.Parameter(torch.zeros_like(self.correlations.T.contiguous()))
-        self._span, self._search = Span(), NeuronSearch()
-        self.register_state_dict_pre_hook(_settle_first)  # type: ignore[no-untyped-call]
-        self._adopt()
+        start = Start(factors, out_features, kind, float(std), given)
+        super().__init__(factors, start, full, keep_initial)
+        self.out_features = out_features
 
     def forward(self, indices: Rows) -> Tensor:
         """Pre-activations of all neurons.
@@ -211,151 +188,7 @@ class KroneckerLinear(nn.Module):
         found = self.factors.combine(self.coefficients)
         return found.add_(self.start.dense(), alpha=float(self.start.scale))
 
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Carries out all updates held back: then ``coefficients`` and ``correlations`` are true.
-
-        Done before anything is saved, moved or converted. It changes results by rounding only.
-        """
-        self._check_untouched()
-        self._span.settle(self._weights, self.gram)
-        self.start.scale.fill_(self._span.anchors[0])
-        self._version = self.coefficients._version
-
-    @torch.no_grad()
-    def drift(self, indices: Rows | None = None) -> float:
-        """The largest difference between correlations as updated and as computed anew.
-
-        Args:
-            indices: Points at which to compare; all if None. Costs n m multiply-adds a point.
-
-        Raises:
-            RuntimeError: The layer was made with ``keep_initial=False``.
-        """
-        self.settle()
-        samples = self._indices(range(len(self.factors)) if indices is None else indices)
-        difference = self.correlations[:, samples] - self._anew(samples)
-        return float(difference.abs().max()) if len(samples) else 0.0
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Computes the correlations anew from the coefficients, to shed rounding errors.
-
-        n² m multiply-adds.
-
-        Raises:
-            RuntimeError: The layer was made with ``keep_initial=False``.
-        """
-        self.settle()
-        points = torch.arange(len(self.factors), device=self.correlations.device)
-        for first in range(0, len(points), 1024):
-            samples = points[first : first + 1024]
-            self.correlations[:, samples] = self._anew(samples)
-        self._search.forget()
-
-    def gram(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
-        """Inner products of points ``rows`` with ``columns``, or with all points."""
-        if self._gram is None:
-            return self.factors.gram(rows, columns)
-        found = self._gram.index_select(0, rows)
-        return found if columns is None else found.index_select(1, columns)
-
     def extra_repr(self) -> str:
         """What ``print`` shows."""
         kept, kind = "rows" if self._gram is None else "full", self.start.kind
         return f"{self.factors}, out_features={self.out_features}, init={kind!r}, gram={kept!r}"
-
-    # --- for the optimizer ------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _advance(self, transition: Matrix, gain: list[float], capacity: int) -> None:
-        """(weights, velocity) ← transition (weights, velocity) + gain (the gradient held)."""
-        self._check_untouched()
-        gradient = self.coefficients.grad
-        if gradient is None or not gradient.is_sparse:
-            raise RuntimeError(
-                "The gradient of a KroneckerLinear's coefficients must be the sparse one that "
-                "backward() leaves; something has replaced it. Scale the loss instead."
-            )
-        samples, found = entries_of(gradient, self.coefficients.dtype)
-        span, search = self._span, self._search
-        span.capacity = 0 if search.tree is not None else capacity
-        span.advance(self._weights, transition, gain, samples, found, self.gram)
-        search.touched(found)
-        self._version = self.coefficients._version
-
-    def _attach(self, velocity: Slot, anchor: float) -> None:
-        self.settle()
-        self._search.forget()
-        self._span.attach(velocity, anchor)
-
-    def _detach(self) -> None:
-        self.settle()
-        self._span.detach()
-
-    # --- that nothing is lost when it is saved, moved or copied -----------------------------
-
-    def _anew(self, samples: Tensor) -> Tensor:
-        """Correlations ``(m, k)`` as the coefficients say."""
-        start = self.start.kept()[:, samples] * float(self.start.scale)
-        return start.addmm_(self.coefficients.T, self.gram(samples).T)
-
-    @property
-    def _weights(self) -> Slot:
-        return Slot(self.coefficients.detach(), self.correlations)
-
-    def _indices(self, indices: Rows) -> Tensor:
-        return as_indices(indices, len(self.factors), self.correlations.device)
-
-    def _adopt(self) -> None:
-        """Takes the parameter as it is."""
-        _LAYERS[id(self.coefficients)] = self
-        self._version = self.coefficients._version
-
-    def _check_untouched(self) -> None:
-        if self.coefficients._version != self._version:
-            raise RuntimeError(
-                "Something else than KroneckerSGD has changed the coefficients of a "
-                "KroneckerLinear, so its correlations no longer belong to them. Train it with "
-                "torch_hf.kronecker.KroneckerSGD, and load values with load_state_dict()."
-            )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> KroneckerLinear:
-        self._detach()
-        dtype = self.factors.dtype
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.factors = self.factors.to(self.coefficients.device, self.coefficients.dtype)
-        self.start.moved(self.factors)
-        if self._gram is not None and self.factors.dtype != dtype:
-            self._gram = self.factors.gram()
-        self._search.forget()
-        self._adopt()
-        return self
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        saved = state_dict.get(prefix + "fingerprint")
-        if saved is not None and not _close(saved, self.fingerprint):
-            raise ValueError(
-                "The saved KroneckerLinear belongs to other data: the points' inner products "
-                "differ. Make the layer with the very factors, in the same order, then load."
-            )
-        self.settle()
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        scale = state_dict.get(prefix + "start.scale")  # loaded after this
-        self._span.anchors[0] = self._span.anchors[0] if scale is None else float(scale)
-        self._search.forget()
-        self._adopt()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._adopt()
-        self._detach()  # the velocity is the first one's optimizer's
-
-
-def _settle_first(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
-    cast(KroneckerLinear, layer).settle()
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    tolerance = 1e-2 * float(b.abs().max())  # what lower precision may change
-    return a.shape == b.shape and float((a.to(b) - b).abs().max()) <= tolerance

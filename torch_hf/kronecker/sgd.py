@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim.sgd import sgd as plain_sgd
 
 from torch_hf import _checks
+from torch_hf.kronecker._implicit import ImplicitWeights, layer_of
 from torch_hf.kronecker._span import Matrix, Slot
-from torch_hf.kronecker.layer import KroneckerLinear, layer_of
 
 #: Gradient rows held back by default; benchmarks/kronecker.py compares.
 DEFERRED_ROWS = 256
@@ -152,11 +152,11 @@ class KroneckerSGD(torch.optim.Optimizer):
         for state in self.state.values():  # what was loaded stays the caller's
             state.update({k: v.clone() for k, v in state.items() if isinstance(v, Tensor)})
 
-    def _layers(self) -> list[KroneckerLinear]:
+    def _layers(self) -> list[ImplicitWeights]:
         found = (layer_of(p) for group in self.param_groups for p in group["params"])
         return [layer for layer in found if layer is not None]
 
-    def _step_layer(self, layer: KroneckerLinear, group: dict[str, Any]) -> None:
+    def _step_layer(self, layer: ImplicitWeights, group: dict[str, Any]) -> None:
         state = self.state[layer.coefficients]
         first = bool(group["momentum"]) and "velocity_coefficients" not in state
         if first:
@@ -174,7 +174,7 @@ class KroneckerSGD(torch.optim.Optimizer):
         transition, gain = linear_step(group, first)
         if velocity is None:
             transition, gain = [[transition[0][0]]], gain[:1]
-        layer._advance(transition, gain, _capacity(group["defer"], layer.out_features))
+        layer._advance(transition, gain, _capacity(group["defer"], layer.coefficients.shape[1]))
         state["step"] = state.get("step", 0) + 1
         if group["refresh_every"] and state["step"] % group["refresh_every"] == 0:
             layer.refresh()
