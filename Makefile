@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv train test test-all lint format bench-products bench-step clean
+.PHONY: help venv train test test-all lint format bench-products bench-step bench-kronecker clean
 .SECONDARY:
 
 help: ## list the targets
@@ -40,6 +40,9 @@ bench-products: $(VENV)/.with-benchmarks ## print the cost of a curvature produc
 
 bench-step: $(VENV)/.with-benchmarks ## print where the time and memory of a step go
 	$(BIN)/python benchmarks/step.py
+
+bench-kronecker: $(VENV)/.with-benchmarks ## print what a Kronecker step costs beside dense layers; table and plot
+	$(BIN)/python benchmarks/kronecker.py
 
 clean: ## remove caches and build outputs, not the environment
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -75,7 +75,7 @@ def train_plain(train: Batch, test: Batch, args: argparse.Namespace) -> list[flo
     """Test accuracy after each epoch of a network with as many hidden units on the pixels."""
     layers = (nn.Linear(784, args.neurons), nn.ReLU(), nn.Linear(args.neurons, 10))
     model = nn.Sequential(*layers).to(args.device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     return fit(model, optimizer, train, lambda: model(test[0]), test, args)
 
 
@@ -103,7 +103,7 @@ def main() -> None:
     add("--neurons", type=int, default=1024, help="hidden units")
     add("--epochs", type=int, default=10, help="passes over the training set")
     add("--max-steps", type=int, help="stop after so many steps")
-    add("--lr", type=float, default=2.0, help="learning rate of the hidden layer")
+    add("--lr", type=float, default=8.0, help="learning rate of the hidden layer")
     add("--device", default="cpu", help="as in torch")
     add("--seed", type=int, default=0, help="of the weights and the order of the cases")
     add("--out", type=Path, default=Path("runs/kronecker_mnist"), help="folder for the plot")

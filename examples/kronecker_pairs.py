@@ -21,14 +21,21 @@ DRUGS, TARGETS, NOISE = 300, 200, 0.1
 
 
 def make_data(pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Features of drugs and targets, and for each pair its drug, its target and its affinity."""
-    drugs, targets = torch.randn(DRUGS, 24), torch.randn(TARGETS, 16)
+    """Features of drugs and targets, and for each pair its drug, its target and its affinity.
+
+    128 and 96 features that express 6 hidden traits of each.
+    """
+    traits = torch.randn(DRUGS, 6), torch.randn(TARGETS, 6)
+    drugs, targets = (
+        t @ torch.randn(6, width) + 0.1 * torch.randn(len(t), width)
+        for t, width in zip(traits, (128, 96), strict=True)
+    )
     chosen = torch.randperm(DRUGS * TARGETS)[:pairs]
     rows, cols = chosen // TARGETS, chosen % TARGETS
-    bindings = torch.randn(2, 24, 16) / (24 * 16) ** 0.5
-    first, second = torch.einsum("np,kpq,nq->kn", drugs[rows], bindings, targets[cols])
-    affinity = torch.relu(first) - torch.relu(second) + NOISE * torch.randn(pairs)
-    return drugs, targets, rows, cols, affinity - affinity.mean()
+    bindings = torch.randn(2, 6, 6) / 6
+    first, second = torch.einsum("np,kpq,nq->kn", traits[0][rows], bindings, traits[1][cols])
+    affinity = torch.relu(first) - torch.relu(second).square() + NOISE * torch.randn(pairs)
+    return drugs, targets, rows, cols, (affinity - affinity.mean()) / affinity.std()
 
 
 def ridge(known: KroneckerFactors, affinity: Tensor, new: KroneckerFactors) -> Tensor:
@@ -44,7 +51,7 @@ def train(
     """Predictions of a network on the products, with any layers on top."""
     hidden = KroneckerLinear(known, 256)
     top = nn.Sequential(nn.ReLU(), nn.Linear(256, 1))
-    groups = [{"params": hidden.parameters(), "lr": 3.0}, {"params": top.parameters()}]
+    groups = [{"params": hidden.parameters(), "lr": 10.0}, {"params": top.parameters()}]
     optimizer = KroneckerSGD(groups, lr=0.01, momentum=0.9, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.max_steps)
     for _ in range(args.max_steps):
