@@ -216,6 +216,17 @@ def figures(
     return found
 
 
+def flatness(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds a step of Kronecker SGD at each d, all taking turns in the same rounds."""
+    turns = {case.d: block(KRONECKER, Data(case, args.device)) for case in cases}
+    runs = {str(d): run for d, (run, _) in turns.items()}
+    seconds = interleaved(runs, args.rounds, args.device, warm_up=1)
+    return [
+        {"d": d, "rounds_ms": [round(1e3 * t / steps, 4) for t in seconds[str(d)]]}
+        for d, (_, steps) in turns.items()
+    ]
+
+
 # --- peak memory, in a process of its own -----------------------------------------------------
 
 
@@ -262,12 +273,13 @@ def main() -> None:
         results.append(found | {"not_run": missing})
         rows.append(row(found, missing))
         print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+    flat = flatness([case for case in all_cases(args.quick) if case.title == "d grows"], args)
     about = environment(args.device, args.threads)
     print_table("Milliseconds a step (synthetic data, float32)", HEADER, rows)
-    print("\n" + "\n".join(verdicts(results)))
+    print("\n" + "\n".join(verdicts(results, flat)))
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
     if not args.quick:
-        content = {"environment": about, "rounds": args.rounds, "cases": results}
+        content = {"environment": about, "rounds": args.rounds, "cases": results, "flat": flat}
         write_json("kronecker", args.device, content)
         plot(results, RESULTS / f"kronecker-{args.device.type}.png")
 
