@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_hf.kronecker._gradient import quiet
+
 
 class RowGradient(torch.autograd.Function):
     """Passes values ``(B, m)`` on; backward gives the parameter ``(n, m)`` its rows of gradient."""
@@ -44,4 +46,5 @@ class EntryGradient(torch.autograd.Function):
 
 
 def _sparse(place: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    return torch.sparse_coo_tensor(place, values, shape, check_invariants=False)
+    with quiet():
+        return torch.sparse_coo_tensor(place, values, shape, check_invariants=False)

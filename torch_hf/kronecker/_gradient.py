@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -63,14 +64,22 @@ def _sparse(gradient: Entries, shape: tuple[int, int]) -> Tensor:
     row, neuron, value = gradient
     if value.is_cuda or not _HAS_MKL or len(value) < BY_ROWS_FROM * shape[0]:
         place = torch.stack([neuron, row])
-        return torch.sparse_coo_tensor(place, value, shape, check_invariants=False)
+        with quiet():
+            return torch.sparse_coo_tensor(place, value, shape, check_invariants=False)
     neuron, order = neuron.sort(stable=True)
     starts = torch.searchsorted(neuron, torch.arange(shape[0] + 1))
-    with warnings.catch_warnings():  # "Sparse CSR tensor support is in beta state"
-        warnings.simplefilter("ignore")
+    with quiet():
         return torch.sparse_csr_tensor(
             starts, row[order], value[order], shape, check_invariants=False
         )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch says once of sparse tensors: beta state, invariants not checked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor|invariant)")
+        yield
 
 
 def add_rows(
