@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from test_examples import run_example
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_hf import GrowingBatchSampler, HFOptimizer, split_batch
+from torch_hf.tracking import read_csv
 
 accelerate = pytest.importorskip("accelerate")
 
@@ -204,3 +206,13 @@ def test_a_gradient_scaler_is_refused(scaled_before, error, message, accelerator
     with pytest.raises(error, match=message):
         train(model, optimizer, make_loader(), 1, lambda loss: scaler.scale(loss).backward())
     assert_same(model, make_network())
+
+
+def test_the_example(tmp_path):
+    done = run_example("accelerate_digits", "--max-steps", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    columns = read_csv(tmp_path / "runs" / "accelerate_digits" / "training.csv")
+    assert columns["step"] == [1, 2, 3]
+    assert all(a <= b for a, b in zip(columns["new_loss"], columns["loss"], strict=True))
+    picture = tmp_path / "runs" / "accelerate_digits" / "training.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_examples import run_example
 
 from torch_hf import HFOptimizer
+from torch_hf.tracking import read_csv
 
 transformers = pytest.importorskip("transformers")
 
@@ -171,3 +173,13 @@ def test_the_documentation_shows_the_classes_of_the_example():
     for name in ("StepTaken", "HFTrainer"):
         definition = re.search(rf"^class {name}\b.*?(?=^\S)", source, re.DOTALL | re.MULTILINE)
         assert definition.group().strip() in page
+
+
+def test_the_example(tmp_path):
+    done = run_example("transformers_tiny", "--max-steps", 3, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    columns = read_csv(tmp_path / "runs" / "transformers_tiny" / "training.csv")
+    assert columns["step"] == [1, 2, 3]
+    assert all(a <= b for a, b in zip(columns["new_loss"], columns["loss"], strict=True))
+    picture = tmp_path / "runs" / "transformers_tiny" / "training.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
