@@ -34,7 +34,7 @@ def make_data(pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, cols = chosen // TARGETS, chosen % TARGETS
     bindings = torch.randn(2, 6, 6) / 6
     first, second = torch.einsum("np,kpq,nq->kn", traits[0][rows], bindings, traits[1][cols])
-    affinity = torch.relu(first) - torch.relu(second).square() + NOISE * torch.randn(pairs)
+    affinity = torch.relu(first) - torch.relu(second) + NOISE * torch.randn(pairs)
     return drugs, targets, rows, cols, (affinity - affinity.mean()) / affinity.std()
 
 
