@@ -267,7 +267,8 @@ def main() -> None:
     rows, results, slow = [], [], set[str]()
     for case in all_cases(args.quick):
         seconds, missing = measure(case, args, slow)
-        measured = [n for n in (KRONECKER, LINEAR) if n in seconds and args.device.type == "cpu"]
+        weighed = (KRONECKER,) if args.quick else (KRONECKER, LINEAR)
+        measured = [n for n in weighed if n in seconds and args.device.type == "cpu"]
         memory = {name: peak_memory(name, case, args) for name in measured}
         found = figures(case, seconds, {k: v for k, v in memory.items() if v is not None})
         results.append(found | {"not_run": missing})
