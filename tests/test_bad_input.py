@@ -554,8 +554,20 @@ def bound(closure: Any, model: nn.Module, optimizer: HFOptimizer) -> Any:
     return alone
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
-@pytest.mark.parametrize("row", BAD_STEPS, ids=lambda row: row.name)
+#: A loss that is not finite is bad input to the first step; later the step is rejected.
+AT_FIRST = {"nan", "inf", "minus_inf"}
+
+
+@pytest.mark.parametrize(
+    ("row", "used"),
+    [
+        (row, used)
+        for row in BAD_STEPS
+        for used in (False, True)
+        if not (used and row.name in AT_FIRST)
+    ],
+    ids=lambda x: x.name if isinstance(x, BadStep) else ["fresh", "used"][x],
+)
 def test_bad_steps_say_what_to_do_and_change_nothing(row, used):
     model = network()
     optimizer = HFOptimizer(model.parameters(), cg_max_iter=3, **row.options)

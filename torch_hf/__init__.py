@@ -2,12 +2,14 @@
 
 from torch_hf._version import __version__
 from torch_hf.batches import head, split_batch
+from torch_hf.diagnostics import Diagnosis, diagnose
 from torch_hf.optimizer import HFOptimizer
 from torch_hf.preconditioner import LBFGSPreconditioner
 from torch_hf.report import StepReport, Stop
 from torch_hf.sampler import GeometricGrowth, GrowingBatchSampler, VarianceGrowth
 
 __all__ = [
+    "Diagnosis",
     "GeometricGrowth",
     "GrowingBatchSampler",
     "HFOptimizer",
@@ -16,6 +18,7 @@ __all__ = [
     "Stop",
     "VarianceGrowth",
     "__version__",
+    "diagnose",
     "head",
     "split_batch",
 ]

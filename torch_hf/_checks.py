@@ -286,9 +286,7 @@ def not_twice(error: BaseException) -> str:
         return ""
     return (
         "An operation in the closure cannot be differentiated twice "
-        f"({str(error).splitlines()[0]}). Replace it by one that can: Embedding and mean for "
-        "EmbeddingBag, Sigmoid or Hardtanh for Hardsigmoid, norms of differences for cdist, "
-        'torch.compile(backend="eager") for a compiled module.'
+        f"({str(error).splitlines()[0]}), and finite differences cannot stand in for it here."
     )
 
 
@@ -306,10 +304,40 @@ def gradients(found: Sequence[Tensor | None]) -> None:
         )
 
 
-def finite(loss: float) -> None:
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"The closure's loss is {loss} at the present parameters, so no step can be judged. "
-            "Check the batch for NaN or Inf, and the loss for log(0) or a division by zero "
-            "(F.cross_entropy and F.binary_cross_entropy_with_logits are safe forms)."
+def not_finite(loss: float) -> str:
+    """What to say of a first step that cannot be judged."""
+    return (
+        f"The closure's loss is {loss} at the present parameters, so no step can be judged. "
+        "Check the batch for NaN or Inf, and the loss for log(0) or a division by zero "
+        "(F.cross_entropy and F.binary_cross_entropy_with_logits are safe forms)."
+    )
+
+
+#: Said where two runs at the same parameters disagree.
+NOT_DETERMINISTIC = (
+    "The closure is not deterministic: called twice at the same parameters, it gave two losses. "
+    "Draw the batch outside of it, and random numbers from torch's, NumPy's or Python's global "
+    "generators, which are rewound for each call (a torch.Generator of your own is not)."
+)
+
+
+def rejected(steps: int, reason: str) -> str:
+    """What to look at after a run of rejected steps."""
+    return (
+        f"HFOptimizer has rejected {steps} steps in a row, the last one because {reason}. The "
+        "parameters are as they were. Look at the data for NaN and outliers, at whether the run "
+        "has converged (optimizer.last_report.gradient_norm), and let "
+        "torch_hf.diagnose(closure=closure, params=params) look at the closure."
+    )
+
+
+def not_once(error: BaseException) -> str:
+    """What to say where autograd has no dense first derivative in a step."""
+    if not isinstance(error, RuntimeError):
+        return ""
+    if "use_reentrant" in str(error):
+        return (
+            "A module is checkpointed in the reentrant way, which torch.autograd.grad cannot "
+            "pass: torch.utils.checkpoint.checkpoint(..., use_reentrant=False) can be used."
         )
+    return str(error) if "sparse gradient" in str(error) else ""

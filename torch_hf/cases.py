@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -232,9 +232,10 @@ def edge_of(z: Tensor) -> tuple[Any, int]:
     return edge.node, edge.output_nr
 
 
-def below(node: Any, stops: Any) -> Iterator[Any]:
-    """The nodes of the graph under a node, not going past the stops."""
-    todo, seen = [node], {node}
+def under(nodes: Iterable[Any], stops: Any = ()) -> Iterator[Any]:
+    """The nodes of the graph from some of them down, each once, not going past the stops."""
+    todo = list(nodes)
+    seen = set(todo)
     while todo:
         node = todo.pop()
         yield node

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_hf import _checks
 from torch_hf.capture import Record
+from torch_hf.differences import CentralDifference, DifferenceGaussNewton
 from torch_hf.frozen import FrozenWorld
 from torch_hf.objective import Graph, Objective
 from torch_hf.per_case import EXPONENT, curvature_scale, squared_gradients
@@ -18,7 +20,8 @@ from torch_hf.split import Split, split_by_outputs
 from torch_hf.vector import ParameterVector
 
 DOUBLE_BACKWARD, TANGENT_RULES = "double_backward", "tangent_rules"
-ENGINES = ("auto", DOUBLE_BACKWARD, TANGENT_RULES)
+DIFFERENCES = "finite_differences"
+ENGINES = ("auto", DOUBLE_BACKWARD, TANGENT_RULES, DIFFERENCES)
 
 
 class GaussNewtonOperator:
@@ -66,7 +69,10 @@ class GaussNewtonOperator:
             closure: As for ``HFOptimizer.step``; an L-BFGS closure's ``backward()`` is held back.
             params: The parameters.
             engine: ``"double_backward"`` is autograd's alone; ``"tangent_rules"`` gives
-                convolutions a cheaper tangent; ``"auto"`` is the latter, which is never slower.
+                convolutions a cheaper tangent; ``"finite_differences"`` runs the closure twice a
+                product and needs no second derivative, at about five digits in float32;
+                ``"auto"`` is the second, which is never slower than the first, and the third
+                where an operation cannot be differentiated twice.
 
         Raises:
             ValueError: The engine is unknown.
@@ -83,7 +89,7 @@ class GaussNewtonOperator:
             fast_convolutions=engine != DOUBLE_BACKWARD,
             reducer=Reducer(None, vector.device),
         )
-        return ObjectiveOperator(objective, "ggn")
+        return ObjectiveOperator(objective, "ggn", engine)
 
     def __call__(self, v: Tensor) -> Tensor:
         """``G v`` for a vector ``(P,)``, as a vector ``(P,)``."""
@@ -120,7 +126,8 @@ class ObjectiveOperator:
     """Curvature of an :class:`Objective`: averaged over batches, summed over processes.
 
     A single curvature batch keeps its graph over all products; several are run again for
-    each product, at the memory of one.
+    each product, at the memory of one. An operation that cannot be differentiated twice is met by
+    finite differences.
 
     Attributes:
         engine: How products are taken.
@@ -128,10 +135,11 @@ class ObjectiveOperator:
         products: Number of products taken.
     """
 
-    def __init__(self, objective: Objective, curvature: str) -> None:
+    def __init__(self, objective: Objective, curvature: str, engine: str = "auto") -> None:
         self.objective = objective
         self.curvature = curvature
-        self.engine = DOUBLE_BACKWARD
+        self.wanted = engine
+        self.engine = DIFFERENCES if engine == DIFFERENCES else DOUBLE_BACKWARD
         self.products = 0
         self.split: Split | None = None
         self.decay = objective.vector.spread(objective.decay)
@@ -143,8 +151,8 @@ class ObjectiveOperator:
                     objective.kept = graph
                 counts.append(graph.cases)
                 if i == 0:
-                    local = self._build(graph)
-                if graph.record.fast_convolutions:
+                    local = self._build(i, graph)
+                if graph.record.fast_convolutions and self.engine == DOUBLE_BACKWARD:
                     self.engine = TANGENT_RULES
         if len(counts) == 1:
             self._local = local
@@ -159,6 +167,8 @@ class ObjectiveOperator:
         tangents = vector.unflatten(v)
         total = None
         for i, weight in enumerate(self.weights):
+            if not weight and len(self.weights) > 1:  # a batch of ignored targets is all NaN
+                continue
             part = vector.flatten(self._product(i, tangents))
             part = part if weight == 1.0 else part * weight
             total = part if total is None else total.add_(part)
@@ -173,6 +183,8 @@ class ObjectiveOperator:
         vector = self.objective.vector
         total = vector.zeros()
         for i, weight in enumerate(self.weights):
+            if not weight:
+                continue
             with self.objective.curvature_graph(i) as graph:
                 heads = (self.split or self.objective.split(graph)).heads
                 squares = squared_gradients(heads, vector.params, graph.record.layers)
@@ -187,7 +199,15 @@ class ObjectiveOperator:
         self.split = None
         self.objective.kept = None
 
-    def _build(self, graph: Graph) -> LocalProduct:
+    def _build(self, i: int, graph: Graph) -> LocalProduct:
+        if self.engine == DIFFERENCES:
+            return self._by_differences(i, graph)
+        try:
+            return self._by_autograd(graph)
+        except RuntimeError as error:
+            return self._instead(error, i, graph)
+
+    def _by_autograd(self, graph: Graph) -> LocalProduct:
         if self.curvature == "hessian":
             hessian = BatchHessian([graph.loss], None, self.objective.vector.params)
             hessian.check_curved()
@@ -195,8 +215,35 @@ class ObjectiveOperator:
         self.split = self.objective.split(graph)
         return BatchGaussNewton(self.split, self.objective.vector.params)
 
+    def _by_differences(self, i: int, graph: Graph) -> LocalProduct:
+        objective, params = self.objective, self.objective.vector.params
+        if self.curvature == "hessian":
+            return CentralDifference(lambda values: objective.gradient_at(i, values), params)
+        self.split = objective.split(graph)
+        return DifferenceGaussNewton(
+            self.split, params, lambda values: objective.outputs_at(i, values)
+        )
+
+    def _instead(self, error: RuntimeError, i: int, graph: Graph) -> LocalProduct:
+        """Differences, where autograd has no second derivative and they are allowed."""
+        if self.wanted != "auto" or not _checks.not_twice(error):
+            raise error
+        try:
+            local = self._by_differences(i, graph)
+        except RuntimeError:
+            raise error from None
+        self.engine = DIFFERENCES
+        return local
+
     def _product(self, i: int, tangents: list[Tensor]) -> Sequence[Tensor | None]:
-        if self._local is not None:
-            return self._local(tangents)
         with self.objective.curvature_graph(i) as graph:
-            return self._build(graph)(tangents)
+            local = self._local or self._build(i, graph)
+            try:
+                return local(tangents)
+            except RuntimeError as error:
+                if self.engine == DIFFERENCES:
+                    raise
+                local = self._instead(error, i, graph)
+                if self._local is not None:
+                    self._local = local
+                return local(tangents)

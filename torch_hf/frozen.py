@@ -74,10 +74,7 @@ class Buffers:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Remembers the buffers of modules that run inside."""
-        hook = self._remember
-        if "torch._dynamo" in sys.modules:  # a compiled module may run: it must not trace the hook
-            hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-        handle = register_module_forward_pre_hook(hook)
+        handle = register_module_forward_pre_hook(untraced(self._remember))
         try:
             yield
         finally:
@@ -94,6 +91,13 @@ class Buffers:
             if part not in self.seen:
                 self.seen.add(part)
                 self.before.extend(Saved.of(part, name) for name in part._buffers)
+
+
+def untraced(hook: Any) -> Any:
+    """A hook that a compiled module, should one run, does not trace."""
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return hook
 
 
 class FrozenWorld:
@@ -157,6 +161,12 @@ class FrozenWorld:
             _restore(self.buffers.before)
             _restore(self.buffers_after)
             self.after.restore()
+
+    def settle(self, counts: bool) -> None:
+        """After a step: what the first run drew is drawn; its statistics, if the loss counts."""
+        if not counts:
+            _restore(self.buffers.before)
+        self.after.restore()
 
     def undo(self) -> None:
         """As if no run had been: for a step that fails."""

@@ -150,7 +150,8 @@ class SoftmaxHead(_Piece):
         """See :class:`Head`."""
         weighted = self.probability * tangents[0]
         centre = weighted.sum(self.dim, keepdim=True)
-        return ((weighted - self.probability * centre) * self.weight,)
+        product = (weighted - self.probability * centre) * self.weight
+        return (product.to(tangents[0].dtype),)
 
     def trace(self) -> Tensor:
         """See :class:`Head`."""
@@ -222,7 +223,10 @@ def entropy_weights(logits: Tensor, settings: Mapping[str, Any], coefficient: Te
     mean = settings.get("reduction", "mean") == "mean"
     dim = 1 if logits.ndim > 1 else 0
     classes = logits.shape[dim]
-    w = logits.new_ones(classes) if weight is None else weight.to(logits.dtype)
+    dtype = torch.promote_types(
+        logits.dtype, torch.float32
+    )  # bfloat16 counts to 256 and no further
+    w = logits.new_ones(classes, dtype=dtype) if weight is None else weight.to(dtype)
     if target.is_floating_point():
         shape = [1] * logits.ndim
         shape[dim] = classes

@@ -15,6 +15,9 @@ from torch_hf.damping import reduction_ratio
 #: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
 SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
 
+#: Beyond it a ratio says less about the model than about the closure.
+ABSURD_RATIO = 10.0
+
 #: The loss at ``theta + length * direction``.
 LossAlong = Callable[[Tensor, float], float]
 
@@ -87,10 +90,23 @@ def search(
     if step.length == 0.0:
         reason = f"no decrease of the loss along the direction in {MAX_TRIES} tries"
         return Move(None, 0.0, start_loss, ratio, floor, reason)
-    reason = ""
     if step.length != length:
         reason = f"line search shortened the step to {step.length / length:.3g} of its length"
-    return Move(chosen.vector, step.length, step.loss, ratio, floor, reason)
+        return Move(chosen.vector, step.length, step.loss, ratio, floor, reason)
+    return Move(chosen.vector, step.length, step.loss, ratio, floor)
+
+
+def doubtful(move: Move) -> bool:
+    """Whether a search came to what no smooth function explains easily."""
+    return move.direction is None or not abs(move.ratio) <= ABSURD_RATIO
+
+
+def same_loss(first: float, second: float, dtype: torch.dtype) -> bool:
+    """Whether two losses at the same parameters differ by no more than kernels may."""
+    if not (math.isfinite(first) and math.isfinite(second)):
+        return math.isnan(first) == math.isnan(second)
+    allowed = math.sqrt(torch.finfo(dtype).eps) * max(abs(first), abs(second))
+    return abs(first - second) <= allowed
 
 
 def predict(chosen: Iterate, length: float, damping: float) -> tuple[float, float]:

@@ -123,10 +123,10 @@ class Objective:
                     returned = parse_loss(graph.returned)
                 self.world.mark()
         self.weights, self.cases = self._weigh(counts, "batches")
-        scale = self.weights[0] / self._share(counts[0], counts[0].adds)
-        loss = sum(w * x for w, x in zip(self.weights, losses, strict=True))
+        shares = [self._share(c, c.adds) for c in counts]
+        scale = next((w / s for w, s in zip(self.weights, shares, strict=True) if s), 1.0)
+        loss = sum(w * x for w, x in zip(self.weights, losses, strict=True) if w)
         (loss,) = self.reducer.numbers([loss])
-        _checks.finite(loss)
         plain = [None if g is None else g.mul_(scale) for g in gradient] if scale != 1 else gradient
         flat = self.reducer.vector(self.vector.flatten(plain))
         plain = self._plain(plain, flat)
@@ -147,7 +147,7 @@ class Objective:
         self.kept = graph if keep else None
         for i, g in enumerate(found):
             if g is not None:
-                part = g if share == 1 else g * share
+                part = g if share == 1 else g * share if share else torch.zeros_like(g)
                 before = total[i]
                 total[i] = part if before is None else before.add_(part)
 
@@ -156,7 +156,7 @@ class Objective:
         alone = len(self.batches) == 1 and self.reducer.group is None
         if alone or adds or not cases.denominators:
             return 1.0
-        return cases.denominators[0] or 1.0
+        return cases.denominators[0]
 
     def _weigh(self, counts: list[Cases], name: str) -> tuple[list[float], float]:
         if len(counts) == 1 and self.reducer.group is None:
@@ -207,7 +207,7 @@ class Objective:
             for batch in self.batches:
                 capture = Capture(self.vector.params, calls=False)
                 losses.append(self._objective(self._call(capture, batch)).detach())
-        weighted = sum(w * float(x) for w, x in zip(self.weights, losses, strict=True))
+        weighted = sum(w * float(x) for w, x in zip(self.weights, losses, strict=True) if w)
         (total,) = self.reducer.numbers([weighted])
         return total + self._decay_loss()
 
@@ -220,6 +220,8 @@ class Objective:
         total = 0.0
         shared = self.kept is not None and not self.own_curvature_batches
         for i, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
+            if not weight:
+                continue
             with self.world.rerun(i):
                 graph = self.kept if shared else self._run(batch)
             assert graph is not None
@@ -228,7 +230,14 @@ class Objective:
         (total,) = self.reducer.numbers([total])
         return total * here.cases
 
-    # --- graphs for the curvature ---
+    # --- graphs ---
+
+    @contextmanager
+    def graph(self) -> Iterator[Graph]:
+        """The graph of the first batch alone, as a first run."""
+        with self.world.first_run():
+            graph = self._run(self.batches[0])
+        yield graph
 
     def curvature_weights(self, counts: list[Cases]) -> tuple[list[float], float]:
         """Each curvature batch's weight, and the number of cases in all.
@@ -249,6 +258,24 @@ class Objective:
         with self.world.rerun(i):
             graph = self._run(self.curvature_batches[i])
         yield graph
+
+    def outputs_at(self, i: int, values: Sequence[Tensor]) -> list[Tensor | None]:
+        """The outputs of curvature batch ``i``, with other values in the parameters."""
+        with self._graph_at(i, values) as graph:
+            return [z.detach() for head in self.split(graph).heads for z in head.outputs]
+
+    def gradient_at(self, i: int, values: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradient on curvature batch ``i``, with other values in the parameters."""
+        with self._graph_at(i, values) as graph:
+            found = torch.autograd.grad(graph.loss, self.vector.params, allow_unused=True)
+            return [None if g is None else g.detach() for g in found]
+
+    @contextmanager
+    def _graph_at(self, i: int, values: Sequence[Tensor]) -> Iterator[Graph]:
+        with self.vector.lent(values):
+            with self.world.rerun(i):
+                graph = self._run(self.curvature_batches[i])
+            yield graph
 
     def split(self, graph: Graph) -> Split:
         """The Gauss-Newton split of a graph."""

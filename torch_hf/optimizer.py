@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from typing import Any, NoReturn
@@ -16,9 +17,10 @@ from torch_hf import _checks
 from torch_hf.cg import CGResult, Iterate, conjugate_gradients
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
-from torch_hf.damping import initial_damping, next_damping
+from torch_hf.damping import initial_damping
+from torch_hf.diagnostics import explain
 from torch_hf.frozen import FrozenWorld
-from torch_hf.line_search import Move, search
+from torch_hf.line_search import LossAlong, Move, doubtful, same_loss, search
 from torch_hf.objective import Objective, Value
 from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import Preconditioner, make_preconditioner
@@ -26,6 +28,9 @@ from torch_hf.reduce import Reducer
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import pack, unpack
 from torch_hf.vector import ParameterVector
+
+#: After so many rejections in a row a warning says what to look at.
+PATIENCE = 5
 
 
 class HFOptimizer(Optimizer):
@@ -105,6 +110,7 @@ class HFOptimizer(Optimizer):
             "cg_decay": cg_decay,
             "maximize": maximize,
             "steps": 0,
+            "rejections": 0,
         }
         _checks.options(defaults)
         self.preconditioner = make_preconditioner(preconditioner, history_size)
@@ -153,6 +159,7 @@ class HFOptimizer(Optimizer):
         vector = ParameterVector(self._trainable())
         world = FrozenWorld(vector.device)
         gradients = [p.grad for p in vector.params]
+        objective = None
         try:
             objective = self._objective(closure, batches, curvature_batches, vector, world)
             with world.arithmetic():
@@ -166,13 +173,16 @@ class HFOptimizer(Optimizer):
             world.undo()
             for p, g in zip(vector.params, gradients, strict=True):
                 p.grad = g
-            if _checks.not_twice(error):
-                raise RuntimeError(_checks.not_twice(error)) from error
+            if message := explain(error, objective):
+                raise RuntimeError(message) from error
             raise
         self._commit(vector, here, outcome)
-        world.after.restore()
-        steps = self.param_groups[0]["steps"]
-        self.last_report = outcome.report(steps, objective, here, clock, self._requests)
+        world.settle(counts=math.isfinite(here.loss))
+        state = self.param_groups[0]
+        self.last_report = outcome.report(state["steps"], objective, here, clock, self._requests)
+        if state["rejections"] and state["rejections"] % PATIENCE == 0:
+            message = _checks.rejected(state["rejections"], outcome.move.reason)
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
         return here.returned
 
     # --- the parts of a step, in the order it takes them ---
@@ -182,7 +192,8 @@ class HFOptimizer(Optimizer):
         reason = self._no_step(here)
         if reason:
             move = Move(None, 0.0, here.loss, reason=reason)
-            return Outcome(move, self.param_groups[0]["damping"])
+            idle = math.isfinite(here.loss) and math.isfinite(here.gradient_norm)
+            return Outcome(move, self.param_groups[0]["damping"], idle=idle)
         with clock.part("gradient"):
             curvature = ObjectiveOperator(objective, self.curvature)
             asked = self._requests.gradient_variance
@@ -192,7 +203,8 @@ class HFOptimizer(Optimizer):
             with clock.part("products"):
                 damping = initial_damping(here.gradient, curvature(here.gradient))
         solution = self._solve(curvature, here, damping, clock)
-        candidates, length = self._scaled(solution, here, curvature, damping)
+        with clock.part("products"):
+            candidates, length = self._scaled(solution, here, curvature, damping)
         curvature.release()  # trial values in the parameters would spoil the kept graph
         with objective.vector.trial() as trial, clock.part("evaluations"):
 
@@ -201,10 +213,17 @@ class HFOptimizer(Optimizer):
                 return objective.loss()
 
             move = search(loss_along, candidates, length, here.loss, damping)
+            if doubtful(move) and not _repeats(loss_along, solution.last.vector):
+                reason = f"{move.reason}. " if move.reason else ""
+                move = move._replace(reason=reason + _checks.NOT_DETERMINISTIC)
         return Outcome(move, damping, solution, curvature, variance)
 
     def _no_step(self, here: Value) -> str:
         """Why there is nothing to solve; empty where there is."""
+        if not math.isfinite(here.loss):
+            if not self.param_groups[0]["steps"]:  # nothing has ever worked: that is bad input
+                raise RuntimeError(_checks.not_finite(here.loss))
+            return f"the loss before the step is {here.loss}"
         if here.gradient_norm == 0.0:
             return "the gradient is zero"
         if not math.isfinite(here.gradient_norm):
@@ -256,13 +275,13 @@ class HFOptimizer(Optimizer):
             vector.move(move.direction, move.length)
         if solution is not None:
             self.preconditioner.end()
-        if solution is not None or not math.isfinite(here.gradient_norm):
+        state = self.param_groups[0]
+        if not outcome.idle:
             self._start = solution.last.vector if outcome.accepted and solution else None
-            if outcome.damping is not None:
-                damping = next_damping(outcome.damping, move.ratio, outcome.accepted, move.floor)
-                for group in self.param_groups:
-                    group["damping"] = damping
-        self.param_groups[0]["steps"] += 1
+            state["rejections"] = 0 if outcome.accepted else state["rejections"] + 1
+        for group in self.param_groups:
+            group["damping"] = outcome.next_damping()
+        state["steps"] += 1
         pack(self.state, vector, self._start, self.preconditioner)
         for p, g in zip(vector.params, here.plain_gradient, strict=True):
             p.grad = g
@@ -323,3 +342,9 @@ class HFOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("preconditioner", "curvature", "process_group", "last_report", "_requests", "_start")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+
+def _repeats(loss_along: LossAlong, direction: Tensor) -> bool:
+    """Whether the loss at the present parameters is the same when it is computed again."""
+    first, second = loss_along(direction, 0.0), loss_along(direction, 0.0)
+    return same_loss(first, second, direction.dtype)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch_hf.cg import CGResult
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
+from torch_hf.damping import next_damping
 from torch_hf.line_search import Move
 from torch_hf.objective import Objective, Value
 from torch_hf.report import Requests, StepReport, Stop
@@ -22,6 +23,7 @@ class Outcome(NamedTuple):
         solution: What CG found, if it ran.
         curvature: The operator, if it was made.
         variance: The gradient's variance, if it was asked for.
+        idle: Whether there was nothing to do: the gradient is zero, or ``lr``.
     """
 
     move: Move
@@ -29,11 +31,18 @@ class Outcome(NamedTuple):
     solution: CGResult | None = None
     curvature: ObjectiveOperator | None = None
     variance: float | None = None
+    idle: bool = False
 
     @property
     def accepted(self) -> bool:
         """Whether the parameters move."""
         return self.move.direction is not None
+
+    def next_damping(self) -> float | None:
+        """Lambda for the next step."""
+        if self.damping is None or self.idle:
+            return self.damping
+        return next_damping(self.damping, self.move.ratio, self.accepted, self.move.floor)
 
     def report(
         self, step: int, objective: Objective, here: Value, clock: Clock, requests: Requests
@@ -50,7 +59,7 @@ class Outcome(NamedTuple):
             gradient_norm=here.gradient_norm,
             step_length=self.move.length,
             cg_iterations=solution.iterations if solution else 0,
-            cg_stop=solution.stop if solution else _without_cg(here.gradient_norm),
+            cg_stop=solution.stop if solution else _without_cg(here),
             products=curvature.products if curvature else 0,
             evaluations=objective.evaluations,
             batch_cases=round(here.cases),
@@ -63,7 +72,7 @@ class Outcome(NamedTuple):
         )
 
 
-def _without_cg(gradient_norm: float) -> Stop:
-    if not math.isfinite(gradient_norm):
+def _without_cg(here: Value) -> Stop:
+    if not (math.isfinite(here.gradient_norm) and math.isfinite(here.loss)):
         return Stop.NON_FINITE
-    return Stop.NOT_RUN if gradient_norm else Stop.ZERO_GRADIENT
+    return Stop.NOT_RUN if here.gradient_norm else Stop.ZERO_GRADIENT

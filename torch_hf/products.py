@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from torch_hf.capture import kind
+from torch_hf.cases import under
 from torch_hf.convolution import tangents_only
 from torch_hf.heads import Head, filled
 from torch_hf.split import Split
@@ -34,6 +36,7 @@ class Jacobian:
                 self.outputs, self.params, self.cotangents, create_graph=True, allow_unused=True
             )
         self.reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+        refuse_errors([pulled[i] for i in self.reached])
         # Edges, not tensors: J^T 0 itself is a vector of zeros that nobody reads.
         self.pulled = [get_gradient_edge(pulled[i]) for i in self.reached]
 
@@ -75,6 +78,7 @@ class BatchHessian:
                 allow_unused=True,
             )
         self.curved = [i for i, g in enumerate(slopes) if g is not None and g.requires_grad]
+        refuse_errors([slopes[i] for i in self.curved])
         self.slopes = [get_gradient_edge(slopes[i]) for i in self.curved]
 
     def check_curved(self) -> None:
@@ -119,6 +123,16 @@ class BatchGaussNewton:
         if self.remainder is not None:
             product = [_added(a, b) for a, b in zip(product, self.remainder(tangents), strict=True)]
         return product
+
+
+def refuse_errors(tensors: Sequence[Tensor]) -> None:
+    """Complains of a ``once_differentiable`` function on the way.
+
+    Autograd cuts the graph there with a node that would raise, but no path leads through it to
+    what is asked for, so that the product would silently lack a part.
+    """
+    if any(kind(node) == "Error" for node in under({t.grad_fn for t in tensors})):
+        raise RuntimeError("differentiate twice: a function marked once_differentiable")
 
 
 def _added(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ the loss is made of is a remainder and brings its own Hessian: nothing is droppe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
-from torch_hf.capture import LOSSES, Call, Record
-from torch_hf.cases import Term, below, edge_of, linear_terms
+from torch_hf.capture import LOSSES, Call, Record, kind
+from torch_hf.cases import Term, edge_of, linear_terms, under
 from torch_hf.heads import (
     DiagonalHead,
     ElementwiseHead,
@@ -72,7 +73,8 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
         if (call is None or call.name != "l1_loss") and _reaches(term.node, own, ()):
             others.append(term)  # no curvature in its argument, but that may be curved itself
     if not heads:
-        raise RuntimeError(_no_split(flat, record.refused))
+        ends = {_spelled(kind(t.node)) for t in others} - {"accumulate_grad"}
+        raise RuntimeError(_no_split(flat, record.refused, ends))
     return Split(heads, _remainders(others))
 
 
@@ -141,11 +143,11 @@ def _remainders(terms: list[Term]) -> list[tuple[GradientEdge, Tensor]]:
 
 
 def _reaches(node: Any, own: set[int], stops: Any) -> bool:
-    return any(id(getattr(n, "variable", None)) in own for n in below(node, stops))
+    return any(id(getattr(n, "variable", None)) in own for n in under([node], stops))
 
 
 def _hits(node: Any, stops: Any) -> bool:
-    return any((fn, nr) in stops for n in below(node, stops) for fn, nr in n.next_functions)
+    return any((fn, nr) in stops for n in under([node], stops) for fn, nr in n.next_functions)
 
 
 def _check_separate(outputs: tuple[Tensor, ...]) -> None:
@@ -268,8 +270,14 @@ def _pulled(weight: Tensor, result: Any, back_to: GradientEdge) -> Tensor:
 # --- where there is none --------------------------------------------------------------------
 
 
-def _no_split(flat: set[str], refused: set[str]) -> str:
-    if refused:
+def _no_split(flat: set[str], refused: set[str], ends: set[str]) -> str:
+    if refused == {"gaussian_nll_loss"}:
+        cause = (
+            "gaussian_nll_loss is not convex in its variance, which depends on the parameters too. "
+            'Take the whole Hessian, HFOptimizer(params, curvature="hessian"), or detach it: '
+            "var.detach()."
+        )
+    elif refused:
         cause = (
             f"in {_and(refused)} the target, weight or variance depends on the parameters too. "
             f"Detach it (target.detach()), or {EXPLICIT_FORM}"
@@ -287,10 +295,16 @@ def _no_split(flat: set[str], refused: set[str]) -> str:
         )
     else:
         cause = (
-            "it is no sum of torch's loss functions (F.cross_entropy, F.mse_loss, ...) and of "
-            f"means or sums of squares. To say where the network ends, {EXPLICIT_FORM}"
+            f"it comes from {_and(ends) or 'something else'}, and is no sum of loss functions that "
+            "are convex in their input (F.cross_entropy, F.mse_loss, ...) and of means or sums of "
+            f"squares. To say where the network ends, {EXPLICIT_FORM}"
         )
     return f"No Gauss-Newton split of this loss was found: {cause}"
+
+
+def _spelled(name: str) -> str:
+    """A name of autograd's, as functions are spelled: ``ctc_loss`` for ``CtcLoss``."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
 
 
 def _and(names: set[str]) -> str:

@@ -71,6 +71,22 @@ class ParameterVector:
             p.copy_(torch.add(p.detach().to(d.dtype), d, alpha=length))
 
     @contextmanager
+    def lent(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """The parameters hold other tensors' values inside; a kept graph is none the wiser.
+
+        Neither storage nor version of a parameter changes, so that a graph which saved it is
+        good again afterwards, but must not be used inside.
+        """
+        own = [p.data for p in self.params]
+        try:
+            for p, value in zip(self.params, values, strict=True):
+                p.data = value
+            yield
+        finally:
+            for p, data in zip(self.params, own, strict=True):
+                p.data = data
+
+    @contextmanager
     def trial(self) -> Iterator[Trial]:
         """Lends the parameters to trial values; their bits are restored on any exit."""
         trial = Trial(self)

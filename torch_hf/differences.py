@@ -1,0 +1,91 @@
+"""Products by central differences, where an operation cannot be differentiated twice.
+
+``J v = (f(theta + eps v) - f(theta - eps v)) / (2 eps)`` needs two more runs of the closure and
+no second derivative; ``J^T`` is ordinary backward on the kept graph. For the Hessian the same is
+done with the gradient. With ``eps |v| = u^(1/3) (1 + |theta|)``, u the rounding error of the
+parameters' dtype, truncation and rounding are of one size (Nocedal & Wright 2006, section 8.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from torch_hf.split import Split
+
+#: Values for the parameters to what is differentiated, by tensor.
+AtValues = Callable[[list[Tensor]], Sequence[Tensor | None]]
+
+
+class CentralDifference:
+    """The derivative of ``at`` at the parameters' present values, along tangents.
+
+    Raises:
+        RuntimeError: A parameter is in half precision, where differences are all rounding.
+    """
+
+    def __init__(self, at: AtValues, params: Sequence[Tensor]) -> None:
+        self.at = at
+        self.values = [p.detach() for p in params]
+        dtypes = [p.dtype for p in params]
+        if any(d not in (torch.float32, torch.float64) for d in dtypes):
+            raise RuntimeError(
+                "Finite differences need parameters in float32 or float64; in half precision they "
+                "are lost in rounding. Keep the parameters in float32."
+            )
+        self.unit = max(torch.finfo(d).eps for d in dtypes) ** (1 / 3)
+        self.size = _norm(self.values)
+
+    def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
+        """The derivative, by tensor; None where there is none."""
+        length = _norm(tangents)
+        if length == 0.0 or not math.isfinite(length):
+            return [None if t is None else t * length for t in self.at(self.values)]
+        step = self.unit * (1.0 + self.size) / length
+        ahead = self.at([p + step * t for p, t in zip(self.values, tangents, strict=True)])
+        behind = self.at([p - step * t for p, t in zip(self.values, tangents, strict=True)])
+        return [
+            None if a is None or b is None else (a - b).div_(2.0 * step)
+            for a, b in zip(ahead, behind, strict=True)
+        ]
+
+
+class DifferenceGaussNewton:
+    """G v of one batch: tangents of the outputs by differences, the rest on the kept graph.
+
+    Args:
+        split: Of the batch's kept graph.
+        params: The parameters.
+        outputs_at: Values for the parameters to the outputs of the split's heads.
+    """
+
+    def __init__(self, split: Split, params: Sequence[Tensor], outputs_at: AtValues) -> None:
+        if split.remainders:
+            raise RuntimeError(
+                "A term of the loss bypasses the outputs, and finite differences cannot take its "
+                "Hessian."
+            )
+        self.heads = split.heads
+        self.outputs = [z for head in self.heads for z in head.outputs]
+        if any(z.dtype not in (torch.float32, torch.float64) for z in self.outputs):
+            raise RuntimeError("Finite differences need outputs in float32 or float64.")
+        self.params = list(params)
+        self.push = CentralDifference(outputs_at, params)
+
+    def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The product, by parameter."""
+        pushed = iter(self.push(tangents))
+        curved: list[Tensor] = []
+        for head in self.heads:
+            along = [next(pushed) for _ in head.outputs]
+            curved.extend(head.hessian(*(t for t in along if t is not None)))
+        return grad(self.outputs, self.params, curved, retain_graph=True, allow_unused=True)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
