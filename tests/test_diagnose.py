@@ -238,6 +238,7 @@ def test_a_step_meets_it_or_says_what_to_do(row):
             step(row, model)
         for part in row.says:
             assert part in str(caught.value)
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         assert not found.ok
         assert found.findings
         assert "A step would fail" in str(found)

@@ -91,24 +91,6 @@ def test_recurrent_layers(recurrent):
 
 
 @pytest.mark.parametrize(
-    ("model", "x", "message"),
-    [
-        (nn.EmbeddingBag(10, 3), torch.randint(10, (8, 4)), "Embedding and mean"),
-        (nn.Sequential(nn.Linear(4, 3), nn.Hardsigmoid()), torch.randn(8, 4), "Hardtanh"),
-        (nn.Embedding(10, 3, sparse=True), torch.randint(10, (8,)), "sparse=False"),
-    ],
-    ids=["embedding_bag", "hardsigmoid", "sparse"],
-)
-def test_what_cannot_be_differentiated_twice_says_what_to_take(model, x, message):
-    before = copy.deepcopy(model.state_dict())
-    optimizer = HFOptimizer(model.parameters())
-    with pytest.raises(RuntimeError, match=message):
-        optimizer.step(lambda: F.mse_loss(model(x), torch.zeros(8, 3)))
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert optimizer.param_groups[0]["steps"] == 0
-
-
-@pytest.mark.parametrize(
     "look", [lambda p: p.grad.norm(), lambda p: nn.utils.clip_grad_value_([p], 1.0)]
 )
 def test_a_closure_that_looks_at_gradients_is_told_where_they_are(look):

@@ -2,6 +2,7 @@
 
 from torch_hf._version import __version__
 from torch_hf.batches import head, split_batch
+from torch_hf.checkpoint import save_atomically
 from torch_hf.diagnostics import Diagnosis, diagnose
 from torch_hf.optimizer import HFOptimizer
 from torch_hf.preconditioner import LBFGSPreconditioner
@@ -20,5 +21,6 @@ __all__ = [
     "__version__",
     "diagnose",
     "head",
+    "save_atomically",
     "split_batch",
 ]

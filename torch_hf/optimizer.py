@@ -26,7 +26,7 @@ from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import Preconditioner, make_preconditioner
 from torch_hf.reduce import Reducer
 from torch_hf.report import Requests, StepReport
-from torch_hf.state import pack, unpack
+from torch_hf.state import check_state, pack, unpack
 from torch_hf.vector import ParameterVector
 
 #: After so many rejections in a row a warning says what to look at.
@@ -111,9 +111,12 @@ class HFOptimizer(Optimizer):
             "maximize": maximize,
             "steps": 0,
             "rejections": 0,
+            "curvature": curvature,
         }
         _checks.options(defaults)
         self.preconditioner = make_preconditioner(preconditioner, history_size)
+        defaults["preconditioner"] = type(self.preconditioner).__name__
+        defaults["history_size"] = getattr(self.preconditioner, "history_size", 0)
         self.curvature = curvature
         self.process_group = process_group
         self.last_report: StepReport | None = None
@@ -333,7 +336,12 @@ class HFOptimizer(Optimizer):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes a state that ``state_dict`` gave, vectors in the precision they were saved in."""
+        """Takes a state that ``state_dict`` gave, vectors in the precision they were saved in.
+
+        Raises:
+            ValueError: An entry does not fit these parameters or options; the message says which.
+        """
+        check_state(state_dict, self.param_groups, self.defaults)
         super().load_state_dict(state_dict)
         vector = ParameterVector(self._trainable())
         self._start = unpack(self.state, state_dict, self.param_groups, vector, self.preconditioner)

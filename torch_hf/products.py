@@ -131,7 +131,7 @@ def refuse_errors(tensors: Sequence[Tensor]) -> None:
     Autograd cuts the graph there with a node that would raise, but no path leads through it to
     what is asked for, so that the product would silently lack a part.
     """
-    if any(kind(node) == "Error" for node in under({t.grad_fn for t in tensors})):
+    if any(kind(node) == "Error" for node in under({t.grad_fn for t in tensors} - {None})):
         raise RuntimeError("differentiate twice: a function marked once_differentiable")
 
 

@@ -295,9 +295,9 @@ def _no_split(flat: set[str], refused: set[str], ends: set[str]) -> str:
         )
     else:
         cause = (
-            f"it comes from {_and(ends) or 'something else'}, and is no sum of loss functions that "
-            "are convex in their input (F.cross_entropy, F.mse_loss, ...) and of means or sums of "
-            f"squares. To say where the network ends, {EXPLICIT_FORM}"
+            f"it comes from {_and(ends) or 'something else'}, and is no sum of torch's loss "
+            "functions that are convex in their input (F.cross_entropy, F.mse_loss, ...) and of "
+            f"means or sums of squares. To say where the network ends, {EXPLICIT_FORM}"
         )
     return f"No Gauss-Newton split of this loss was found: {cause}"
 

@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from torch_hf import _checks
 from torch_hf.preconditioner import Preconditioner
 from torch_hf.vector import ParameterVector
 
@@ -76,6 +77,45 @@ def unpack(
     start = flats.pop("cg_iterate", None)
     preconditioner.load_state_dict({k.removeprefix(_PREFIX): v for k, v in flats.items()})
     return None if start is None or not torch.any(start) else start
+
+
+def check_state(
+    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> None:
+    """Complains of the first entry that does not fit, before anything is loaded."""
+    given = saved.get("param_groups", [])
+    sizes, own = [len(g["params"]) for g in given], [len(g["params"]) for g in groups]
+    if sizes != own:
+        raise ValueError(
+            f"The state's param_groups hold {sizes} parameters, this optimizer's {own}. Make the "
+            "optimizer from the same parameters in the same groups as when the state was saved."
+        )
+    for i, group in enumerate(given):
+        for name in defaults:
+            if name not in group and name != "differentiable":  # torch adds that one on pickling
+                raise ValueError(
+                    f"The state's param_groups[{i}] has no entry {name!r}: it was saved by another "
+                    "optimizer, or by another version of torch_hf. Begin with a new optimizer; the "
+                    "model's weights are enough."
+                )
+        _checks.options(group)
+    for name in ("curvature", "preconditioner", "history_size"):
+        if given and given[0][name] != defaults[name]:
+            raise ValueError(
+                f"The state's {name} is {given[0][name]!r}, this optimizer's {defaults[name]!r}. "
+                "Make the optimizer with the options that it had when the state was saved."
+            )
+    params = [p for g in groups for p in g["params"]]
+    for i, p in zip([i for g in given for i in g["params"]], params, strict=True):
+        for key, value in saved["state"].get(i, {}).items():
+            shape = tuple(value.shape) if _may_be_vector(value) and value.ndim else ()
+            vector = key == "cg_iterate" or key in (_PREFIX + "s", _PREFIX + "y")
+            if vector and shape[len(shape) - p.ndim :] != tuple(p.shape):
+                raise ValueError(
+                    f"The state's entry {key!r} of parameter {i} has shape {shape}, but the "
+                    f"parameter has shape {tuple(p.shape)}. Load it into the model that it was "
+                    "saved with, or begin with a new optimizer."
+                )
 
 
 def _may_be_vector(value: Any) -> TypeGuard[Tensor]:
