@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import logging
 import math
 import subprocess
 import sys
 
 import pytest
+import torch
 
+from torch_hf import HFOptimizer
 from torch_hf.plotting import plot_comparison, plot_training
 from torch_hf.report import StepReport, Stop
-from torch_hf.tracking import CSVLogger, log_scalars, progress_postfix, read_csv
+from torch_hf.tracking import (
+    CSVLogger,
+    log_report,
+    log_scalars,
+    progress_postfix,
+    read_csv,
+    read_texts,
+)
 
 REPORT = StepReport(
     step=1,
@@ -207,3 +217,26 @@ class TestPlots:
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == "set()"
+
+
+def test_why_cg_ended_is_read_from_the_file(tmp_path):
+    path = tmp_path / "run.csv"
+    with CSVLogger(path) as logger:
+        logger.log({"step": 1, "cg_stop": "negative curvature"})
+        logger.log({"step": 2})
+    assert read_texts(path, "cg_stop") == ["negative curvature", ""]
+    assert read_texts(path, "nothing") == ["", ""]
+
+
+def test_a_rejected_step_is_logged_as_a_warning(caplog):
+    model = torch.nn.Linear(2, 1)
+    optimizer = HFOptimizer(model.parameters())
+    x = torch.ones(3, 2)
+    logger = logging.getLogger("torch_hf.test")
+    with caplog.at_level(logging.INFO, logger.name):
+        for scale in (1.0, math.nan):
+            optimizer.step(lambda scale=scale: (model(x) - scale).square().mean())
+            log_report(logger, optimizer.last_report)
+    assert [r.levelname for r in caplog.records] == ["INFO", "WARNING"]
+    assert caplog.messages[0].startswith("step 1: loss ")
+    assert "rejected: the loss before the step is nan" in caplog.messages[1]

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch_hf.tracking import read_csv
+from torch_hf.tracking import read_csv, read_texts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,13 +21,17 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
 _PALETTE = (_BLUE, _ORANGE, _GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+#: Ratios beyond are drawn at the edge, crossed.
+_RATIOS = (-1.0, 2.0)
+_GREY = "#888888"
+
 _TIME = "Training time (s)"
 _STEP = "Step"
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """A line; ``kind`` is ``"faint"``, ``"marked"``, ``"stairs"`` or ``"crosses"``."""
+    """A line, and how it is drawn: a key of the styles in :func:`_draw`."""
 
     label: str
     x: list[float]
@@ -67,8 +71,9 @@ def plot_training(
     Above stand the columns ``loss`` (of each step's batch), ``train_loss`` and
     ``test_loss``, and beside them ``train_<score>`` and ``test_<score>``, against
     seconds of training (column ``elapsed``, else the sum of ``seconds_total``).
-    Below stand the batch sizes, the damping λ and the CG iterations against
-    steps. A panel without data is left out.
+    Below stand the batch sizes, the damping λ, the ratio ρ, the CG iterations with
+    why they ended, and the seconds by part, against steps. A panel without data is
+    left out.
 
     Args:
         csv_path: A file written by :class:`~torch_hf.tracking.CSVLogger`.
@@ -85,7 +90,8 @@ def plot_training(
     columns = _read(csv_path)
     rows = [
         [_loss_panel(columns), _score_panel(columns, score)],
-        [_batch_panel(columns), _damping_panel(columns), _cg_panel(columns)],
+        [_batch_panel(columns), _damping_panel(columns), _ratio_panel(columns)],
+        [_cg_panel(columns, read_texts(csv_path, "cg_stop")), _seconds_panel(columns)],
     ]
     rows = [kept for row in rows if (kept := [panel for panel in row if panel.curves])]
     if not rows:
@@ -179,10 +185,39 @@ def _damping_panel(columns: dict[str, list[float]]) -> _Panel:
     return panel
 
 
-def _cg_panel(columns: dict[str, list[float]]) -> _Panel:
+def _ratio_panel(columns: dict[str, list[float]]) -> _Panel:
+    panel = _Panel(_STEP, "Ratio ρ", "linear")
+    if "reduction_ratio" in columns:
+        low, high = _RATIOS
+        shown = [min(max(r, low), high) for r in columns["reduction_ratio"]]
+        panel.add("ρ", _steps(columns), shown, _GREEN, "stairs")
+        beyond = [
+            s if r != s and not math.isnan(r) else math.nan
+            for r, s in zip(columns["reduction_ratio"], shown, strict=True)
+        ]
+        panel.add(f"outside of {low:g} to {high:g}", _steps(columns), beyond, _ORANGE, "crosses")
+    return panel
+
+
+def _cg_panel(columns: dict[str, list[float]], stops: list[str]) -> _Panel:
     panel = _Panel(_STEP, "CG iterations", "zero")
-    if "cg_iterations" in columns:
-        panel.add("CG iterations", _steps(columns), columns["cg_iterations"], _PALETTE[3], "stairs")
+    if "cg_iterations" not in columns:
+        return panel
+    steps, iterations = _steps(columns), columns["cg_iterations"]
+    panel.add("CG iterations", steps, iterations, _GREY, "faint")
+    for i, reason in enumerate(sorted(set(stops) - {""})):
+        ended = [n if s == reason else math.nan for n, s in zip(iterations, stops, strict=True)]
+        panel.add(reason, steps, ended, _PALETTE[i % len(_PALETTE)], "dots")
+    return panel
+
+
+def _seconds_panel(columns: dict[str, list[float]]) -> _Panel:
+    panel = _Panel(_STEP, "Seconds by part", "zero")
+    parts = [c for c in columns if c.startswith("seconds_") and c != "seconds_total"]
+    for i, column in enumerate(parts):
+        label = column.removeprefix("seconds_")
+        color = _PALETTE[i % len(_PALETTE)]
+        panel.add(label, _steps(columns), columns[column], color, "stairs")
     return panel
 
 
@@ -191,6 +226,7 @@ def _draw(axes: Axes, panel: _Panel) -> None:
         "faint": {"linewidth": 0.9, "alpha": 0.55},
         "marked": {"linewidth": 1.6, "marker": "o", "markersize": 3.2},
         "stairs": {"linewidth": 1.4, "drawstyle": "steps-mid"},
+        "dots": {"linestyle": "none", "marker": "o", "markersize": 3.2},
         "crosses": {"linestyle": "none", "marker": "x", "markersize": 5.0},
     }
     for curve in panel.curves:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -120,6 +121,52 @@ def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
             raise ValueError(f"{path} is empty; expected a CSV file written by CSVLogger")
         rows = list(reader)
     return {column: [_number(row[column]) for row in rows] for column in names}
+
+
+def read_texts(path: str | os.PathLike[str], column: str) -> list[str]:
+    """One column of such a file as text, such as ``cg_stop``; blanks where there is none.
+
+    Args:
+        path: A file that :class:`CSVLogger` wrote.
+        column: Its name.
+    """
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        return [row.get(column) or "" for row in csv.DictReader(file)]
+
+
+def log_report(logger: logging.Logger, report: StepReport, level: int = logging.INFO) -> None:
+    """Write one step in a line to Python's logging; a rejected one as a warning.
+
+    Args:
+        logger: Such as ``logging.getLogger(__name__)``.
+        report: ``optimizer.last_report``.
+        level: Of steps that were accepted.
+
+    Example:
+        >>> import sys
+        >>> logger = logging.getLogger("doctest")
+        >>> logger.addHandler(logging.StreamHandler(sys.stdout))
+        >>> logger.setLevel(logging.INFO)
+        >>> from torch_hf.report import Stop
+        >>> log_report(logger, StepReport(1, 2.0, 1.5, True, 0.9, 1e-2, 0.5, 1.0, 12,
+        ...            Stop.PROGRESS, 13, 2, 64, 64, "double_backward"))
+        step 1: loss 2 -> 1.5, batch 64, λ 0.01, ρ 0.90, CG 12 (relative progress below cg_tol)
+    """
+    postfix = progress_postfix(report)
+    ratio = f", ρ {postfix['ρ']}" if "ρ" in postfix else ""
+    logger.log(
+        level if report.accepted else logging.WARNING,
+        "step %d: loss %.4g -> %s, batch %s, λ %s%s, CG %s (%s)%s",
+        report.step,
+        report.loss,
+        postfix["loss"],
+        postfix["batch"],
+        postfix["λ"],
+        ratio,
+        postfix["CG"],
+        report.cg_stop,
+        f"; rejected: {report.reason}" if not report.accepted else "",
+    )
 
 
 def log_scalars(
