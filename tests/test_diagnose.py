@@ -177,7 +177,7 @@ ROWS = [
             lambda: nn.Linear(18, 3),
         ),
         IMAGES,
-        FAST,
+        FAST + DIFFERENCES,  # by the version of torch
     ),
     Row(
         "group_norm",

@@ -96,6 +96,40 @@ def search(
     return Move(chosen.vector, step.length, step.loss, ratio, floor)
 
 
+def scaled(
+    iterates: Sequence[Iterate],
+    rates: Tensor | float,
+    gradient: Tensor,
+    product: Callable[[Tensor], Tensor],
+) -> tuple[Sequence[Iterate], float]:
+    """CG's iterates under ``lr``, and the length to start the search from.
+
+    A common rate is that length. Where parameters have their own, the last iterate alone is scaled
+    by them, if it still is a direction of descent.
+
+    Args:
+        iterates: In the order of the solve.
+        rates: One for all parameters, or of shape (P,).
+        gradient: g, of shape (P,).
+        product: v to ``(G + lambda I) v``.
+    """
+    if not isinstance(rates, Tensor):
+        return iterates, rates
+    last = iterates[-1]
+    d = last.vector * rates
+    slope = float(torch.dot(gradient, d))
+    if not slope < 0:
+        return iterates, float(rates.max())
+    bend = float(torch.dot(d, product(d)))
+    return [Iterate(last.iteration, slope + 0.5 * bend, slope, d)], 1.0
+
+
+def repeats(loss_along: LossAlong, direction: Tensor) -> bool:
+    """Whether the loss at the present parameters is the same when it is computed again."""
+    first, second = loss_along(direction, 0.0), loss_along(direction, 0.0)
+    return same_loss(first, second, direction.dtype)
+
+
 def doubtful(move: Move) -> bool:
     """Whether a search came to what no smooth function explains easily."""
     return move.direction is None or not abs(move.ratio) <= ABSURD_RATIO

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_hf import _checks
-from torch_hf.cg import CGResult, Iterate, conjugate_gradients
+from torch_hf.cg import CGResult, conjugate_gradients
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.damping import initial_damping
 from torch_hf.diagnostics import explain
 from torch_hf.frozen import FrozenWorld
-from torch_hf.line_search import LossAlong, Move, doubtful, same_loss, search
+from torch_hf.line_search import Move, doubtful, repeats, scaled, search
 from torch_hf.objective import Objective, Value
 from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import Preconditioner, make_preconditioner
@@ -192,6 +192,7 @@ class HFOptimizer(Optimizer):
 
     def _decide(self, objective: Objective, here: Value, clock: Clock) -> Outcome:
         """Everything that is computed; nothing that lasts is changed."""
+        vector = objective.vector
         reason = self._no_step(here)
         if reason:
             move = Move(None, 0.0, here.loss, reason=reason)
@@ -205,18 +206,23 @@ class HFOptimizer(Optimizer):
         if damping is None:
             with clock.part("products"):
                 damping = initial_damping(here.gradient, curvature(here.gradient))
-        solution = self._solve(curvature, here, damping, clock)
+
+        def damped(v: Tensor) -> Tensor:
+            return curvature(v).add_(v, alpha=damping)
+
+        solution = self._solve(curvature, here, damped, damping, clock)
         with clock.part("products"):
-            candidates, length = self._scaled(solution, here, curvature, damping)
+            rates = vector.spread([float(g["lr"]) for g, _ in self._owned()])
+            candidates, length = scaled(solution.iterates, rates, here.gradient, damped)
         curvature.release()  # trial values in the parameters would spoil the kept graph
-        with objective.vector.trial() as trial, clock.part("evaluations"):
+        with vector.trial() as trial, clock.part("evaluations"):
 
             def loss_along(direction: Tensor, length: float) -> float:
                 trial.place(direction, length)
                 return objective.loss()
 
             move = search(loss_along, candidates, length, here.loss, damping)
-            if doubtful(move) and not _repeats(loss_along, solution.last.vector):
+            if doubtful(move) and not repeats(loss_along, solution.last.vector):
                 reason = f"{move.reason}. " if move.reason else ""
                 move = move._replace(reason=reason + _checks.NOT_DETERMINISTIC)
         return Outcome(move, damping, solution, curvature, variance)
@@ -234,14 +240,15 @@ class HFOptimizer(Optimizer):
         return "" if any(g["lr"] for g in self.param_groups) else "lr is 0"
 
     def _solve(
-        self, curvature: ObjectiveOperator, here: Value, damping: float, clock: Clock
+        self,
+        curvature: ObjectiveOperator,
+        here: Value,
+        damped: Callable[[Tensor], Tensor],
+        damping: float,
+        clock: Clock,
     ) -> CGResult:
         """Conjugate gradients on the damped quadratic, from the last solution."""
         options = self.param_groups[0]
-
-        def damped(v: Tensor) -> Tensor:
-            return curvature(v).add_(v, alpha=damping)
-
         with clock.part("preconditioner"):
             wanted = self.preconditioner.wants_diagonal
             diagonal = curvature.diagonal(damping) if wanted else None
@@ -256,20 +263,6 @@ class HFOptimizer(Optimizer):
             max_iter=options["cg_max_iter"],
             observe=clock.timed("preconditioner", self.preconditioner.observe),
         )
-
-    def _scaled(
-        self, solution: CGResult, here: Value, curvature: ObjectiveOperator, damping: float
-    ) -> tuple[list[Iterate], float]:
-        """CG's iterates under ``lr``: a common factor, or each group's own on the last iterate."""
-        rates = [float(g["lr"]) for g in self.param_groups for p in g["params"] if p.requires_grad]
-        if len(set(rates)) == 1:
-            return solution.iterates, rates[0]
-        d = solution.last.vector * curvature.objective.vector.spread(rates)
-        slope = float(torch.dot(here.gradient, d))
-        if not slope < 0:
-            return solution.iterates, max(rates)
-        bend = float(torch.dot(d, curvature(d).add_(d, alpha=damping)))
-        return [Iterate(solution.iterations, slope + 0.5 * bend, slope, d)], 1.0
 
     def _commit(self, vector: ParameterVector, here: Value, outcome: Outcome) -> None:
         """The only place where parameters and the state for the next step change."""
@@ -293,7 +286,11 @@ class HFOptimizer(Optimizer):
     # --- set-up ---
 
     def _trainable(self) -> list[Tensor]:
-        return [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        return [p for _, p in self._owned()]
+
+    def _owned(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Trainable parameters, each with its group."""
+        return [(g, p) for g in self.param_groups for p in g["params"] if p.requires_grad]
 
     def _objective(
         self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
@@ -303,15 +300,14 @@ class HFOptimizer(Optimizer):
         for group in self.param_groups:
             _checks.options(group)
         self._fit_state(vector)
-        groups = self.param_groups
         return Objective(
             closure,
             vector,
             world,
             batches=batches,
             curvature_batches=curvature_batches,
-            decay=[g["weight_decay"] for g in groups for p in g["params"] if p.requires_grad],
-            maximize=groups[0]["maximize"],
+            decay=[g["weight_decay"] for g, _ in self._owned()],
+            maximize=self.param_groups[0]["maximize"],
             layers=self.preconditioner.wants_diagonal,
             fast_convolutions=self.curvature == "ggn",
             reducer=Reducer(self.process_group, vector.device),
@@ -350,9 +346,3 @@ class HFOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("preconditioner", "curvature", "process_group", "last_report", "_requests", "_start")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
-
-
-def _repeats(loss_along: LossAlong, direction: Tensor) -> bool:
-    """Whether the loss at the present parameters is the same when it is computed again."""
-    first, second = loss_along(direction, 0.0), loss_along(direction, 0.0)
-    return same_loss(first, second, direction.dtype)
