@@ -39,10 +39,11 @@ class Inside(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self, reentrant):
+    def __init__(self, reentrant, first=False):
         super().__init__()
         self.reentrant = reentrant
-        self.first, self.inner, self.last = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first = nn.Identity() if first else nn.Linear(8, 8)
+        self.inner, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x):
         x = self.first(x)
@@ -125,6 +126,13 @@ ROWS = [
         "reentrant",
         lambda: Checkpointed(True),
         X,
+        (),
+        ("reentrant", "use_reentrant=False", "Checkpointed"),
+    ),
+    Row(  # its parameters are not in the graph, and would never be trained
+        "reentrant_first",
+        lambda: Checkpointed(True, first=True),
+        X.clone().requires_grad_(),
         (),
         ("reentrant", "use_reentrant=False", "Checkpointed"),
     ),

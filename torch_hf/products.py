@@ -126,12 +126,16 @@ class BatchGaussNewton:
 
 
 def refuse_errors(tensors: Sequence[Tensor]) -> None:
-    """Complains of a ``once_differentiable`` function on the way.
+    """Complains of what would silently be left out of a product.
 
-    Autograd cuts the graph there with a node that would raise, but no path leads through it to
-    what is asked for, so that the product would silently lack a part.
+    At a ``once_differentiable`` function autograd cuts the graph with a node that would raise, but
+    no path leads through it to what is asked for. Under a reentrant checkpoint there is no graph at
+    all, so that ``torch.autograd.grad`` finds no path to the parameters inside.
     """
-    if any(kind(node) == "Error" for node in under({t.grad_fn for t in tensors} - {None})):
+    kinds = {kind(node) for node in under({t.grad_fn for t in tensors} - {None})}
+    if "CheckpointFunction" in kinds:
+        raise RuntimeError("checkpoint with use_reentrant=True")
+    if "Error" in kinds:
         raise RuntimeError("differentiate twice: a function marked once_differentiable")
 
 
