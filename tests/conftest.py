@@ -6,3 +6,11 @@ import torch
 def _one_thread():
     """Small tensors on several threads wait for each other wherever cores are shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seeded():
+    """Torch's generator at seed 0, and as it was afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield

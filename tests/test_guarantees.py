@@ -17,12 +17,7 @@ from torch.nn import functional as F
 
 from torch_hf import GrowingBatchSampler, HFOptimizer, Stop, save_atomically
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def problem():
@@ -131,6 +126,28 @@ def test_a_batch_without_a_valid_target_counts_nothing():
         ends.append(own.weight.detach())
     torch.testing.assert_close(ends[1], ends[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(ends[2], ends[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_failed_step_on_fewer_parameters_forgets_nothing():
+    ends = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model, x, y = problem()
+        optimizer = HFOptimizer(model.parameters(), cg_max_iter=4)
+        for _ in range(2):
+            optimizer.step(lambda model=model, x=x, y=y: F.mse_loss(model(x), y))
+        if fails:
+            model[0].requires_grad_(False)
+            with pytest.raises(Fault):
+                optimizer.step(failing)
+            model[0].requires_grad_(True)
+        optimizer.step(lambda model=model, x=x, y=y: F.mse_loss(model(x), y))
+        ends.append(bits(model))
+    assert same(*ends)
+
+
+def failing():
+    raise Fault
 
 
 # What is not deterministic

@@ -8,7 +8,8 @@ import torch
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_blocks_of_the_readme_run_in_order(capsys):
+def test_the_blocks_of_the_readme_run_in_order(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a block saves a checkpoint
     torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) >= 3

@@ -11,12 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_hf import HFOptimizer, Stop
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def classifier():

@@ -8,24 +8,23 @@ nothing hangs on a list of names but the advice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from torch_hf import _checks
 from torch_hf.capture import kind
 from torch_hf.cases import under
 from torch_hf.curvature import ObjectiveOperator
-from torch_hf.frozen import FrozenWorld, untraced
+from torch_hf.frozen import FrozenWorld
 from torch_hf.line_search import same_loss
 from torch_hf.objective import Objective
+from torch_hf.owners import attributed
 from torch_hf.reduce import Reducer
 from torch_hf.vector import ParameterVector
 
@@ -270,61 +269,3 @@ def _problem(node: Any) -> str:
         except RuntimeError as error:
             return SECOND if _checks.not_twice(error) else ""
     return ""
-
-
-# --- which module a node was made in --------------------------------------------------------
-
-
-class Owners:
-    """Nodes of the graph and the innermost module that each was made in."""
-
-    def __init__(self) -> None:
-        self.stack: list[nn.Module] = []
-        self.owner: dict[Any, tuple[nn.Module, nn.Module]] = {}  # node -> root, module
-
-    def enter(self, module: nn.Module, inputs: Any) -> None:
-        """Before a module's forward: what its inputs come from is not its own."""
-        if not self.stack:
-            self._claim(inputs, None)
-        else:
-            self._claim(inputs, (self.stack[0], self.stack[-1]))
-        self.stack.append(module)
-
-    def leave(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        """After it: what is new in its outputs' graph is its own."""
-        self._claim(outputs, (self.stack[0], module))
-        while self.stack and self.stack.pop() is not module:
-            pass  # a module that raised inside has not left
-
-    def path(self, node: Any) -> str:
-        """Path and class of the module; empty for what ran outside of any."""
-        found = self.owner.get(node)
-        if found is None:
-            return ""
-        root, module = found
-        name = next((n for n, m in root.named_modules() if m is module), "")
-        inside = f".{name} ({type(module).__name__})" if name else ""
-        return type(root).__name__ + inside
-
-    def _claim(self, tensors: Any, owner: Any) -> None:
-        ends = {t.grad_fn for t in tree_leaves(tensors) if isinstance(t, Tensor)} - {None}
-        todo: list[Any] = [node for node in ends if node not in self.owner]
-        while todo:
-            node = todo.pop()
-            self.owner[node] = owner
-            todo.extend(n for n, _ in node.next_functions if n is not None and n not in self.owner)
-
-
-@contextmanager
-def attributed() -> Iterator[Owners]:
-    """Modules that run inside tell which nodes they make."""
-    owners = Owners()
-    handles = [
-        register_module_forward_pre_hook(untraced(owners.enter)),
-        register_module_forward_hook(untraced(owners.leave)),
-    ]
-    try:
-        yield owners
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_hf import _checks
+from torch_hf import _checks, _foreign
 from torch_hf.cg import CGResult, conjugate_gradients
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
@@ -99,7 +99,7 @@ class HFOptimizer(Optimizer):
         process_group: Any = None,
         **unsupported: NoReturn,
     ) -> None:
-        _checks.keywords(unsupported, list(signature(HFOptimizer).parameters)[1:-1])
+        _foreign.keywords(unsupported, list(signature(HFOptimizer).parameters)[1:-1])
         _checks.one_of("curvature", curvature, ("ggn", "hessian"))
         defaults = {
             "lr": lr,
@@ -162,8 +162,9 @@ class HFOptimizer(Optimizer):
         vector = ParameterVector(self._trainable())
         world = FrozenWorld(vector.device)
         gradients = [p.grad for p in vector.params]
-        objective = None
+        objective = forgotten = None
         try:
+            forgotten = self._forget_if_stale(vector)
             objective = self._objective(closure, batches, curvature_batches, vector, world)
             with world.arithmetic():
                 with clock.part("gradient"):
@@ -173,6 +174,9 @@ class HFOptimizer(Optimizer):
                 outcome = self._decide(objective, here, clock)
         except BaseException as error:
             self.preconditioner.abandon()
+            if forgotten is not None:
+                self._start, pairs = forgotten
+                self.preconditioner.load_state_dict(pairs)
             world.undo()
             for p, g in zip(vector.params, gradients, strict=True):
                 p.grad = g
@@ -299,7 +303,6 @@ class HFOptimizer(Optimizer):
         _checks.accumulates(batches)
         for group in self.param_groups:
             _checks.options(group)
-        self._fit_state(vector)
         return Objective(
             closure,
             vector,
@@ -313,12 +316,19 @@ class HFOptimizer(Optimizer):
             reducer=Reducer(self.process_group, vector.device),
         )
 
-    def _fit_state(self, vector: ParameterVector) -> None:
-        """Forgets directions of another length: parameters were added, frozen or thawed."""
+    def _forget_if_stale(self, vector: ParameterVector) -> tuple[Tensor | None, Any] | None:
+        """Drops directions of another length: parameters were added, frozen or thawed.
+
+        Returns:
+            What was dropped, for a step that fails.
+        """
         known = list(self.state)
-        if known and [id(p) for p in known] != [id(p) for p in vector.params]:
-            self._start = None
-            self.preconditioner.load_state_dict({})
+        if not known or [id(p) for p in known] == [id(p) for p in vector.params]:
+            return None
+        dropped = self._start, self.preconditioner.state_dict()
+        self._start = None
+        self.preconditioner.load_state_dict({})
+        return dropped
 
     def _initialise(self) -> None:
         """``step()`` without a closure: what distributed checkpointing does to make state."""
