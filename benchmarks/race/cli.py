@@ -1,0 +1,194 @@
+"""The race's command line: which tasks, optimizers and seeds, for how long, on what."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .contenders import ON_FULL_BATCH, OURS, parse_options, split_name
+from .peers import PEERS
+from .rates import PATH, Rates, search
+from .record import Record, session
+from .report import as_markdown, as_text, plot
+from .runner import run, warm_up
+from .task import Missing, RaceTask, Setting
+from .tasks import TASKS
+
+RESULTS = Path(__file__).parents[1] / "results"
+#: The literal baseline with its gradient over all cases is slow; it runs where it is named.
+USUAL = [name for name in [*OURS, *PEERS] if name != "hf-kingsbury"]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All arguments; those without a default here take the task's."""
+    parser = argparse.ArgumentParser(
+        description="Race optimizers on equal wall-clock.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK", help=f"{[*TASKS]}"
+    )
+    add(
+        "--optimizers",
+        nargs="+",
+        default=USUAL,
+        metavar="NAME",
+        help=f"of {[*OURS, *PEERS]}; options behind colons, as in hf:cg_max_iter=20:growth=1.1",
+    )
+    add("--seeds", type=int, default=3, help="runs of each, from seed 0 on")
+    add("--first-seed", type=int, default=0, help="where the seeds begin")
+    add("--budget", type=float, help="seconds of training a run, if not the task's own")
+    add("--data-root", type=Path, default=Path("data"), help="folder of the data sets")
+    add("--device", default="cpu", help="as in torch")
+    add("--large", action="store_true", help="sizes meant for a GPU")
+    add("--threads", type=int, default=2, help="of the host")
+    add("--output", type=Path, default=RESULTS, help="folder of JSON files and plots")
+    add("--resume", action="store_true", help="keep the runs that are there, add what is missing")
+    add(
+        "--hf",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for all of ours: options, sampling",
+    )
+    add("--search", action="store_true", help="search the peers' rates anew (else: where missing)")
+    add("--search-only", action="store_true", help="search the missing rates and race nobody")
+    add("--search-budget", type=float, help="seconds of each trial, if not a sixth of the race's")
+    add("--rates", type=Path, default=PATH, help="file of the rates that were found")
+    add(
+        "--report", action="store_true", help="race nobody; Markdown tables of what is there, plots"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Race, or report on races."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        args.hf_options = parse_options(args.hf)
+        names = {name: split_name(name)[0] for name in args.optimizers}
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(args.threads)
+    for task_name in args.tasks:
+        if args.report:
+            _report(args, task_name)
+            continue
+        try:
+            task = TASKS[task_name](_setting(args))
+        except Missing as error:
+            print(f"{task_name}: left out, {error}")
+            continue
+        if task.full_batch:
+            kept = {n: b for n, b in names.items() if b in PEERS or b in ON_FULL_BATCH}
+        else:
+            kept = {n: b for n, b in names.items() if b != "adam-lbfgs"}
+        race(task, kept, args)
+
+
+def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> None:
+    """All optimizers of the first seed, then of the next: what disturbs the machine hits all."""
+    budget = args.budget or task.budget
+    rates = _find_rates(task, names, budget, args)
+    if args.search_only:
+        return
+    path = _path(args, task.name)
+    record = Record(path, keep=args.resume)
+    record.about = _about(task)
+    record.sessions.append(session(command(args), args.device, args.threads))
+    warm: set[str] = set()
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for name, base in names.items():
+            if args.resume and record.has(name, seed, budget):
+                continue
+            options = {"hf_options": args.hf_options, "rate": rates.get(base, {})}
+            if base not in warm:
+                warm_up(task, name, device=args.device, **options)
+                warm.add(base)
+            result = run(task, name, seed, budget, device=args.device, **options)
+            record.add(result)
+            print(f"  {task.name} seed {seed} {_line(task, result)}", flush=True)
+    if record.runs:
+        print(f"\n{as_text(record)}\n", flush=True)
+        plot(record, path.with_suffix(".png"))
+
+
+def command(args: argparse.Namespace) -> str:
+    """How to run it again; folders are left out, which differ from machine to machine."""
+    parser, words = make_parser(), ["python benchmarks/race.py"]
+    for key in (
+        "tasks",
+        "optimizers",
+        "seeds",
+        "first_seed",
+        "budget",
+        "device",
+        "large",
+        "hf",
+        "threads",
+    ):
+        value = getattr(args, key)
+        if value == parser.get_default(key):
+            continue
+        words.append(f"--{key.replace('_', '-')}")
+        words += (
+            [] if value is True else map(str, value) if isinstance(value, list) else [str(value)]
+        )
+    return " ".join(words)
+
+
+def _find_rates(
+    task: RaceTask, names: dict[str, str], budget: float, args: argparse.Namespace
+) -> dict[str, Any]:
+    rates, found = Rates(args.rates), {}
+    for peer in dict.fromkeys(base for base in names.values() if base in PEERS):
+        known = None if args.search else rates.get(_setting(args), task.name, peer)
+        if known is None:
+            seconds = args.search_budget or budget / 6
+            entry = search(task, peer, seconds, _setting(args), lambda s: print(s, flush=True))
+            rates.put(_setting(args), task.name, peer, entry)
+            known = entry["options"]
+        found[peer] = known
+    return found
+
+
+def _about(task: RaceTask) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "title": task.title,
+        "train_metric": task.train_metric,
+        "test_metric": task.test_metric,
+        "targets": [list(target) for target in task.targets],
+        **task.dimensions,
+    }
+
+
+def _report(args: argparse.Namespace, task_name: str) -> None:
+    path = _path(args, task_name)
+    record = Record(path)
+    if record.runs:
+        print(as_markdown(record))
+        plot(record, path.with_suffix(".png"))
+
+
+def _path(args: argparse.Namespace, task_name: str) -> Path:
+    kind = torch.device(args.device).type + ("-large" if args.large else "")
+    return args.output / f"race-{task_name}-{kind}.json"
+
+
+def _setting(args: argparse.Namespace) -> Setting:
+    return Setting(args.data_root, args.device, args.large)
+
+
+def _line(task: RaceTask, result: dict[str, Any]) -> str:
+    name, curve = result["optimizer"], result["curve"]
+    if "error" in result:
+        return f"{name}: {result['error']}"
+    metrics = (f"{key} {curve[key][-1]}" for key in (task.train_metric, task.test_metric))
+    return f"{name}: {curve['steps'][-1]} steps, {', '.join(metrics)}"

@@ -1,0 +1,168 @@
+"""Ours and its ablations: how a Hessian-free step is fed on each task.
+
+A contender takes a step with ``step(progress)``, where progress is the part of the budget that is
+used up; ``notes()`` is what else its curve should show.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from torch_hf import GrowingBatchSampler, HFOptimizer, head, split_batch
+
+from .peers import PEERS, Peer
+from .task import Batches, RaceTask, Tensors
+
+Options = dict[str, Any]
+SAMPLING = {field.name for field in fields(Batches)}
+FIXED = {"growth": 1.0, "curvature_growth": 1.0}
+
+#: Ours as a user gets it, and what of the paper's two ideas each ablation leaves out.
+OURS: dict[str, Options] = {
+    "hf": {},
+    "hf-plain": {"preconditioner": "none", **FIXED},
+    "hf-pairs": FIXED,
+    "hf-growing": {"preconditioner": "none"},
+    # the gradient over all cases, products on a fixed sample (Kingsbury et al. 2012)
+    "hf-kingsbury": {"preconditioner": "none", "whole_gradient": True, **FIXED},
+}
+#: Where every step sees all the data there is nothing to grow.
+ON_FULL_BATCH = ("hf", "hf-plain")
+
+
+class Contender(Protocol):
+    """Who takes part in a race."""
+
+    def step(self, progress: float) -> None:
+        """Take one step; ``progress`` from 0 to 1 says how much of the budget is gone."""
+
+    def notes(self) -> dict[str, float]:
+        """Numbers worth a place beside the metrics."""
+
+
+class HF:
+    """``HFOptimizer`` on a task, with its growing batches where the task is not full batch."""
+
+    def __init__(self, task: RaceTask, model: nn.Module, seed: int, options: Options) -> None:
+        own = {key: value for key, value in options.items() if key not in SAMPLING}
+        whole_gradient = own.pop("whole_gradient", False)
+        self.task, self.model = task, model
+        self.optimizer = HFOptimizer(model.parameters(), **own)
+        self.sampler: GrowingBatchSampler | None = None
+        self.work = {"cg_iterations": 0, "products": 0, "evaluations": 0, "rejections": 0}
+        self.parts: dict[str, float] = {}
+        if task.batches is not None:
+            sampling = {key: value for key, value in options.items() if key in SAMPLING}
+            self.batches = replace(task.batches, **sampling)
+            self.sampler = make_sampler(self.batches, task.cases, seed, whole_gradient)
+            self.drawn = self._draw(self.sampler)
+
+    def step(self, progress: float) -> None:
+        if self.sampler is None:
+            self.optimizer.step(lambda: self.task.loss(self.model, self.task.train))
+        else:
+            batch = next(self.drawn)
+            first = head(batch, self.sampler.curvature_batch_size)
+            size = self.batches.split_size or len(batch[0])
+            self.optimizer.step(
+                lambda part: self.task.loss(self.model, part),
+                batches=split_batch(batch, size),
+                curvature_batches=split_batch(first, size),
+            )
+        report = self.optimizer.last_report
+        assert report is not None
+        for key in ("cg_iterations", "products", "evaluations"):
+            self.work[key] += getattr(report, key)
+        self.work["rejections"] += not report.accepted
+        for key, value in report.seconds.items():
+            self.parts[key] = self.parts.get(key, 0.0) + value
+
+    def notes(self) -> dict[str, float]:
+        report = self.optimizer.last_report
+        if report is None:
+            return {}
+        last = {"damping": report.damping, "batch_cases": report.batch_cases}
+        return {**self.work, **last, **{f"seconds_{k}": v for k, v in self.parts.items()}}
+
+    def _draw(self, sampler: GrowingBatchSampler) -> Iterator[Tensors]:
+        epoch = 0
+        while True:
+            sampler.set_epoch(epoch)
+            for indices in sampler:
+                yield take(self.task.train, indices)
+            epoch += 1
+
+
+def make_sampler(
+    batches: Batches, cases: int, seed: int, whole_gradient: bool = False
+) -> GrowingBatchSampler:
+    """The sampler that these settings describe; sizes end at the number of cases."""
+    size = min(batches.batch_size, cases)
+    curvature = max(1, round(batches.curvature_fraction * size))
+    return GrowingBatchSampler(
+        cases,
+        batch_size=cases if whole_gradient else size,
+        growth=batches.growth,
+        grow_every=batches.grow_every,
+        max_batch_size=cases if whole_gradient else max(size, batches.max_batch_size or cases),
+        curvature_batch_size=curvature,
+        curvature_growth=batches.curvature_growth or batches.growth,
+        drop_last=True,  # a short batch at the end would make a noisy step
+        seed=seed,
+    )
+
+
+def take(data: Tensors, indices: Sequence[int] | Tensor) -> Tensors:
+    """These cases."""
+    return tuple(tensor[indices] for tensor in data)
+
+
+def split_name(name: str) -> tuple[str, Options]:
+    """``hf:cg_max_iter=20:growth=1.1`` to ``hf`` and its options."""
+    base, *pairs = name.split(":")
+    if base not in OURS and base not in PEERS:
+        raise ValueError(f"no optimizer {base!r}; there are {', '.join([*OURS, *PEERS])}")
+    return base, parse_options(pairs)
+
+
+def parse_options(pairs: Sequence[str]) -> Options:
+    """``key=value``, the value a Python literal or else a string."""
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"options are written key=value; got {pair!r}")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value
+    return options
+
+
+def make_contender(
+    name: str,
+    task: RaceTask,
+    model: nn.Module,
+    seed: int,
+    hf_options: Mapping[str, Any],
+    rate: Mapping[str, Any],
+) -> tuple[Contender, Options]:
+    """The contender of that name, and the options it runs with.
+
+    Args:
+        name: A name of :data:`OURS` or ``PEERS``, options behind colons.
+        task, model, seed: What it trains, and the order of the cases.
+        hf_options: For all of ours, the command line's.
+        rate: The peer's learning rate and what else was searched.
+    """
+    base, own = split_name(name)
+    if base in OURS:
+        options = {**OURS[base], **hf_options, **own}
+        return HF(task, model, seed, options), options
+    options = {**rate, **own}
+    return Peer(PEERS[base], task, model, seed, options), options

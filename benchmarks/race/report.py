@@ -1,0 +1,141 @@
+"""What a record shows: a table on screen or in Markdown, and a plot."""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .record import Record, median, summary
+from .runner import Run
+
+
+def table(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, the best final training metric first, those that could not run last."""
+    about = record.about
+    train, test = about["train_metric"], about["test_metric"]
+    rows = sorted(summary(record), key=lambda row: _order(row[train]))
+    plain = any("seconds_to_plain" in row for row in rows)
+    targets = [key for key in rows[0]["seconds_to"] if _reached(rows, key)] if rows else []
+    header = ["optimizer", "seeds", "steps", *(_words(m) for m in (train, test))]
+    header += [f"s to {_words(key)}" for key in targets] + ["s to plain HF's end"] * plain
+    cells = []
+    for row in rows:
+        if row["error"] is not None and row[train] is None:
+            cells.append([row["optimizer"], str(row["seeds"]), *["–"] * (len(header) - 2)])
+            continue
+        line = [row["optimizer"], str(row["seeds"]), _number(row["steps"], whole=True)]
+        line += [_number(row[train]), _number(row[test])]
+        line += [_number(row["seconds_to"][key]) for key in targets]
+        cells.append(line + [_number(row.get("seconds_to_plain"))] * plain)
+    return header, cells
+
+
+def errors(record: Record) -> list[str]:
+    """A line for each optimizer that could not run."""
+    rows = [row for row in summary(record) if row["error"]]
+    return [f"{row['optimizer']}: {row['error']}" for row in rows]
+
+
+def as_text(record: Record) -> str:
+    """Title and table, the first column to the left and numbers to the right."""
+    header, rows = table(record)
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [title(record), ""]
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [
+            c.rjust(w) if i else c.ljust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join([*lines, *(["", *errors(record)] if errors(record) else [])])
+
+
+def as_markdown(record: Record) -> str:
+    """The same for a page of the documentation, with what it was measured on."""
+    header, rows = table(record)
+    last = record.sessions[-1]
+    lines = [
+        f"### {title(record)}",
+        "",
+        f"{last['device']}, {last['threads']} threads, torch {last['torch']}; `{last['command']}`",
+        "",
+        f"| {' | '.join(header)} |",
+        f"| --- |{' ---: |' * (len(header) - 1)}",
+        *(f"| {' | '.join(row)} |" for row in rows),
+    ]
+    if errors(record):
+        lines += ["", "Could not run:", "", *(f"- {line}" for line in errors(record))]
+    return "\n".join(lines) + "\n"
+
+
+def title(record: Record) -> str:
+    """Task and budget."""
+    return f"{record.about['title']}: medians at {record.budget:g} s"
+
+
+def plot(record: Record, path: Path) -> None:
+    """The training metric against seconds, both logarithmic: medians with the seeds' range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metric = record.about["train_metric"]
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    colours = pyplot.get_cmap("tab20").colors
+    grid = [record.budget * 0.01 ** (1 - i / 60) for i in range(61)]
+    for i, name in enumerate(record.optimizers):
+        curves = [values for run in record.of(name) if (values := resampled(run, metric, grid))]
+        if not curves:
+            continue
+        middle, low, high = ([f(v) for v in zip(*curves, strict=True)] for f in (_middle, min, max))
+        ours = name.startswith("hf")
+        style = {"color": colours[i % 20], "linewidth": 2.2 if ours else 1.2}
+        axes.plot(grid, middle, linestyle="-" if ours else "--", label=name, **style)
+        axes.fill_between(grid, low, high, color=colours[i % 20], alpha=0.12, linewidth=0)
+    start = [r["curve"][metric][0] for r in record.runs if r["curve"].get(metric)]
+    if start and start[0]:
+        axes.set_ylim(top=2 * start[0])  # what diverged would leave no room for the others
+    axes.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel=_words(metric))
+    axes.set_title(record.about["title"])
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left", ncols=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def resampled(run: Run, metric: str, grid: Sequence[float]) -> list[float]:
+    """The metric last measured at each time, NaN before the first and where it is no number."""
+    seconds, values = run["curve"].get("seconds", []), run["curve"].get(metric, [])
+    if not seconds:
+        return []
+    places = [bisect.bisect_right(seconds, t) - 1 for t in grid]
+    found = [values[place] if place >= 0 else None for place in places]
+    return [math.nan if value is None else value for value in found]
+
+
+def _middle(values: Sequence[float]) -> float:
+    found = median(None if math.isnan(v) else v for v in values)
+    return math.nan if found is None else found
+
+
+def _reached(rows: Sequence[dict[str, Any]], key: str) -> bool:
+    return any(row["seconds_to"].get(key) is not None for row in rows)
+
+
+def _order(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _number(value: float | None, whole: bool = False) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if whole else f"{value:.3g}"

@@ -1,0 +1,161 @@
+"""One run: a contender on a task for so many seconds, its metrics taken off the clock."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import math
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .contenders import Contender, make_contender
+from .task import RaceTask
+
+POINTS = 20
+FIRST_POINT = 0.01  # of the budget
+
+Run = dict[str, Any]
+
+
+class Stopwatch:
+    """Seconds of training; stands still between steps."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds, self.cuda = 0.0, torch.device(device).type == "cuda"
+
+    def time(self, contender: Contender, progress: float) -> float:
+        """Seconds of one step."""
+        self._wait()
+        start = time.perf_counter()
+        contender.step(progress)
+        self._wait()
+        passed = time.perf_counter() - start
+        self.seconds += passed
+        return passed
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+def run(
+    task: RaceTask,
+    name: str,
+    seed: int,
+    budget: float,
+    *,
+    device: str = "cpu",
+    hf_options: Mapping[str, Any] | None = None,
+    rate: Mapping[str, Any] | None = None,
+    points: int = POINTS,
+) -> Run:
+    """Train for ``budget`` seconds; an exception ends the run and is its result.
+
+    A step that ends after the budget does not count: the parameters go back to those before it.
+    The curve is measured at the first step's end after each of ``points`` times, equally far
+    apart in logarithm; its last row is the state at the budget, on the whole training set.
+    """
+    gc.collect()
+    result: Run = {"task": task.name, "optimizer": name, "seed": seed, "budget": budget}
+    torch.manual_seed(seed)
+    model = task.make_model().to(device)
+    result["parameters"] = sum(p.numel() for p in model.parameters())
+    rows: list[dict[str, float]] = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the peers' packages; ours is in the reports
+            contender, options = make_contender(
+                name, task, model, seed, hf_options or {}, rate or {}
+            )
+            result["options"] = options
+            _train(task, model, contender, Stopwatch(device), budget, points, rows)
+    except Exception as error:
+        result["error"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    result["curve"] = _columns(rows)
+    return result
+
+
+def warm_up(
+    task: RaceTask,
+    name: str,
+    *,
+    device: str = "cpu",
+    hf_options: Mapping[str, Any] | None = None,
+    rate: Mapping[str, Any] | None = None,
+) -> None:
+    """One step on a network thrown away: imports, thread pools and kernels are not the race's."""
+    torch.manual_seed(0)
+    model = task.make_model().to(device)
+    # what is wrong is the run's to say
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        make_contender(name, task, model, 0, hf_options or {}, rate or {})[0].step(0.0)
+
+
+def _train(
+    task: RaceTask,
+    model: nn.Module,
+    contender: Contender,
+    watch: Stopwatch,
+    budget: float,
+    points: int,
+    rows: list[dict[str, float]],
+) -> None:
+    due = [budget * FIRST_POINT ** (1 - i / max(points - 1, 1)) for i in range(points)]
+    steps, longest = 0, 0.0
+    if points > 1:
+        rows.append(_row(task, model, contender, 0.0, 0))
+    while True:
+        near = watch.seconds + 2 * longest >= budget
+        before = (_snapshot(model), watch.seconds, contender.notes()) if near else None
+        longest = max(longest, watch.time(contender, watch.seconds / max(budget, 1e-9)))
+        steps += 1
+        if watch.seconds >= budget or _lost(model):
+            break
+        if points > 1 and watch.seconds >= due[0]:
+            rows.append(_row(task, model, contender, watch.seconds, steps))
+            due = [t for t in due if t > watch.seconds] or [budget]
+    notes, seconds = contender.notes(), watch.seconds
+    if before is not None and watch.seconds > budget:
+        state, seconds, notes = before
+        model.load_state_dict(state)
+        steps -= 1
+    metrics = task.evaluate(model, True)
+    rows.append({"seconds": seconds, "steps": steps, **metrics, **notes})
+
+
+def _row(
+    task: RaceTask, model: nn.Module, contender: Contender, seconds: float, steps: int
+) -> dict[str, float]:
+    model.eval()
+    metrics = task.evaluate(model, False)
+    model.train()
+    return {"seconds": seconds, "steps": steps, **metrics, **contender.notes()}
+
+
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy(model.state_dict())
+
+
+@torch.no_grad()
+def _lost(model: nn.Module) -> bool:
+    """Whether parameters are no numbers any more: nothing comes after that."""
+    return not all(bool(p.sum().isfinite()) for p in model.parameters())
+
+
+def _columns(rows: list[dict[str, float]]) -> dict[str, list[float | None]]:
+    """Rows as columns, six digits each; None for what is missing or not finite."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return {key: [_rounded(row.get(key)) for row in rows] for key in keys}
+
+
+def _rounded(value: float | None) -> float | None:
+    if value is None or not math.isfinite(value):
+        return None
+    return value if isinstance(value, int) else float(f"{value:.6g}")

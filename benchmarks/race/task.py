@@ -1,0 +1,167 @@
+"""What a task of the race is, and the kind that most are: outputs of cases against targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Tensors = tuple[Tensor, ...]
+Metrics = dict[str, float]
+
+#: Cases of the training set that the curve is measured on, and in memory at once.
+CURVE_CASES = 10_000
+CHUNK = 5_000
+
+
+class Missing(Exception):
+    """A task's data are not at hand, or what an optimizer is made of."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all tasks of a race have in common.
+
+    Attributes:
+        data_root: Folder of the data sets.
+        device: Where data and model live.
+        large: Take the sizes meant for a GPU.
+    """
+
+    data_root: Path = Path("data")
+    device: str = "cpu"
+    large: bool = False
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How Hessian-free steps are fed where a step does not see all the data.
+
+    Attributes:
+        batch_size: Cases of the first gradient samples; peers have their own size.
+        growth: Factor from epoch to epoch (or from step to step, see ``grow_every``).
+        grow_every: As in ``GrowingBatchSampler``.
+        curvature_fraction: Part of the gradient sample that products are taken on.
+        curvature_growth: Factor of the curvature sample; ``growth`` if None.
+        max_batch_size: Where the growth ends; at all cases if None.
+        split_size: Cases in memory at once; the whole sample if None.
+    """
+
+    batch_size: int
+    growth: float = 1.2
+    grow_every: str = "epoch"
+    curvature_fraction: float = 1.0
+    curvature_growth: float | None = None
+    max_batch_size: int | None = None
+    split_size: int | None = None
+
+
+@dataclass
+class RaceTask:
+    """A problem to be raced on.
+
+    Attributes:
+        name: As on the command line.
+        title: Written above table and plot.
+        make_model: A new network from torch's generator, which the runner seeds.
+        train: The training set's tensors, their first dimension the cases.
+        loss: Model and batch to the mean loss over the cases and the network's outputs.
+        evaluate: Model, and whether to look at the whole training set (else at a part where that
+            is costly), to metrics; in all of them less is better.
+        train_metric, test_metric: The two of the metrics that the table shows.
+        targets: Metrics and the values whose times the table shows.
+        batches: None if every step, the peers' too, sees all the data.
+        peer_batch: Cases of a peer's step.
+        lbfgs_batch: Cases of a step of torch's L-BFGS, which noise harms most.
+        budget: Seconds that each run is given if the command line does not say.
+        dtype: Of parameters and data.
+        dimensions: Whatever is worth a place in the record, like the number of cases.
+    """
+
+    name: str
+    title: str
+    make_model: Callable[[], nn.Module]
+    train: Tensors
+    loss: Callable[[nn.Module, Tensors], tuple[Tensor, Any]]
+    evaluate: Callable[[nn.Module, bool], Metrics]
+    train_metric: str = "train_loss"
+    test_metric: str = "test_loss"
+    targets: Sequence[tuple[str, float]] = ()
+    batches: Batches | None = None
+    peer_batch: int = 500
+    lbfgs_batch: int = 5_000
+    budget: float = 60.0
+    dtype: torch.dtype = torch.float32
+    dimensions: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def full_batch(self) -> bool:
+        """Whether every step sees all the data."""
+        return self.batches is None
+
+    @property
+    def cases(self) -> int:
+        """Cases of the training set."""
+        return len(self.train[0])
+
+
+def supervised(
+    name: str,
+    title: str,
+    make_model: Callable[[], nn.Module],
+    train: Tensors,
+    test: Tensors,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    scores: dict[str, Callable[[Tensor, Tensor], Tensor]],
+    **options: Any,
+) -> RaceTask:
+    """A task whose loss is a mean over cases of outputs against targets.
+
+    Args:
+        name, title, make_model, options: As in :class:`RaceTask`.
+        train, test: Inputs and targets.
+        loss: Outputs and targets to the mean loss.
+        scores: Further metrics: outputs and targets to a number for each case.
+    """
+    part = tuple(tensor[:CURVE_CASES] for tensor in train)
+
+    def evaluate(model: nn.Module, whole: bool) -> Metrics:
+        found = {}
+        for prefix, data in (("train", train if whole else part), ("test", test)):
+            for key, value in _means(model, data, loss, scores).items():
+                found[f"{prefix}_{key}"] = value
+        return found
+
+    def batch_loss(model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensor]:
+        outputs = model(batch[0])
+        return loss(outputs, batch[1]), outputs
+
+    dimensions = {"train_cases": len(train[0]), "test_cases": len(test[0])}
+    return RaceTask(
+        name, title, make_model, train, batch_loss, evaluate, dimensions=dimensions, **options
+    )
+
+
+@torch.no_grad()
+def _means(
+    model: nn.Module,
+    data: Tensors,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    scores: dict[str, Callable[[Tensor, Tensor], Tensor]],
+) -> Metrics:
+    sums = dict.fromkeys(["loss", *scores], 0.0)
+    for inputs, targets in zip(*(tensor.split(CHUNK) for tensor in data), strict=True):
+        outputs = model(inputs)
+        sums["loss"] += float(loss(outputs, targets)) * len(inputs)
+        for key, score in scores.items():
+            sums[key] += float(score(outputs, targets).sum())
+    return {key: value / len(data[0]) for key, value in sums.items()}
+
+
+def wrong(outputs: Tensor, targets: Tensor) -> Tensor:
+    """1 for each case whose largest output is not the target's: the mean is the error rate."""
+    return (outputs.argmax(dim=1) != targets).float()
