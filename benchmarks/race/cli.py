@@ -22,6 +22,9 @@ RESULTS = Path(__file__).parents[1] / "results"
 #: The literal baseline with its gradient over all cases is slow; it runs where it is named.
 USUAL = [name for name in [*OURS, *PEERS] if name != "hf-kingsbury"]
 
+#: Arguments that say where things lie, or what is in the record anyway.
+ELSEWHERE = ("data_root", "output", "rates", "resume", "hf_options")
+
 
 def make_parser() -> argparse.ArgumentParser:
     """All arguments; those without a default here take the task's."""
@@ -54,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help="for all of ours: options, sampling",
+        help="options and sampling of ours",
     )
     add("--search", action="store_true", help="search the peers' rates anew (else: where missing)")
     add("--search-only", action="store_true", help="search the missing rates and race nobody")
@@ -122,24 +125,12 @@ def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> Non
 def command(args: argparse.Namespace) -> str:
     """How to run it again; folders are left out, which differ from machine to machine."""
     parser, words = make_parser(), ["python benchmarks/race.py"]
-    for key in (
-        "tasks",
-        "optimizers",
-        "seeds",
-        "first_seed",
-        "budget",
-        "device",
-        "large",
-        "hf",
-        "threads",
-    ):
-        value = getattr(args, key)
-        if value == parser.get_default(key):
+    for key, value in vars(args).items():
+        if key in ELSEWHERE or value == parser.get_default(key):
             continue
         words.append(f"--{key.replace('_', '-')}")
-        words += (
-            [] if value is True else map(str, value) if isinstance(value, list) else [str(value)]
-        )
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
     return " ".join(words)
 
 

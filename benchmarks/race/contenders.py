@@ -156,7 +156,9 @@ def make_contender(
 
     Args:
         name: A name of :data:`OURS` or ``PEERS``, options behind colons.
-        task, model, seed: What it trains, and the order of the cases.
+        task: What it trains on.
+        model: What it trains.
+        seed: Of the order of the cases.
         hf_options: For all of ours, the command line's.
         rate: The peer's learning rate and what else was searched.
     """

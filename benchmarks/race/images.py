@@ -100,10 +100,8 @@ def spline(points: Tensor, times: Tensor) -> Tensor:
     bend = 6 * (first - 2 * middle + last)  # its second derivative at 1/2; zero at the ends
     t = times[None, :, None]
     tent = 0.5 - (t - 0.5).abs()
-    lines = torch.where(
-        t < 0.5, first + 2 * t * (middle - first), last + 2 * (1 - t) * (middle - last)
-    )
-    return lines + bend * (tent**3 / 3 - tent / 12)
+    there, back = 2 * t * (middle - first), 2 * (1 - t) * (middle - last)
+    return torch.where(t < 0.5, first + there, last + back) + bend * (tent**3 / 3 - tent / 12)
 
 
 def mnist_classifier(setting: Setting) -> RaceTask:

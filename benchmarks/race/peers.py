@@ -77,9 +77,9 @@ class Peer:
             for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
-        elif self.spec.schedule == "then-lbfgs" and progress > 0.25:
-            if not isinstance(self.optimizers[0], torch.optim.LBFGS):
-                self.optimizers = lbfgs(self.model, history_size=100)
+        over = self.spec.schedule == "then-lbfgs" and progress > 0.25
+        if over and not isinstance(self.optimizers[0], torch.optim.LBFGS):
+            self.optimizers = lbfgs(self.model, history_size=100)
 
     def _draw(self, size: int, generator: torch.Generator) -> Iterator[Tensors]:
         cases = self.task.cases

@@ -120,7 +120,7 @@ def final(run: Run, metric: str) -> float | None:
 
 
 def seconds_to(run: Run, metric: str, target: float) -> float | None:
-    """When the metric first came to the target, between two points of the curve in its logarithm."""
+    """When the metric first came to the target; its logarithm is a line between two points."""
     seconds, values = run["curve"].get("seconds", []), run["curve"].get(metric, [])
     before: tuple[float, float] | None = None
     for t, value in zip(seconds, values, strict=True):

@@ -45,11 +45,8 @@ def as_text(record: Record) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [title(record), ""]
     for row in [header, ["-" * width for width in widths], *rows]:
-        cells = [
-            c.rjust(w) if i else c.ljust(w)
-            for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
+        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first, *(c.rstrip().rjust(len(c)) for c in others)]))
     return "\n".join([*lines, *(["", *errors(record)] if errors(record) else [])])
 
 
@@ -85,6 +82,8 @@ def plot(record: Record, path: Path) -> None:
 
     metric = record.about["train_metric"]
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    # the scales first: limits set on a linear axis would be wrong for a logarithmic one
+    axes.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel=_words(metric))
     colours = pyplot.get_cmap("tab20").colors
     grid = [record.budget * 0.01 ** (1 - i / 60) for i in range(61)]
     for i, name in enumerate(record.optimizers):
@@ -98,8 +97,8 @@ def plot(record: Record, path: Path) -> None:
         axes.fill_between(grid, low, high, color=colours[i % 20], alpha=0.12, linewidth=0)
     start = [r["curve"][metric][0] for r in record.runs if r["curve"].get(metric)]
     if start and start[0]:
+        axes.autoscale_view()
         axes.set_ylim(top=2 * start[0])  # what diverged would leave no room for the others
-    axes.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel=_words(metric))
     axes.set_title(record.about["title"])
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left", ncols=2)

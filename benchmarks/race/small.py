@@ -67,7 +67,7 @@ class Recurrent(nn.Module):
 
 
 def regression(setting: Setting) -> RaceTask:
-    """Least squares of a 2-20-20-1 tanh network (501 parameters) on a function nearly without noise.
+    """Least squares of a 2-20-20-1 tanh network (501 parameters), nearly without noise.
 
     Noise of 1e-4 in 400 values of ``sin(3 x) cos(5 y) + 1/2 exp(-4 (x - y)^2)`` on the unit square;
     the test set has none.

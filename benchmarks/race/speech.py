@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import autoencoder
 import numpy as np
@@ -66,7 +67,7 @@ def make_model(inputs: int, width: int, layers: int, classes: int) -> nn.Module:
     """Sigmoid layers with sparse random weights, so that no pretraining is needed."""
     widths = [inputs, *[width] * layers]
     hidden: list[nn.Module] = []
-    for below, above in zip(widths, widths[1:], strict=False):
+    for below, above in pairwise(widths):
         hidden += [autoencoder.sparse_linear(below, above), nn.Sigmoid()]
     return nn.Sequential(*hidden, autoencoder.sparse_linear(width, classes))
 

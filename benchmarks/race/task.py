@@ -122,10 +122,14 @@ def supervised(
     """A task whose loss is a mean over cases of outputs against targets.
 
     Args:
-        name, title, make_model, options: As in :class:`RaceTask`.
-        train, test: Inputs and targets.
+        name: As in :class:`RaceTask`.
+        title: As there.
+        make_model: As there.
+        train: Inputs and targets.
+        test: Inputs and targets held out.
         loss: Outputs and targets to the mean loss.
         scores: Further metrics: outputs and targets to a number for each case.
+        **options: As in :class:`RaceTask`.
     """
     part = tuple(tensor[:CURVE_CASES] for tensor in train)
 
