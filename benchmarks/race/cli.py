@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .contenders import ON_FULL_BATCH, OURS, parse_options, split_name
+from .contenders import ON_FULL_BATCH, OURS, split_name
 from .peers import PEERS
 from .rates import PATH, Rates, search
 from .record import Record, session
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 USUAL = [name for name in [*OURS, *PEERS] if name != "hf-kingsbury"]
 
 #: Arguments that say where things lie, or what is in the record anyway.
-ELSEWHERE = ("data_root", "output", "rates", "resume", "hf_options")
+ELSEWHERE = ("data_root", "output", "rates", "resume")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -74,8 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     args = parser.parse_args(arguments)
     try:
-        args.hf_options = parse_options(args.hf)
-        names = {name: split_name(name)[0] for name in args.optimizers}
+        names = _names(args)
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(args.threads)
@@ -110,11 +109,11 @@ def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> Non
         for name, base in names.items():
             if args.resume and record.has(name, seed, budget):
                 continue
-            options = {"hf_options": args.hf_options, "rate": rates.get(base, {})}
+            options = {"device": args.device, "rate": rates.get(base, {})}
             if base not in warm:
-                warm_up(task, name, device=args.device, **options)
+                warm_up(task, name, **options)
                 warm.add(base)
-            result = run(task, name, seed, budget, device=args.device, **options)
+            result = run(task, name, seed, budget, **options)
             record.add(result)
             print(f"  {task.name} seed {seed} {_line(task, result)}", flush=True)
     if record.runs:
@@ -132,6 +131,14 @@ def command(args: argparse.Namespace) -> str:
         if value is not True:
             words += map(str, value if isinstance(value, list) else [value])
     return " ".join(words)
+
+
+def _names(args: argparse.Namespace) -> dict[str, str]:
+    """Each name's optimizer; options for all of ours become a part of their names."""
+    bases = {name: split_name(name)[0] for name in args.optimizers}
+    return {
+        ":".join([name, *args.hf]) if base in OURS else name: base for name, base in bases.items()
+    }
 
 
 def _find_rates(

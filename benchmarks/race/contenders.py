@@ -149,7 +149,6 @@ def make_contender(
     task: RaceTask,
     model: nn.Module,
     seed: int,
-    hf_options: Mapping[str, Any],
     rate: Mapping[str, Any],
 ) -> tuple[Contender, Options]:
     """The contender of that name, and the options it runs with.
@@ -159,12 +158,11 @@ def make_contender(
         task: What it trains on.
         model: What it trains.
         seed: Of the order of the cases.
-        hf_options: For all of ours, the command line's.
         rate: The peer's learning rate and what else was searched.
     """
     base, own = split_name(name)
     if base in OURS:
-        options = {**OURS[base], **hf_options, **own}
+        options = {**OURS[base], **own}
         return HF(task, model, seed, options), options
     options = {**rate, **own}
     return Peer(PEERS[base], task, model, seed, options), options

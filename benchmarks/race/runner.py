@@ -51,7 +51,6 @@ def run(
     budget: float,
     *,
     device: str = "cpu",
-    hf_options: Mapping[str, Any] | None = None,
     rate: Mapping[str, Any] | None = None,
     points: int = POINTS,
 ) -> Run:
@@ -70,10 +69,7 @@ def run(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the peers' packages; ours is in the reports
-            contender, options = make_contender(
-                name, task, model, seed, hf_options or {}, rate or {}
-            )
-            result["options"] = options
+            contender, result["options"] = make_contender(name, task, model, seed, rate or {})
             _train(task, model, contender, Stopwatch(device), budget, points, rows)
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -86,7 +82,6 @@ def warm_up(
     name: str,
     *,
     device: str = "cpu",
-    hf_options: Mapping[str, Any] | None = None,
     rate: Mapping[str, Any] | None = None,
 ) -> None:
     """One step on a network thrown away: imports, thread pools and kernels are not the race's."""
@@ -95,7 +90,7 @@ def warm_up(
     # what is wrong is the run's to say
     with warnings.catch_warnings(), contextlib.suppress(Exception):
         warnings.simplefilter("ignore")
-        make_contender(name, task, model, 0, hf_options or {}, rate or {})[0].step(0.0)
+        make_contender(name, task, model, 0, rate or {})[0].step(0.0)
 
 
 def _train(
