@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv train test test-all lint format bench-products bench-step bench-kronecker clean
+.PHONY: help venv train test test-all lint format bench bench-report bench-products bench-step bench-kronecker clean
 .SECONDARY:
 
 help: ## list the targets
@@ -34,6 +34,20 @@ lint: $(VENV)/.with-dev ## check style, formatting and types
 format: $(VENV)/.with-dev ## apply what lint would ask for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# All of it takes about 16 hours: three seeds of 16 optimizers on 11 tasks. `make bench
+# TASKS=regression` takes 15 minutes; RACE has further arguments, as in RACE="--optimizers hf adam"
+# or RACE=--resume after an interruption.
+TASKS ?=
+SEEDS ?= 3
+DATA ?= data
+RACE ?=
+
+bench: $(VENV)/.with-benchmarks ## race all optimizers on equal wall-clock; TASKS="regression poisson" for some tasks
+	$(BIN)/python benchmarks/race.py --seeds $(SEEDS) --data-root $(DATA) $(if $(TASKS),--tasks $(TASKS)) $(RACE)
+
+bench-report: $(VENV)/.with-benchmarks ## print the races' tables in Markdown and draw their plots anew
+	@$(BIN)/python benchmarks/race.py --report
 
 bench-products: $(VENV)/.with-benchmarks ## print the cost of a curvature product beside other packages'
 	$(BIN)/python benchmarks/products.py

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .peers import PEERS
 from .runner import run
 from .task import RaceTask, Setting
@@ -77,7 +79,8 @@ def search(
         if values[rate] < best[0]:
             best = values[rate], {"lr": float(f"{rate:.3g}"), **variant}
     log(f"  {peer} on {task.name}: {best[1]} ({task.train_metric} {best[0]:.4g})")
-    return {"options": best[1], "seconds_each": round(budget, 2), "tried": tried}
+    spent = {"seconds_each": round(budget, 2), "threads": torch.get_num_threads()}
+    return {"options": best[1], **spent, "tried": tried}
 
 
 def _place(setting: Setting) -> str:

@@ -1,0 +1,287 @@
+"""The race's parts: its data against what they claim to be, the harness on the smallest task."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from argparse import Namespace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = {path.stem for path in (ROOT / "examples").glob("*.py")}
+MODULES = [path.stem for path in (ROOT / "benchmarks" / "race").glob("*.py")]
+
+
+@pytest.fixture(scope="module")
+def race():
+    """The race's modules, found as ``benchmarks/race.py`` finds them; the path is put back."""
+    pytest.importorskip("torchvision")
+    pytest.importorskip("tqdm")
+    before, names = list(sys.path), set(sys.modules)
+    sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+    try:
+        yield Namespace(**{name: import_module(f"benchmarks.race.{name}") for name in MODULES})
+    finally:
+        sys.path[:] = before
+        for name in set(sys.modules) - names:  # the examples' `common` is not the benchmarks'
+            if name.startswith("benchmarks") or name in EXAMPLES:
+                del sys.modules[name]
+
+
+# --- data ---
+
+
+def test_curves_are_curves(race):
+    images = race.images.curves(50)
+    assert images.shape == (50, 784)
+    assert images.min() >= 0 and images.max() <= 1
+    ink = images.sum(dim=1)
+    assert ink.min() > 10 and ink.max() < 250  # neither blank nor a blot
+    assert images.amax(dim=1).min() > 0.8
+    assert torch.equal(images, race.images.curves(50))
+
+
+def test_spline_is_natural_and_passes_through_its_points(race):
+    points = torch.rand(4, 3, 2, dtype=torch.float64)
+    times = torch.linspace(0, 1, 2001, dtype=torch.float64)
+    path = race.images.spline(points, times)
+    torch.testing.assert_close(path[:, [0, 1000, 2000]], points)
+    bend = path.diff(dim=1).diff(dim=1) * 2000**2
+    scale = bend.abs().amax(dim=1)
+    assert (bend[:, 0].abs() < 0.01 * scale).all() and (bend[:, -1].abs() < 0.01 * scale).all()
+    assert (bend.diff(dim=1).abs().amax(dim=1) < 0.01 * scale).all()  # continuous at the middle
+
+
+def test_adding_problem(race):
+    sequences, sums = race.small.adding_data(500, 31, seed=3)
+    numbers, marks = sequences.unbind(dim=2)
+    assert ((numbers >= 0) & (numbers <= 1)).all()
+    assert torch.equal(marks[:, :15].sum(dim=1), torch.ones(500))
+    assert torch.equal(marks[:, 15:].sum(dim=1), torch.ones(500))
+    torch.testing.assert_close(sums[:, 0], (numbers * marks).sum(dim=1))
+    assert float(sums.var()) == pytest.approx(1 / 6, rel=0.2)
+
+
+def test_cole_hopf_solves_burgers_equation(race):
+    x = torch.linspace(-0.9, 0.9, 19).double()
+    t = torch.full_like(x, 0.2)  # before the front steepens, where differences are accurate
+    h, viscosity = 1e-3, race.physics.VISCOSITY
+
+    def u(dt=0.0, dx=0.0):
+        return race.physics.cole_hopf(t + dt, x + dx)
+
+    u_t, u_x = ((u(**{k: h}) - u(**{k: -h})) / (2 * h) for k in ("dt", "dx"))
+    u_xx = (u(dx=h) - 2 * u() + u(dx=-h)) / h**2
+    residual = u_t + u() * u_x - viscosity * u_xx
+    assert residual.abs().max() < 1e-3 * u_t.abs().max()
+
+
+def test_cole_hopf_start_ends_and_front(race):
+    x = torch.linspace(-1, 1, 21).double()
+    start = race.physics.cole_hopf(torch.zeros_like(x), x)
+    torch.testing.assert_close(start, -torch.sin(math.pi * x), atol=1e-12, rtol=0)
+    ends = race.physics.cole_hopf(
+        torch.full((2,), 0.7).double(), torch.tensor([-1.0, 1.0]).double()
+    )
+    assert ends.abs().max() < 1e-10
+    t = torch.full((3,), 0.5).double()
+    near = race.physics.cole_hopf(t, torch.tensor([-0.05, 0.0, 0.05]).double())
+    assert near[0] > 0.8 and abs(near[1]) < 1e-10 and near[2] < -0.8
+    coarse, fine = (race.physics.cole_hopf(x.abs(), x, nodes=n) for n in (120, 200))
+    torch.testing.assert_close(coarse, fine, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["poisson", "burgers"])
+def test_the_exact_solution_has_no_loss(race, name, monkeypatch):
+    """With the solution in the network's place the loss is zero: residual and boundary agree."""
+    task = getattr(race.physics, name)(race.task.Setting())
+
+    class Exact(torch.nn.Module):
+        def forward(self, p):
+            if name == "poisson":
+                return torch.sin(math.pi * p[:, :1]) * torch.sin(math.pi * p[:, 1:])
+            return race.physics.cole_hopf(p[:, 0].clamp_min(1e-9), p[:, 1])[:, None]
+
+    early = task.train[0][task.train[0][:, 0] < 0.25] if name == "burgers" else task.train[0]
+    loss, _ = task.loss(Exact(), (early,))
+    assert float(loss.detach()) < 1e-5
+    assert task.evaluate(Exact(), True)["test_error"] < 1e-6
+
+
+def test_mel_bank_and_context(race):
+    bank = race.speech.mel_bank()
+    assert bank.shape == (24, 129) and (bank.sum(dim=1) > 0).all()
+    centres = bank.argmax(dim=1)
+    assert (centres.diff() >= 1).all()
+    tone = torch.sin(2 * math.pi * 1000 * torch.arange(4000) / 8000)
+    frames = race.speech.features(tone, bank)
+    torch.testing.assert_close(frames.mean(dim=0), torch.zeros(24), atol=1e-4, rtol=0)
+    wide = race.speech.with_context(frames)
+    assert wide.shape == (len(frames), 216)
+    torch.testing.assert_close(wide[5].view(9, 24), frames[1:10])
+    torch.testing.assert_close(wide[0].view(9, 24)[:5], frames[:1].expand(5, 24))
+
+
+def test_without_data_a_task_is_left_out(race, tmp_path, capsys):
+    race.cli.main(["--tasks", "speech", "mnist", "--data-root", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "speech: left out" in printed and "mnist: left out" in printed
+
+
+# --- harness ---
+
+
+def arguments(tmp_path, *more):
+    common = ["--tasks", "regression", "--threads", "1", "--seeds", "1", "--output", str(tmp_path)]
+    return [*common, "--rates", str(tmp_path / "rates.json"), "--search-budget", "0.02", *more]
+
+
+def test_race_leaves_record_table_and_plot(race, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    more = ["--optimizers", "hf", "adam", "--budget", "0.5"]
+    race.cli.main(arguments(tmp_path, *more))
+    path = tmp_path / "race-regression-cpu.json"
+    content = json.loads(path.read_text())
+    assert [run["optimizer"] for run in content["runs"]] == ["hf", "adam"]
+    for run in content["runs"]:
+        curve = run["curve"]
+        assert curve["seconds"] == sorted(curve["seconds"]) and len(curve["seconds"]) > 3
+        assert curve["train_loss"][-1] < curve["train_loss"][0]
+    assert content["sessions"][0]["threads"] == 1 and content["sessions"][0]["torch"]
+    assert str(tmp_path) not in path.read_text()  # nor any other folder of this machine
+    assert "medians at 0.5 s" in capsys.readouterr().out
+    assert path.with_suffix(".png").stat().st_size > 1000
+    race.cli.main(arguments(tmp_path, *more, "--resume", "--first-seed", "1"))
+    assert len(json.loads(path.read_text())["runs"]) == 4
+    capsys.readouterr()
+    race.cli.main(arguments(tmp_path, "--report"))
+    assert "| hf | 2 |" in capsys.readouterr().out
+
+
+def test_resume_adds_only_what_is_missing(race, tmp_path, monkeypatch):
+    made = []
+
+    def fake(task, name, seed, budget, **options):
+        made.append((name, seed))
+        curve = {"seconds": [budget], "steps": [1], "train_loss": [1.0], "test_error": [1.0]}
+        return {"optimizer": name, "seed": seed, "budget": budget, "curve": curve}
+
+    monkeypatch.setattr(race.cli, "run", fake)
+    monkeypatch.setattr(race.cli, "warm_up", lambda *args, **options: None)
+    monkeypatch.setattr(race.cli, "plot", lambda *args: None)
+    ours = ["--optimizers", "hf", "hf-plain", "--resume"]
+    race.cli.main(arguments(tmp_path, *ours))
+    race.cli.main(arguments(tmp_path, *ours, "--seeds", "2"))
+    assert made == [(name, seed) for seed in (0, 1) for name in ("hf", "hf-plain")]
+    race.cli.main(arguments(tmp_path, *ours, "--hf", "cg_max_iter=5"))  # other options: a new name
+    assert made[4:] == [("hf:cg_max_iter=5", 0), ("hf-plain:cg_max_iter=5", 0)]
+
+
+@pytest.mark.parametrize("peer", ["lbfgs", "muon", "soap", "shampoo", "kron", "adahessian", "kfac"])
+def test_every_peer_steps_or_says_why_not(race, peer):
+    task = race.small.regression(race.task.Setting())
+    rate = {"lr": race.peers.PEERS[peer].rates[0], **race.peers.PEERS[peer].variants[0]}
+    result = race.runner.run(task, peer, 0, 0.05, rate=rate)
+    if "error" in result:
+        assert result["error"].startswith("Missing")
+    else:
+        assert result["curve"]["steps"][-1] >= 1
+
+
+def test_adam_hands_over_to_lbfgs_and_cosine_ends_at_zero(race):
+    task = race.small.regression(race.task.Setting())
+    for name in ("adam-lbfgs", "adam-cosine"):
+        model = task.make_model()
+        peer, _ = race.contenders.make_contender(name, task, model, 0, {"lr": 1e-3})
+        peer.step(0.1)
+        peer.step(1.0)
+        (optimizer,) = peer.optimizers
+        if name == "adam-lbfgs":
+            assert isinstance(optimizer, torch.optim.LBFGS)
+        else:
+            assert optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_search_goes_on_beyond_an_end_that_wins(race, monkeypatch):
+    def fake(task, name, seed, budget, rate, **options):
+        return {"curve": {"train_loss": [abs(math.log10(rate["lr"]) + 5)]}}
+
+    monkeypatch.setattr(race.rates, "run", fake)
+    task = race.small.regression(race.task.Setting())
+    found = race.rates.search(task, "adam", 1.0, race.task.Setting(), lambda line: None)
+    assert found["options"]["lr"] == pytest.approx(3e-5, rel=0.01)
+    assert len(found["tried"]) == 6
+
+
+def test_an_exception_is_a_result(race):
+    task = race.small.regression(race.task.Setting())
+    task.loss = lambda model, batch: 1 / 0
+    result = race.runner.run(task, "hf", 0, 0.1)
+    assert "ZeroDivisionError" in result["error"]
+
+
+def test_a_step_that_ends_late_does_not_count(race, monkeypatch):
+    task = race.small.regression(race.task.Setting())
+    seconds = iter([1.0, 1.0, 1.0, 1.5])
+    monkeypatch.setattr(
+        race.runner.Stopwatch, "time", lambda self, c, p: pause(self, c, next(seconds))
+    )
+
+    def pause(watch, contender, passed):
+        contender.step(0.0)
+        watch.seconds += passed
+        return passed
+
+    result = race.runner.run(task, "adam", 0, 4.0, rate={"lr": 1e-3})
+    assert result["curve"]["seconds"][-1] == 3.0 and result["curve"]["steps"][-1] == 3
+
+
+def test_minibatches_grow_for_ours_alone(race):
+    x = torch.rand(64, 2, dtype=torch.float64)
+    y = race.small.regression_function(x)
+    task = race.task.supervised(
+        *("tiny", "tiny", race.small.regression_model, (x, y), (x, y)),
+        *(torch.nn.functional.mse_loss, {}),
+        batches=race.task.Batches(16, growth=2.0, curvature_fraction=0.5, split_size=10),
+        peer_batch=8,
+    )
+    sizes = []
+    loss = task.loss
+    task.loss = lambda model, batch: (sizes.append(len(batch[0])), loss(model, batch))[1]
+    contender, _ = race.contenders.make_contender("hf", task, task.make_model(), 0, {})
+    batches = []
+    for _ in range(7):  # 4 of 16, 2 of 32, 1 of 64
+        contender.step(0.0)
+        batches.append(contender.notes()["batch_cases"])
+    assert batches == [16, 16, 16, 16, 32, 32, 64] and max(sizes) <= 10
+    plain, _ = race.contenders.make_contender("hf-plain", task, task.make_model(), 0, {})
+    for _ in range(7):
+        plain.step(0.0)
+    assert plain.notes()["batch_cases"] == 16
+    sizes.clear()
+    race.contenders.make_contender("sgd", task, task.make_model(), 0, {"lr": 0.1})[0].step(0.0)
+    assert sizes == [8]
+
+
+@pytest.mark.parametrize(
+    ("target", "seconds"), [(10.0, 1.0), (1.0, 2.0), (math.sqrt(10), 1.5), (0.1, None)]
+)
+def test_time_to_a_target_is_interpolated(race, target, seconds):
+    run = {"curve": {"seconds": [1.0, 2.0], "loss": [10.0, 1.0]}}
+    found = race.record.seconds_to(run, "loss", target)
+    assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_options_in_names(race):
+    assert race.contenders.split_name("hf:growth=1.1:preconditioner=none") == (
+        "hf",
+        {"growth": 1.1, "preconditioner": "none"},
+    )
+    for wrong in ("nobody", "hf:growth"):
+        with pytest.raises(ValueError, match=r"no optimizer|key=value"):
+            race.contenders.split_name(wrong)
