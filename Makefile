@@ -46,8 +46,8 @@ RACE ?=
 bench: $(VENV)/.with-benchmarks ## race all optimizers on equal wall-clock; TASKS="regression poisson" for some tasks
 	$(BIN)/python benchmarks/race.py --seeds $(SEEDS) --data-root $(DATA) $(if $(TASKS),--tasks $(TASKS)) $(RACE)
 
-bench-report: $(VENV)/.with-benchmarks ## print the races' tables in Markdown and draw their plots anew
-	@$(BIN)/python benchmarks/race.py --report
+bench-report: $(VENV)/.with-benchmarks ## put the races' tables into docs/benchmarks.md, draw their plots anew
+	$(BIN)/python benchmarks/race.py --report --into docs/benchmarks.md
 
 bench-products: $(VENV)/.with-benchmarks ## print the cost of a curvature product beside other packages'
 	$(BIN)/python benchmarks/products.py

@@ -161,6 +161,12 @@ def test_race_leaves_record_table_and_plot(race, tmp_path, capsys):
     capsys.readouterr()
     race.cli.main(arguments(tmp_path, "--report"))
     assert "| hf | 2 |" in capsys.readouterr().out
+    page = tmp_path / "page.md"
+    page.write_text("before\n" + "old".join(race.report.MARKS) + "\nafter\n")
+    race.cli.main(arguments(tmp_path, "--report", "--into", str(page)))
+    text = page.read_text()
+    assert text.startswith("before") and text.endswith("after\n")
+    assert "| hf | 2 |" in text and "old" not in text
 
 
 def test_resume_adds_only_what_is_missing(race, tmp_path, monkeypatch):
@@ -285,3 +291,10 @@ def test_options_in_names(race):
     for wrong in ("nobody", "hf:growth"):
         with pytest.raises(ValueError, match=r"no optimizer|key=value"):
             race.contenders.split_name(wrong)
+
+
+def test_the_documentation_has_a_place_for_the_tables(race):
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert "TABLES" in race.report.placed(page, "TABLES")
+    for name in [*race.tasks.TASKS, *race.contenders.OURS, *race.peers.PEERS]:
+        assert f"`{name}`" in page, f"docs/benchmarks.md does not say what {name} is"

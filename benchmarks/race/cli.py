@@ -13,7 +13,7 @@ from .contenders import ON_FULL_BATCH, OURS, split_name
 from .peers import PEERS
 from .rates import PATH, Rates, search
 from .record import Record, session
-from .report import as_markdown, as_text, plot
+from .report import as_markdown, as_text, placed, plot
 from .runner import run, warm_up
 from .task import Missing, RaceTask, Setting
 from .tasks import TASKS
@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 USUAL = [name for name in [*OURS, *PEERS] if name != "hf-kingsbury"]
 
 #: Arguments that say where things lie, or what is in the record anyway.
-ELSEWHERE = ("data_root", "output", "rates", "resume")
+ELSEWHERE = ("data_root", "output", "rates", "resume", "search_budget")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--report", action="store_true", help="race nobody; Markdown tables of what is there, plots"
     )
+    add("--into", type=Path, metavar="FILE", help="put the tables into this file's marked place")
     return parser
 
 
@@ -77,11 +78,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = _names(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.report:
+        report(args)
+        return
     torch.set_num_threads(args.threads)
     for task_name in args.tasks:
-        if args.report:
-            _report(args, task_name)
-            continue
         try:
             task = TASKS[task_name](_setting(args))
         except Missing as error:
@@ -119,6 +120,23 @@ def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> Non
     if record.runs:
         print(f"\n{as_text(record)}\n", flush=True)
         plot(record, path.with_suffix(".png"))
+
+
+def report(args: argparse.Namespace) -> None:
+    """Tables of the tasks that have a record, on screen or in a file; their plots drawn anew."""
+    tables = []
+    for task_name in args.tasks:
+        path = _path(args, task_name)
+        record = Record(path)
+        if record.runs:
+            tables.append(as_markdown(record))
+            plot(record, path.with_suffix(".png"))
+            record.write()  # its summary, should the way it is made have changed
+    text = "\n".join(tables)
+    if args.into is None:
+        print(text)
+    else:
+        args.into.write_text(placed(args.into.read_text(), text))
 
 
 def command(args: argparse.Namespace) -> str:
@@ -165,14 +183,6 @@ def _about(task: RaceTask) -> dict[str, Any]:
         "targets": [list(target) for target in task.targets],
         **task.dimensions,
     }
-
-
-def _report(args: argparse.Namespace, task_name: str) -> None:
-    path = _path(args, task_name)
-    record = Record(path)
-    if record.runs:
-        print(as_markdown(record))
-        plot(record, path.with_suffix(".png"))
 
 
 def _path(args: argparse.Namespace, task_name: str) -> Path:

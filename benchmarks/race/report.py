@@ -11,6 +11,8 @@ from typing import Any
 from .record import Record, median, summary
 from .runner import Run
 
+MARKS = ("<!-- tables of the race: begin -->\n", "<!-- tables of the race: end -->")
+
 
 def table(record: Record) -> tuple[list[str], list[list[str]]]:
     """Header and rows, the best final training metric first, those that could not run last."""
@@ -66,6 +68,15 @@ def as_markdown(record: Record) -> str:
     if errors(record):
         lines += ["", "Could not run:", "", *(f"- {line}" for line in errors(record))]
     return "\n".join(lines) + "\n"
+
+
+def placed(page: str, tables: str) -> str:
+    """The page with these tables between its marks, in place of what was there."""
+    before, _, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
+        raise ValueError(f"the file has no lines {MARKS[0].strip()} and {MARKS[1]}")
+    return f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{after}"
 
 
 def title(record: Record) -> str:
