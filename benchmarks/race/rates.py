@@ -24,7 +24,7 @@ PATH = Path(__file__).parent / "rates.json"
 PART = 6
 SEED = 1_000
 FACTOR = math.sqrt(10)
-EXTENSIONS = 2
+EXTENSIONS = 4
 
 
 class Rates:

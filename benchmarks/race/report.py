@@ -19,10 +19,10 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
     about = record.about
     train, test = about["train_metric"], about["test_metric"]
     rows = sorted(summary(record), key=lambda row: _order(row[train]))
-    plain = any("seconds_to_plain" in row for row in rows)
+    ends = list(rows[0]["seconds_to_end_of"]) if rows else []
     targets = [key for key in rows[0]["seconds_to"] if _reached(rows, key)] if rows else []
     header = ["optimizer", "seeds", "steps", *(_words(m) for m in (train, test))]
-    header += [f"s to {_words(key)}" for key in targets] + ["s to plain HF's end"] * plain
+    header += [f"s to {_words(key)}" for key in targets] + [f"s to {name}'s end" for name in ends]
     cells = []
     for row in rows:
         if row["error"] is not None and row[train] is None:
@@ -31,7 +31,7 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
         line = [row["optimizer"], str(row["seeds"]), _number(row["steps"], whole=True)]
         line += [_number(row[train]), _number(row[test])]
         line += [_number(row["seconds_to"][key]) for key in targets]
-        cells.append(line + [_number(row.get("seconds_to_plain"))] * plain)
+        cells.append(line + [_number(row["seconds_to_end_of"][name]) for name in ends])
     return header, cells
 
 

@@ -27,7 +27,7 @@ class Stopwatch:
     """Seconds of training; stands still between steps."""
 
     def __init__(self, device: str) -> None:
-        self.seconds, self.cuda = 0.0, torch.device(device).type == "cuda"
+        self.seconds, self.device = 0.0, torch.device(device)
 
     def time(self, contender: Contender, progress: float) -> float:
         """Seconds of one step."""
@@ -40,8 +40,8 @@ class Stopwatch:
         return passed
 
     def _wait(self) -> None:
-        if self.cuda:
-            torch.cuda.synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def run(
