@@ -128,7 +128,8 @@ def conjugate_gradients(
     elif state.rr <= floor:
         stop = Stop.RESIDUAL
     while stop is Stop.MAX_ITER and i < max_iter:
-        ended = _iterate(state, operator, solve_with, i + 1, observe, identity)
+        last = i + 1 == max_iter
+        ended = _iterate(state, operator, None if last else solve_with, i + 1, observe, identity)
         if ended is not None:
             stop = ended
             break
@@ -200,12 +201,15 @@ def _value(g: Tensor, d: Tensor, r: Tensor) -> float:
 def _iterate(
     state: _Solve,
     operator: Operator,
-    solve_with: Operator,
+    solve_with: Operator | None,
     number: int,
     observe: Observer | None,
     identity: bool,
 ) -> Stop | None:
-    """One iteration in place; a reason to stop before the step, or None."""
+    """One iteration in place; a reason to stop before the step, or None.
+
+    The last iteration of a solve has no preconditioner: there is no next direction.
+    """
     s = state
     product = operator(s.p)
     along = torch.dot(s.r, s.p)
@@ -215,7 +219,7 @@ def _iterate(
     s.r.addcmul_(product, -alpha)
     if number % REFRESH == 0:
         s.r = -s.g - operator(s.d)
-    z = s.r if identity else solve_with(s.r)
+    z = s.r if identity or solve_with is None else solve_with(s.r)
     numbers = torch.stack(
         [along, curvature, torch.dot(s.r, z), torch.dot(product, z), torch.dot(s.r, s.r)]
     )
