@@ -213,15 +213,41 @@ def test_adam_hands_over_to_lbfgs_and_cosine_ends_at_zero(race):
             assert optimizer.param_groups[0]["lr"] == 0.0
 
 
-def test_search_goes_on_beyond_an_end_that_wins(race, monkeypatch):
+def fake_search(race, monkeypatch, loss):
+    """A search in which the rate and the seconds decide the loss; 1 is the untrained network's."""
+
     def fake(task, name, seed, budget, rate, **options):
-        return {"curve": {"train_loss": [abs(math.log10(rate["lr"]) + 5)]}}
+        return {"curve": {"train_loss": [loss(math.log10(rate["lr"]), budget)]}}
 
     monkeypatch.setattr(race.rates, "run", fake)
     task = race.small.regression(race.task.Setting())
-    found = race.rates.search(task, "adam", 1.0, race.task.Setting(), lambda line: None)
-    assert found["options"]["lr"] == pytest.approx(3e-5, rel=0.01)
-    assert len(found["tried"]) == 6
+    monkeypatch.setattr(task, "evaluate", lambda model, whole: {"train_loss": 1.0})
+    return race.rates.search(task, "adam", 1.0, race.task.Setting(), lambda line: None)
+
+
+def test_search_goes_on_beyond_an_end_that_wins(race, monkeypatch):
+    found = fake_search(race, monkeypatch, lambda lr, seconds: abs(lr + 5) / 10)
+    assert found["options"]["lr"] == pytest.approx(1e-5, rel=0.1)
+    assert len(found["tried"]) == 4 + 4 + 2
+
+
+def test_search_goes_down_where_all_diverge(race, monkeypatch):
+    found = fake_search(race, monkeypatch, lambda lr, seconds: 1e9 if lr > -4.2 else 0.5)
+    assert found["options"]["lr"] < 10**-4.2
+
+
+def test_a_longer_final_decides(race, monkeypatch):
+    short, long = (lambda lr: abs(lr + 2.5)), (lambda lr: abs(lr + 3))
+    found = fake_search(race, monkeypatch, lambda lr, s: 0.1 * (short if s == 1 else long)(lr))
+    assert found["options"]["lr"] == pytest.approx(1e-3, rel=0.1) or found["options"]["lr"] == 3e-3
+    assert [entry["seconds"] for entry in found["tried"]][-2:] == [3.0, 3.0]
+
+
+def test_a_peer_that_cannot_run_is_not_searched_for_long(race, monkeypatch):
+    task = race.small.regression(race.task.Setting())
+    monkeypatch.setattr(race.rates, "run", lambda *a, **o: {"curve": {}, "error": "Missing: x"})
+    found = race.rates.search(task, "soap", 1.0, race.task.Setting(), lambda line: None)
+    assert len(found["tried"]) == 3 and found["tried"][0]["error"] == "Missing: x"
 
 
 def test_an_exception_is_a_result(race):

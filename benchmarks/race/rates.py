@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ PART = 6
 SEED = 1_000
 FACTOR = math.sqrt(10)
 EXTENSIONS = 4
+#: How many times longer the two best are tried again.
+FINAL = 3
 
 
 class Rates:
@@ -48,39 +51,82 @@ class Rates:
 def search(
     task: RaceTask, peer: str, budget: float, setting: Setting, log: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Try the peer's rates for ``budget`` seconds each; the least training metric wins."""
-    spec = PEERS[peer]
-    tried: list[dict[str, Any]] = []
+    """Try the peer's rates for ``budget`` seconds each, the two best again for longer.
 
-    def attempt(rate: float, variant: dict[str, Any]) -> float:
-        options = {"lr": float(f"{rate:.3g}"), **variant}
-        result = run(task, peer, SEED, budget, device=setting.device, rate=options, points=1)
-        value = (result["curve"].get(task.train_metric) or [None])[-1]
-        # a run that ended with an exception has no last row
-        value = None if "error" in result else value
-        tried.append({**options, task.train_metric: value})
-        if "error" in result:
-            tried[-1]["error"] = result["error"]
-        return math.inf if value is None else value
-
-    best: tuple[float, dict[str, Any]] = (math.inf, {"lr": spec.rates[0], **spec.variants[0]})
-    for variant in spec.variants:
-        values = {rate: attempt(rate, variant) for rate in spec.rates}
-        for _ in range(EXTENSIONS if len(spec.rates) > 1 else 0):
-            winner = min(values, key=lambda rate: values[rate])
-            if math.isinf(values[winner]) and any("error" in entry for entry in tried):
-                break  # it cannot run here, whatever the rate
-            if winner == max(values) and not math.isinf(values[winner]):
-                values[winner * FACTOR] = attempt(winner * FACTOR, variant)
-            elif winner == min(values) or math.isinf(values[winner]):
-                lower = min(values) / FACTOR
-                values[lower] = attempt(lower, variant)
-        rate = min(values, key=lambda rate: values[rate])
-        if values[rate] < best[0]:
-            best = values[rate], {"lr": float(f"{rate:.3g}"), **variant}
-    log(f"  {peer} on {task.name}: {best[1]} ({task.train_metric} {best[0]:.4g})")
+    The least training metric wins. What is best in a short run is often too large in a long one;
+    hence the final.
+    """
+    torch.manual_seed(SEED)
+    trials = Trials(task, peer, setting)
+    for variant in PEERS[peer].variants:
+        _climb(trials, PEERS[peer].rates, variant, budget)
+    best = sorted((t for t in trials.done if t.value < math.inf), key=lambda t: t.value)[:2]
+    if len(best) > 1:
+        finals = [trials(t.options, FINAL * budget) for t in best]
+        # a final that went wrong, as on a machine that was disturbed, leaves the first round's
+        best = sorted([t for t in finals if t.value < math.inf] or best, key=lambda t: t.value)
+    winner = best[0] if best else trials.done[0]
+    log(f"  {peer} on {task.name}: {winner.options} ({task.train_metric} {winner.value:.4g})")
     spent = {"seconds_each": round(budget, 2), "threads": torch.get_num_threads()}
-    return {"options": best[1], **spent, "tried": tried}
+    return {"options": winner.options, **spent, "tried": [t.entry for t in trials.done]}
+
+
+@dataclass
+class Trial:
+    """What came of some options: the training metric, infinite if it did not fall."""
+
+    options: dict[str, Any]
+    value: float
+    entry: dict[str, Any]
+
+
+class Trials:
+    """Runs of a peer on a task, from weights that no race starts from."""
+
+    def __init__(self, task: RaceTask, peer: str, setting: Setting) -> None:
+        self.task, self.peer, self.setting = task, peer, setting
+        self.done: list[Trial] = []
+        # whatever is above this has diverged, though it may still be a number
+        model = task.make_model().to(setting.device)
+        self.start = task.evaluate(model, False)[task.train_metric]
+
+    def __call__(self, options: dict[str, Any], budget: float) -> Trial:
+        """Train for so many seconds."""
+        result = run(
+            *(self.task, self.peer, SEED, budget),
+            device=self.setting.device,
+            rate=options,
+            points=1,
+        )
+        metric = self.task.train_metric
+        found = None if "error" in result else (result["curve"].get(metric) or [None])[-1]
+        value = found if found is not None and found < self.start else math.inf
+        entry = {**options, "seconds": round(budget, 2), metric: found}
+        if "error" in result:
+            entry["error"] = result["error"]
+        self.done.append(Trial(options, value, entry))
+        return self.done[-1]
+
+
+def _climb(trials: Trials, rates: Sequence[float], variant: dict[str, Any], budget: float) -> None:
+    """Try these rates, and go on where an end is the best, or below if all have diverged."""
+
+    def attempt(rate: float) -> float:
+        return trials({"lr": float(f"{rate:.3g}"), **variant}, budget).value
+
+    values = {rate: attempt(rate) for rate in rates}
+    if len(rates) == 1 or all("error" in trial.entry for trial in trials.done):
+        return
+    for _ in range(EXTENSIONS):
+        best = min(values, key=lambda rate: values[rate])
+        diverged = math.isinf(values[best])
+        if diverged or best == min(values):
+            rate = min(values) / FACTOR
+        elif best == max(values):
+            rate = best * FACTOR
+        else:
+            return
+        values[rate] = attempt(rate)
 
 
 def _place(setting: Setting) -> str:
