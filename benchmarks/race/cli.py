@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 USUAL = [name for name in [*OURS, *PEERS] if name != "hf-kingsbury"]
 
 #: Arguments that say where things lie, or what is in the record anyway.
-ELSEWHERE = ("data_root", "output", "rates", "resume", "search_budget")
+ELSEWHERE = ("data_root", "download", "output", "rates", "resume", "search_budget")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--first-seed", type=int, default=0, help="where the seeds begin")
     add("--budget", type=float, help="seconds of training a run, if not the task's own")
     add("--data-root", type=Path, default=Path("data"), help="folder of the data sets")
+    add("--download", action="store_true", help="fetch MNIST and CIFAR-10 if missing")
     add("--device", default="cpu", help="as in torch")
     add("--large", action="store_true", help="sizes meant for a GPU")
     add("--threads", type=int, default=2, help="of the host")
@@ -191,7 +192,7 @@ def _path(args: argparse.Namespace, task_name: str) -> Path:
 
 
 def _setting(args: argparse.Namespace) -> Setting:
-    return Setting(args.data_root, args.device, args.large)
+    return Setting(args.data_root, args.device, args.large, args.download)
 
 
 def _line(task: RaceTask, result: dict[str, Any]) -> str:

@@ -148,7 +148,9 @@ def load(
     loader: Callable[[Namespace], tuple[Tensors, Tensors]], setting: Setting
 ) -> tuple[Tensors, Tensors]:
     """What an example's loader loads, on the setting's device."""
-    arguments = Namespace(data_root=setting.data_root, device=setting.device, download=False)
+    arguments = Namespace(
+        data_root=setting.data_root, device=setting.device, download=setting.download
+    )
     try:
         return loader(arguments)
     except SystemExit as error:  # the examples end there, a race goes on without

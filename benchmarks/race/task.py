@@ -30,11 +30,13 @@ class Setting:
         data_root: Folder of the data sets.
         device: Where data and model live.
         large: Take the sizes meant for a GPU.
+        download: Fetch MNIST and CIFAR-10 if they are missing.
     """
 
     data_root: Path = Path("data")
     device: str = "cpu"
     large: bool = False
+    download: bool = False
 
 
 @dataclass(frozen=True)
