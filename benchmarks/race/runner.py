@@ -107,7 +107,8 @@ def _train(
     if points > 1:
         rows.append(_row(task, model, contender, 0.0, 0))
     while True:
-        near = watch.seconds + 2 * longest >= budget
+        # a copy before every step would cost too much; a first step may take any time
+        near = steps == 0 or watch.seconds + 2 * longest >= budget
         before = (_snapshot(model), watch.seconds, contender.notes()) if near else None
         longest = max(longest, watch.time(contender, watch.seconds / max(budget, 1e-9)))
         steps += 1
