@@ -258,6 +258,18 @@ def test_a_longer_final_decides(race, monkeypatch):
     assert [entry["seconds"] for entry in found["tried"]][-2:] == [3.0, 3.0]
 
 
+def test_rates_of_two_searches_are_kept_and_short_ones_not_taken(race, tmp_path):
+    setting, path = race.task.Setting(), tmp_path / "rates.json"
+    one, two = race.rates.Rates(path), race.rates.Rates(path)
+    one.put(setting, "mnist", "adam", {"options": {"lr": 1.0}, "seconds_each": 2.0})
+    two.put(setting, "mnist", "sgd", {"options": {"lr": 2.0}, "seconds_each": 2.0})
+    found = race.rates.Rates(path)
+    assert found.get(setting, "mnist", "adam", 3.0) == {"lr": 1.0}
+    assert found.get(setting, "mnist", "sgd", 3.0) == {"lr": 2.0}
+    assert found.get(setting, "mnist", "adam", 5.0) is None
+    assert found.get(race.task.Setting(large=True), "mnist", "adam", 1.0) is None
+
+
 def test_a_peer_that_cannot_run_is_not_searched_for_long(race, monkeypatch):
     task = race.small.regression(race.task.Setting())
     monkeypatch.setattr(race.rates, "run", lambda *a, **o: {"curve": {}, "error": "Missing: x"})

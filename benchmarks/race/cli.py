@@ -11,7 +11,7 @@ import torch
 
 from .contenders import ON_FULL_BATCH, OURS, split_name
 from .peers import PEERS
-from .rates import PATH, Rates, search
+from .rates import PART, PATH, Rates, search
 from .record import Record, session
 from .report import as_markdown, as_text, placed, plot
 from .runner import run, warm_up
@@ -165,9 +165,9 @@ def _find_rates(
 ) -> dict[str, Any]:
     rates, found = Rates(args.rates), {}
     for peer in dict.fromkeys(base for base in names.values() if base in PEERS):
-        known = None if args.search else rates.get(_setting(args), task.name, peer)
+        seconds = args.search_budget or budget / PART
+        known = None if args.search else rates.get(_setting(args), task.name, peer, seconds)
         if known is None:
-            seconds = args.search_budget or budget / 6
             entry = search(task, peer, seconds, _setting(args), lambda s: print(s, flush=True))
             rates.put(_setting(args), task.name, peer, entry)
             known = entry["options"]

@@ -35,17 +35,23 @@ class Rates:
 
     def __init__(self, path: Path = PATH) -> None:
         self.path = path
-        self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        self.found: dict[str, Any] = {}
+        self._read()
 
-    def get(self, setting: Setting, task: str, peer: str) -> dict[str, Any] | None:
-        """The options found, or None."""
+    def get(self, setting: Setting, task: str, peer: str, seconds: float) -> dict[str, Any] | None:
+        """The options found, or None; trials much shorter than these seconds do not count."""
         entry = self.found.get(_place(setting), {}).get(task, {}).get(peer)
-        return None if entry is None else entry["options"]
+        return entry["options"] if entry and entry["seconds_each"] >= seconds / 2 else None
 
     def put(self, setting: Setting, task: str, peer: str, entry: dict[str, Any]) -> None:
         """Keep a search's result, on disk too (a search may be cut short)."""
+        self._read()  # another search may have written since
         self.found.setdefault(_place(setting), {}).setdefault(task, {})[peer] = entry
         self.path.write_text(json.dumps(self.found, indent=1, sort_keys=True) + "\n")
+
+    def _read(self) -> None:
+        if self.path.is_file():
+            self.found = json.loads(self.path.read_text())
 
 
 def search(
