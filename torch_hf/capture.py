@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from torch_hf import _checks
-from torch_hf.convolution import convolve, has_rule
+from torch_hf.convolution import convolve, geometry, has_rule
 
 #: Loss functions whose Hessian in the arguments named is known to be one of a convex loss
 #: where they have one at all; the rest of the arguments are constants (targets, weights).
@@ -104,12 +104,17 @@ class Call(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One use of a linear layer: ``output = input @ weight.T + bias``."""
+    """One use of a linear layer, ``output = input @ weight.T + bias``, or of a convolution.
+
+    Of a convolution ``geometry`` is (stride, padding, dilation), one number each a dimension.
+    """
 
     input: Tensor
     output: Tensor
     weight: Tensor
     bias: Tensor | None
+    geometry: tuple[list[int], list[int], list[int]] | None = None
+    groups: int = 1
 
 
 @dataclass
@@ -181,9 +186,10 @@ class Capture(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.fast_convolutions and has_rule(name, args, kwargs):
             self.record.fast_convolutions = True
-            return convolve(*args, **kwargs)
-        with differentiable_kernels(name):
-            result = func(*args, **kwargs)
+            result: Any = convolve(*args, **kwargs)
+        else:
+            with differentiable_kernels(name):
+                result = func(*args, **kwargs)
         if self.calls and isinstance(result, Tensor):
             self._keep(func, name, args, kwargs, result)
         return result
@@ -197,10 +203,10 @@ class Capture(TorchFunctionMode):
             raise RuntimeError(_checks.HELD_BACK)
 
     def _keep(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
-        if name == "linear":
+        if name == "linear" or name in CONVOLUTIONS:
             if self.layers and result.requires_grad:
-                bias = args[2] if len(args) > 2 else kwargs.get("bias")
-                self.record.layers.append(Layer(args[0], result, args[1], bias))
+                layer = as_layer(name, args, kwargs, result)
+                self.record.layers += [] if layer is None else [layer]
             return
         node = result.grad_fn
         if node is None:
@@ -267,6 +273,18 @@ def _clearing() -> bool:
 def kind(node: Any) -> str:
     """What a node of the graph differentiates, as autograd names it."""
     return str(node.name()).split("::")[-1].rstrip("0123456789").removesuffix("Backward")
+
+
+def as_layer(name: str, args: Any, kwargs: Any, result: Tensor) -> Layer | None:
+    """The call as a layer; None for a convolution of volumes, or padded by a word."""
+    given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    layer = Layer(given["input"], result, given["weight"], given.get("bias"))
+    if name == "linear":
+        return layer
+    found = geometry(args, kwargs)
+    if found is None or layer.weight.ndim > 4 or layer.input.ndim < layer.weight.ndim:
+        return None
+    return layer._replace(geometry=found[:3], groups=found[3])
 
 
 def _arguments(name: str, args: Any, kwargs: Any) -> tuple[list[Tensor], dict[str, Any]]:

@@ -128,8 +128,8 @@ def conjugate_gradients(
     elif state.rr <= floor:
         stop = Stop.RESIDUAL
     while stop is Stop.MAX_ITER and i < max_iter:
-        last = i + 1 == max_iter
-        ended = _iterate(state, operator, None if last else solve_with, i + 1, observe, identity)
+        solve = solve_with if i + 1 < max_iter else None
+        ended = _iterate(state, operator, solve, i + 1, observe, identity)
         if ended is not None:
             stop = ended
             break

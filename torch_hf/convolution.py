@@ -48,6 +48,25 @@ def has_rule(name: str, args: Sequence[Any], kwargs: Any) -> bool:
     )
 
 
+def geometry(
+    args: Sequence[Any], kwargs: Any
+) -> tuple[list[int], list[int], list[int], int] | None:
+    """Stride, padding, dilation, one number each a dimension, and groups of a convolution's call.
+
+    None where the padding is a word.
+    """
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    dims = given["weight"].ndim - 2
+    if isinstance(given.get("padding", 0), str):
+        return None
+    stride, padding, dilation = (
+        _each(given.get(name, usual), dims)
+        for name, usual in (("stride", 1), ("padding", 0), ("dilation", 1))
+    )
+    return stride, padding, dilation, given.get("groups", 1)
+
+
 def convolve(
     x: Tensor,
     weight: Tensor,

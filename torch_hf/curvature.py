@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_hf import _checks
 from torch_hf.capture import Record
 from torch_hf.differences import CentralDifference, DifferenceGaussNewton
+from torch_hf.factors import Block, averaged, measure
 from torch_hf.frozen import FrozenWorld
 from torch_hf.objective import Graph, Objective
 from torch_hf.per_case import EXPONENT, curvature_scale, squared_gradients
@@ -137,11 +138,13 @@ class ObjectiveOperator:
 
     def __init__(self, objective: Objective, curvature: str, engine: str = "auto") -> None:
         self.objective = objective
+        self.vector = objective.vector
         self.curvature = curvature
         self.wanted = engine
         self.engine = DIFFERENCES if engine == DIFFERENCES else DOUBLE_BACKWARD
         self.products = 0
         self.split: Split | None = None
+        self.decays = objective.decay
         self.decay = objective.vector.spread(objective.decay)
         self._local: LocalProduct | None = None
         counts = []
@@ -192,6 +195,38 @@ class ObjectiveOperator:
                 total.add_(vector.flatten(squares), alpha=scale)
         self.objective.reducer.vector(total)
         return (total + self.decay + damping).clamp_(min=torch.finfo(total.dtype).tiny) ** EXPONENT
+
+    def factors(self, salt: int) -> list[Block]:
+        """Kronecker factors of the layers on the curvature batches; none if no layer was seen.
+
+        Args:
+            salt: Another one draws other signs; see :mod:`torch_hf.signs`.
+        """
+        blocks: list[Block] = []
+        rows = self.vector.params[0].new_zeros(0)
+        for i, weight in enumerate(self.weights):
+            if not weight:
+                continue
+            with self.objective.curvature_graph(i) as graph:
+                try:
+                    heads = (self.split or self.objective.split(graph)).heads
+                except RuntimeError:
+                    if self.curvature == "hessian":  # a loss need not be split for its Hessian
+                        return []
+                    raise
+                found, count = measure(
+                    heads, self.objective.vector.params, graph.record.layers, salt
+                )
+            for block in found:
+                block.outputs *= weight
+            if not blocks:
+                blocks, rows = found, count
+            else:
+                rows += count
+                for total, part in zip(blocks, found, strict=True):
+                    total.inputs += part.inputs
+                    total.outputs += part.outputs
+        return averaged(blocks, rows, self.objective.reducer) if blocks else []
 
     def release(self) -> None:
         """Lets the kept graph go: parameters may be edited in place after this."""

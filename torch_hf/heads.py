@@ -40,6 +40,12 @@ class Head(Protocol):
     def trace(self) -> Tensor:
         """The trace of the term's Hessian in the outputs, or an unbiased estimate."""
 
+    def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
+        """A root of the term's Hessian times random signs: the Hessian is the mean of its square.
+
+        Of a Hessian that is not positive its positive part counts.
+        """
+
 
 class _Piece:
     """A loss function's result in the graph, and how strongly the objective counts it."""
@@ -59,6 +65,19 @@ class _Piece:
             self.result, self.outputs, self.coefficient, retain_graph=True, allow_unused=True
         )
         return filled(found, self.outputs)
+
+    def trace(self) -> Tensor:
+        raise NotImplementedError
+
+    def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
+        """Where no root is known: the gradient under a sign for each case, in the trace's units."""
+        slopes = self.gradient()
+        squares = torch.stack([g.square().sum() for g in slopes]).sum()
+        ratio = torch.where(squares > 0, self.trace().clamp(min=0) / squares, 0.0).sqrt()
+        first = signs[0].flatten(1)[:, 0] if signs[0].ndim > 1 else signs[0]
+        return tuple(
+            g * ratio * first.view(-1, *[1] * (g.ndim - 1)) if g.ndim else g * ratio for g in slopes
+        )
 
     def _gradient_graph(self, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -82,6 +101,10 @@ class DiagonalHead(_Piece):
     def trace(self) -> Tensor:
         """See :class:`Head`."""
         return self.weight.expand_as(self.outputs[0]).sum()
+
+    def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
+        return (signs[0] * self.weight.clamp(min=0).sqrt(),)
 
 
 class ElementwiseHead(_Piece):
@@ -112,6 +135,11 @@ class ElementwiseHead(_Piece):
         """See :class:`Head`."""
         return len(self.outputs) * self.diagonal.sum()
 
+    def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
+        first = signs[0] * self.diagonal.clamp(min=0).sqrt()
+        return (first,) if len(signs) == 1 else (first, -first)
+
 
 class NormHead(_Piece):
     """``sum(c * |r|)``: the Hessian is ``c (I - u u^T) / |r|`` with u the unit vector of r."""
@@ -132,6 +160,11 @@ class NormHead(_Piece):
     def trace(self) -> Tensor:
         """See :class:`Head`."""
         return (self.weight * (1 - self.unit.square())).sum()
+
+    def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
+        along = (self.unit * signs[0]).sum(self.dim, keepdim=True)
+        return (self.weight.clamp(min=0).sqrt() * (signs[0] - self.unit * along),)
 
 
 class SoftmaxHead(_Piece):
@@ -156,6 +189,12 @@ class SoftmaxHead(_Piece):
     def trace(self) -> Tensor:
         """See :class:`Head`."""
         return (self.weight * (self.probability - self.probability.square())).sum()
+
+    def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
+        """See :class:`Head`: with r = sqrt(p), ``r e - p (r^T e)`` has this covariance."""
+        rooted = self.probability.sqrt() * signs[0]
+        sample = rooted - self.probability * rooted.sum(self.dim, keepdim=True)
+        return ((sample * self.weight.clamp(min=0).sqrt()).to(signs[0].dtype),)
 
 
 class GraphHead(_Piece):

@@ -254,9 +254,7 @@ class HFOptimizer(Optimizer):
         """Conjugate gradients on the damped quadratic, from the last solution."""
         options = self.param_groups[0]
         with clock.part("preconditioner"):
-            wanted = self.preconditioner.wants_diagonal
-            diagonal = curvature.diagonal(damping) if wanted else None
-            self.preconditioner.begin(damping, diagonal)
+            self.preconditioner.begin(damping, curvature)
         return conjugate_gradients(
             clock.timed("products", damped),
             here.gradient,
@@ -311,7 +309,7 @@ class HFOptimizer(Optimizer):
             curvature_batches=curvature_batches,
             decay=[g["weight_decay"] for g, _ in self._owned()],
             maximize=self.param_groups[0]["maximize"],
-            layers=self.preconditioner.wants_diagonal,
+            layers=self.preconditioner.wants_layers,
             fast_convolutions=self.curvature == "ggn",
             reducer=Reducer(self.process_group, vector.device),
         )

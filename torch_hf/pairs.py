@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Operator = Callable[[Tensor], Tensor]
 
 #: Pairs with s^T y at or below this times |s| |y| are left out: no curvature, or rounding.
 CURVATURE_ULPS = 10.0
@@ -101,54 +105,59 @@ class CompactInverse:
     Args:
         pairs: A complete selection.
         damping: Lambda of the operator to be preconditioned.
-        scale: D^-1 of the base ``H0 = gamma D^-1``, of shape (P,); None for the identity.
+        base: r of shape (P,) to B r, ``H0 = gamma B``; None for the identity.
     """
 
-    def __init__(self, pairs: PairSelection, damping: float, scale: Tensor | None) -> None:
+    def __init__(self, pairs: PairSelection, damping: float, base: Operator | None) -> None:
         self.s, self.y, order = pairs.stores()
         self.shift = damping - pairs.damping
-        self.scale = scale
-        sy, ss, yy = self._gram(None)
+        self.base = base
+        sy, ss, yy = self._gram()
         eps = CURVATURE_ULPS * torch.finfo(self.s.dtype).eps
         bound = eps * (ss.diagonal() * yy.diagonal()).clamp(min=0).sqrt()
         curved = (sy.diagonal() > bound).tolist()
         self.usable = [row for row in order if curved[row]]
         if self.usable:
-            self._factor(sy, yy if scale is None else self._gram(scale)[2])
+            self._factor(sy, yy if base is None else self._based(base))
 
     def __call__(self, r: Tensor) -> Tensor:
         """H r, for r of shape (P,)."""
         if not self.usable:
-            return r.clone() if self.scale is None else r * self.scale
+            return r.clone() if self.base is None else self.base(r)
         a = self.s @ r
-        if self.scale is None:
+        if self.base is None:
             b = self.gamma * (self.y @ r + self.shift * a)
         else:
-            base = self._base(r, self.scale)
-            b = self.y @ base
-            if self.shift:
-                b += self.shift * (self.s @ base)
+            b = self.gamma * self._present(self.base(r))
         c1 = self._c1a @ a + self._c1b @ b
         c2 = self._c2a @ a
         inner = torch.addmv(r, self.y.T, c2)
-        if self.scale is None:  # H0 is a number: it goes into the last pass
+        if self.base is None:  # H0 is a number: it goes into the last pass
             c1 = c1 + self.gamma * self.shift * c2
             return inner.addmv_(self.s.T, c1, beta=self.gamma)
         if self.shift:
             inner.addmv_(self.s.T, c2, alpha=self.shift)
-        return self._base(inner, self.scale).addmv_(self.s.T, c1)
+        return torch.addmv(self.base(inner), self.s.T, c1, beta=self.gamma)
 
-    def _base(self, r: Tensor, scale: Tensor) -> Tensor:
-        return (r * scale).mul_(self.gamma)
+    def _present(self, v: Tensor) -> Tensor:
+        """Y v at the present lambda."""
+        product = self.y @ v
+        return product.add_(self.s @ v, alpha=self.shift) if self.shift else product
 
-    def _gram(self, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """S Y^T, S S^T and Y D^-1 Y^T with Y at the present lambda; with D also in S D^-1 S^T."""
-        s = self.s if scale is None else self.s * scale
-        ss = (s @ self.s.T).double()
-        sy = (s @ self.y.T).double()
-        yy = ((self.y if scale is None else self.y * scale) @ self.y.T).double()
+    def _gram(self) -> tuple[Tensor, Tensor, Tensor]:
+        """S Y^T, S S^T and Y Y^T with Y at the present lambda."""
+        ss = (self.s @ self.s.T).double()
+        sy = (self.s @ self.y.T).double()
+        yy = (self.y @ self.y.T).double()
         yy = yy + self.shift * (sy + sy.T) + self.shift**2 * ss
         return sy + self.shift * ss, ss, yy
+
+    def _based(self, base: Operator) -> Tensor:
+        """Y B Y^T with Y at the present lambda, a row at a time."""
+        pairs = zip(self.s, self.y, strict=True)
+        rows = [self._present(base(y.add(s, alpha=self.shift))) for s, y in pairs]
+        gram = torch.stack(rows).double()
+        return 0.5 * (gram + gram.T)
 
     def _factor(self, sy: Tensor, yhy: Tensor) -> None:
         """The small matrices, over the rows as they lie; unusable pairs have zeros."""

@@ -33,7 +33,7 @@ def curvature_scale(heads: Sequence[Head], params: Sequence[Tensor]) -> float:
     Squared gradients scale with the square of the loss, lambda with the loss; times this
     ratio, both taken in output space, they scale alike.
     """
-    heads = _over_cases(heads, params)
+    heads = over_cases(heads, params)
     trace = sum(float(h.trace()) for h in heads)
     slopes = sum(float(s.double().square().sum()) for h in heads for s in h.gradient())
     return trace / slopes if slopes > 0 else 0.0
@@ -66,7 +66,7 @@ def _used_once(
     """Layers whose weight and bias are parameters themselves and serve nowhere else."""
     own = {id(p) for p in params}
     seen = Counter(id(p) for layer in layers for p in (layer.weight, layer.bias))
-    uses = _uses(outputs)
+    uses = uses_below(outputs)
 
     def once(p: Tensor) -> bool:
         return seen[id(p)] == 1 and uses[id(p)] <= 1  # 0 where it is frozen
@@ -74,13 +74,14 @@ def _used_once(
     return [
         layer
         for layer in layers
-        if id(layer.weight) in own
+        if layer.geometry is None
+        and id(layer.weight) in own
         and once(layer.weight)
         and (layer.bias is None or once(layer.bias))
     ]
 
 
-def _uses(outputs: Sequence[Tensor]) -> Counter[int]:
+def uses_below(outputs: Sequence[Tensor]) -> Counter[int]:
     """How often each leaf stands in the graph under the outputs."""
     todo = list({z.grad_fn for z in outputs})
     seen, uses = set(todo), Counter[int]()
@@ -120,7 +121,7 @@ def _weighted_slopes(
     """The heads' outputs and gradients there, each case under its weight, the same in all."""
     drawn: dict[int, Tensor] = {}
     outputs, slopes = [], []
-    for head in _over_cases(heads, params):
+    for head in over_cases(heads, params):
         for z, slope in zip(head.outputs, head.gradient(), strict=True):
             cases = slope.shape[0] if slope.ndim else 1
             if cases not in drawn:
@@ -131,7 +132,8 @@ def _weighted_slopes(
     return outputs, slopes
 
 
-def _over_cases(heads: Sequence[Head], params: Sequence[Tensor]) -> list[Head]:
+def over_cases(heads: Sequence[Head], params: Sequence[Tensor]) -> list[Head]:
+    """The terms that are no penalties on the parameters themselves."""
     own = {id(p) for p in params}
     return [h for h in heads if not all(id(z) in own for z in h.outputs)]
 

@@ -6,30 +6,48 @@ run has ended well (arXiv 1309.1508, after Morales & Nocedal 2000).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from torch_hf.factors import Block
+from torch_hf.kronecker_base import KroneckerPreconditioner
 from torch_hf.pairs import CompactInverse, PairSelection
+from torch_hf.vector import ParameterVector
 
-BASES = ("identity", "diagonal")
+
+class Curvature(Protocol):
+    """What a preconditioner may ask of the operator."""
+
+    vector: ParameterVector
+    decays: Sequence[float]  # weight decay of each parameter
+
+    def diagonal(self, damping: float) -> Tensor:
+        """Martens' diagonal, of shape (P,)."""
+
+    def factors(self, salt: int) -> list[Block]:
+        """Kronecker factors of the layers."""
 
 
 @runtime_checkable
 class Preconditioner(Protocol):
     """What :class:`~torch_hf.HFOptimizer` asks of a preconditioner; bring your own.
 
-    One step calls ``begin``, then ``apply`` and ``observe`` in each iteration of CG, then
-    ``end`` if the step was decided or ``abandon`` if it failed. ``begin`` and ``observe`` leave
-    alone what ``state_dict`` shows.
+    Where ``wants_layers`` is true, the uses of linear layers and convolutions are recorded in the
+    step's first run of the closure, and ``begin`` may ask the curvature for its ``diagonal`` or
+    ``factors``. One step calls ``begin``, then ``apply`` and ``observe`` in each iteration of CG,
+    then ``end`` if the step was decided or ``abandon`` if it failed, which takes back what the
+    others did.
     """
 
-    wants_diagonal: bool
+    @property
+    def wants_layers(self) -> bool:
+        """Whether this step's ``begin`` looks at layers."""
 
-    def begin(self, damping: float, diagonal: Tensor | None) -> None:
-        """Before CG on ``G + damping I``; ``diagonal`` (P,) is given where it is wanted."""
+    def begin(self, damping: float, curvature: Curvature) -> None:
+        """Before CG on ``G + damping I``."""
 
     def apply(self, r: Tensor) -> Tensor:
         """An approximation of ``A^-1 r``, symmetric and positive definite, (P,) to (P,)."""
@@ -53,9 +71,9 @@ class Preconditioner(Protocol):
 class NoPreconditioner:
     """Plain CG."""
 
-    wants_diagonal = False
+    wants_layers = False
 
-    def begin(self, damping: float, diagonal: Tensor | None) -> None:
+    def begin(self, damping: float, curvature: Curvature) -> None:
         """Nothing to prepare."""
 
     def apply(self, r: Tensor) -> Tensor:
@@ -86,15 +104,14 @@ class DiagonalPreconditioner(NoPreconditioner):
     nothing (see :mod:`torch_hf.per_case`).
     """
 
-    wants_diagonal = True
+    wants_layers = True
 
     def __init__(self) -> None:
         self._inverse: Tensor | None = None
 
-    def begin(self, damping: float, diagonal: Tensor | None) -> None:
+    def begin(self, damping: float, curvature: Curvature) -> None:
         """Takes the step's diagonal."""
-        assert diagonal is not None
-        self._inverse = diagonal.reciprocal()
+        self._inverse = curvature.diagonal(damping).reciprocal()
 
     def apply(self, r: Tensor) -> Tensor:
         """R over the diagonal."""
@@ -118,7 +135,8 @@ class LBFGSPreconditioner:
 
     Args:
         history_size: M, even. Memory is 2 M vectors of P numbers, twice that during CG.
-        base: What H_0 is a multiple of: ``"identity"`` or the inverse of Martens' ``"diagonal"``.
+        base: What H_0 is a multiple of: ``"identity"``, the inverse of Martens' ``"diagonal"``, or
+            that of the ``"kronecker"`` factors (:mod:`torch_hf.kronecker_base`).
 
     Raises:
         ValueError: ``history_size`` is not an even number of at least 2, or ``base`` is unknown.
@@ -137,21 +155,25 @@ class LBFGSPreconditioner:
             raise ValueError(f"base must be one of {', '.join(BASES)}; got {base!r}.")
         self.history_size = history_size
         self.base = base
-        self.wants_diagonal = base == "diagonal"
+        self._base = BASES[base]()
         self._pairs: PairSelection | None = None  # the last run's, complete
         self._observed: PairSelection | None = None  # this run's, so far
         self._inverse: Callable[[Tensor], Tensor] | None = None
-        self._damping = 0.0
 
-    def begin(self, damping: float, diagonal: Tensor | None) -> None:
+    @property
+    def wants_layers(self) -> bool:
+        """Whether the base looks at layers."""
+        return self._base.wants_layers
+
+    def begin(self, damping: float, curvature: Curvature) -> None:
         """Builds the inverse for ``G + damping I`` from the last run's pairs."""
-        self._damping = damping
+        self._base.begin(damping, curvature)
         self._observed = PairSelection(self.history_size, damping)
-        scale = None if diagonal is None else diagonal.reciprocal()
         if self._pairs is None:
-            self._inverse = torch.clone if scale is None else scale.mul
+            self._inverse = self._base.apply
         else:
-            self._inverse = CompactInverse(self._pairs, damping, scale)
+            base = None if self.base == "identity" else self._base.apply
+            self._inverse = CompactInverse(self._pairs, damping, base)
 
     def apply(self, r: Tensor) -> Tensor:
         """H r."""
@@ -162,31 +184,47 @@ class LBFGSPreconditioner:
         """Keeps the pair if its turn has come."""
         assert self._observed is not None
         self._observed.offer(iteration, direction, product)
+        self._base.observe(iteration, direction, product)
 
     def end(self) -> None:
         """The pairs of this run, if it gave any, take the place of the last."""
+        self._base.end()
         if self._observed is not None and self._observed.complete():
             self._pairs = self._observed
         self._observed = self._inverse = None
 
     def abandon(self) -> None:
         """The last run's pairs stay."""
+        self._base.abandon()
         self._observed = self._inverse = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The pairs: ``s`` and ``y`` of shape (K, P), their order, and their lambda."""
+        """The pairs: ``s`` and ``y`` of shape (K, P), their order, and their lambda; the base's."""
+        state = {_BASE + key: value for key, value in self._base.state_dict().items()}
         if self._pairs is None:
-            return {}
+            return state
         s, y, order = self._pairs.stores()
-        return {"s": s, "y": y, "order": torch.tensor(order), "damping": self._pairs.damping}
+        own = {"s": s, "y": y, "order": torch.tensor(order), "damping": self._pairs.damping}
+        return own | state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes pairs as ``state_dict`` gave them; none from an empty state."""
         self._observed = self._inverse = self._pairs = None
+        own = {k.removeprefix(_BASE): v for k, v in state.items() if k.startswith(_BASE)}
+        self._base.load_state_dict(own)
         if "s" in state:
             self._pairs = PairSelection.restored(
                 float(state["damping"]), state["s"], state["y"], state["order"].tolist()
             )
+
+
+#: What the pairs may stand on, and the prefix of its entries in their state.
+BASES: dict[str, Callable[[], Preconditioner]] = {
+    "identity": NoPreconditioner,
+    "diagonal": DiagonalPreconditioner,
+    "kronecker": KroneckerPreconditioner,
+}
+_BASE = "base_"
 
 
 def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Preconditioner:
@@ -199,6 +237,8 @@ def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Prec
     if isinstance(choice, str):
         makers: dict[str, Callable[[], Preconditioner]] = {
             "lbfgs": lambda: LBFGSPreconditioner(history_size),
+            "kronecker-lbfgs": lambda: LBFGSPreconditioner(history_size, "kronecker"),
+            "kronecker": KroneckerPreconditioner,
             "diagonal": DiagonalPreconditioner,
             "none": NoPreconditioner,
         }
@@ -212,6 +252,6 @@ def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Prec
         raise TypeError(
             "preconditioner must be a name or have the methods of "
             "torch_hf.preconditioner.Preconditioner (begin, apply, observe, end, abandon, "
-            f"state_dict, load_state_dict) and wants_diagonal; got {choice!r}."
+            f"state_dict, load_state_dict) and wants_layers; got {choice!r}."
         )
     return choice

@@ -1,0 +1,137 @@
+"""Kronecker factors of the curvature: each layer's block as ``A (x) S``, from one backward.
+
+A layer maps rows ``a`` to ``z = W a``; with delta the loss's gradients at z, its block of the
+Gauss-Newton matrix is near ``A (x) S``, A the mean of ``a a^T`` over rows and S the sum of
+``delta delta^T`` (Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored
+approximate curvature"; Grosse & Martens 2016 for convolutions, whose rows are patches; uses of one
+weight, as in a recurrent network, share a block). At the outputs delta starts from a root of the
+loss's Hessian times signs, so that its square has the curvature for its mean; the loss's own
+gradients in its place did far worse (``docs/design.md``). Each case draws its signs from its own
+data (:mod:`torch_hf.signs`), so that order and grouping of the cases do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from torch_hf.capture import Layer
+from torch_hf.heads import Head
+from torch_hf.patches import input_rows, output_rows
+from torch_hf.per_case import over_cases, uses_below
+from torch_hf.reduce import Reducer
+from torch_hf.signs import case_signs
+
+#: A side wider than this has its factor's diagonal alone: its inverse would cost the cube.
+WIDEST = 4096
+
+
+@dataclass
+class Block:
+    """One layer's factors.
+
+    Attributes:
+        weight: Which parameter, of shape (O, ...) with I entries a row.
+        bias: Which parameter is its bias; -1 if it has none.
+        inputs: A, of shape (I', I'), or its diagonal (I',); I' is I + 1 with a bias.
+        outputs: S, of shape (O, O), or its diagonal (O,).
+    """
+
+    weight: int
+    bias: int
+    inputs: Tensor
+    outputs: Tensor
+
+
+def measure(
+    heads: Sequence[Head], params: Sequence[Tensor], layers: Sequence[Layer], salt: int
+) -> tuple[list[Block], Tensor]:
+    """Sums over one batch of what the factors are made of.
+
+    Args:
+        heads: The loss's terms.
+        params: The parameters.
+        layers: The layers' uses in the heads' graph.
+        salt: Another one draws other signs.
+
+    Returns:
+        Blocks with ``sum a a^T`` and ``sum delta delta^T``; and of each, how many rows it saw.
+    """
+    heads = over_cases(heads, params)
+    outputs = [z for h in heads for z in h.outputs]
+    groups = _eligible(outputs, params, layers) if outputs else {}
+    used = [layer for uses in groups.values() for layer in uses]
+    if not used:
+        return [], params[0].new_zeros(0)
+    data = layers[0].input
+    slopes = [
+        u
+        for k, h in enumerate(heads)
+        for u in h.sample(*(case_signs(z, data, salt + 7919 * k) for z in h.outputs))
+    ]
+    found = grad(outputs, [u.output for u in used], slopes, retain_graph=True, allow_unused=True)
+    deltas = {id(u): d for u, d in zip(used, found, strict=True)}
+    blocks, rows = [], []
+    for (weight, bias), uses in groups.items():
+        seen = [u for u in uses if deltas[id(u)] is not None]
+        if not seen:
+            continue
+        count, inputs = 0, None
+        outer = None
+        for use in seen:
+            a = input_rows(use, bias >= 0)
+            count += len(a)
+            inputs = _plus(inputs, _gram(a))
+            outer = _plus(outer, _gram(output_rows(use, deltas[id(use)])))
+        assert inputs is not None and outer is not None
+        blocks.append(Block(weight, bias, inputs, outer))
+        rows.append(float(count))
+    return blocks, torch.tensor(rows, device=params[0].device)
+
+
+def averaged(blocks: list[Block], rows: Tensor, reducer: Reducer) -> list[Block]:
+    """Sums over batches, summed over processes as well, as factors: inputs' means over rows."""
+    tensors = [t for b in blocks for t in (b.inputs, b.outputs)]
+    flat = torch.cat([*(t.reshape(-1) for t in tensors), rows.to(tensors[0].dtype)])
+    reducer.vector(flat)
+    *pieces, rows = torch.split(flat, [*(t.numel() for t in tensors), len(rows)])
+    shaped = [p.view(t.shape) for p, t in zip(pieces, tensors, strict=True)]
+    return [
+        Block(b.weight, b.bias, shaped[2 * k] / rows[k].clamp(min=1), shaped[2 * k + 1])
+        for k, b in enumerate(blocks)
+    ]
+
+
+def _eligible(
+    outputs: Sequence[Tensor], params: Sequence[Tensor], layers: Sequence[Layer]
+) -> Mapping[tuple[int, int], list[Layer]]:
+    """Uses by (weight, bias), where the graph shows no other use of the two."""
+    place = {id(p): i for i, p in enumerate(params)}
+    groups: dict[tuple[int, int], list[Layer]] = {}
+    for layer in layers:
+        weight = place.get(id(layer.weight), -1)
+        if weight >= 0 and layer.groups == 1:
+            bias = -1 if layer.bias is None else place.get(id(layer.bias), -2)
+            groups.setdefault((weight, bias), []).append(layer)
+    uses = uses_below(outputs)
+
+    def alone(key: tuple[int, int]) -> bool:
+        weight, bias = key
+        if bias == -2:  # the bias is frozen, or computed
+            return False
+        return all(uses[id(params[i])] == len(groups[key]) for i in (weight, bias) if i >= 0)
+
+    return {key: found for key, found in groups.items() if alone(key)}
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """``sum_i r_i r_i^T``, or its diagonal where that is too large to invert."""
+    return rows.square().sum(0) if rows.shape[1] > WIDEST else rows.T @ rows
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)

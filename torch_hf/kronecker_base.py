@@ -1,0 +1,226 @@
+"""A preconditioner from Kronecker factors: each layer's block inverted by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_hf.factors import Block
+
+if TYPE_CHECKING:
+    from torch_hf.preconditioner import Curvature
+
+#: Steps from one measurement of the factors to the next, unless CG made more iterations than
+#: ``LONG`` (then a measurement is cheap beside it), and the weight of what was known before.
+EVERY, LONG, MEMORY = 3, 10, 0.95
+#: Factors are inverted anew when their damping has changed by this factor.
+MOVED = 2.0
+#: Where an inversion fails, damping grows tenfold so many times.
+TRIES = 6
+
+
+class Inverse(NamedTuple):
+    """One block's inverse: ``left (.) right``, each a matrix or a diagonal."""
+
+    block: Block
+    left: Tensor
+    right: Tensor
+
+
+class Known(NamedTuple):
+    """What one step hands to the next.
+
+    Attributes:
+        blocks: The factors, running means.
+        measured: How often they were.
+        age: Steps since the last time.
+        iterations: Of the last run of CG.
+        damping: Lambda and mean curvature that the inverses were made with.
+    """
+
+    blocks: Sequence[Block] = ()
+    measured: int = 0
+    age: int = 0
+    iterations: int = 0
+    damping: float = 0.0
+
+
+class KroneckerPreconditioner:
+    """The inverses of the layers' blocks, ``(A + pi e I)^-1 (x) (S + e/pi I)^-1``.
+
+    ``e^2 = lambda + weight decay + mean curvature``, the mean over all parameters of layers: what
+    lies below it a small sample cannot tell from noise. ``pi^2 = mean A / mean S``. Parameters of
+    no layer are divided by twice the mean curvature, lambda and weight decay; where no layer is
+    seen at all it is the identity.
+
+    Memory is that of the factors and of their inverses, O^2 + I^2 numbers each a layer.
+
+    Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
+    curvature", sections 3 and 6.3 (factored Tikhonov damping).
+    """
+
+    def __init__(self) -> None:
+        self._known = Known()
+        self._before = self._known
+        self._inverses: list[Inverse] = []
+        self._count = 0  # of this run's iterations
+        self._sizes: list[int] = []
+        self._rest: list[float] = []  # what parameters of no layer are divided by
+
+    @property
+    def wants_layers(self) -> bool:
+        """Whether the factors are to be measured in this step."""
+        known = self._known
+        return not known.measured or known.age >= EVERY or known.iterations > LONG
+
+    def begin(self, damping: float, curvature: Curvature) -> None:
+        """Measures the factors if it is time, and inverts them if they or lambda have changed."""
+        self._before, self._count = self._known, 0
+        self._sizes = curvature.vector.sizes
+        fresh = self.wants_layers
+        known = self._measure(curvature) if fresh else self._known
+        mean = mean_curvature(known.blocks, self._sizes)
+        total = damping + mean
+        if fresh or not known.damping or not 1 / MOVED < total / known.damping < MOVED:
+            known, self._inverses = known._replace(damping=total), []
+        if not self._inverses:
+            decays = curvature.decays
+            self._inverses = [invert(b, known.damping + decays[b.weight]) for b in known.blocks]
+            self._rest = [known.damping + mean + decay for decay in decays]
+        self._known = known
+
+    def apply(self, r: Tensor) -> Tensor:
+        """The inverse times r; r itself where no layer is known."""
+        if not self._inverses:
+            return r
+        out, pieces = torch.empty_like(r), torch.split(r, self._sizes)
+        done: set[int] = set()
+        into = torch.split(out, self._sizes)
+        for block, left, right in self._inverses:
+            rows = pieces[block.weight].view(len(block.outputs), -1)
+            if block.bias >= 0:
+                rows = torch.cat([rows, pieces[block.bias][:, None]], dim=1)
+            rows = left @ rows if left.ndim == 2 else left[:, None] * rows
+            rows = rows @ right if right.ndim == 2 else rows * right
+            if block.bias >= 0:
+                into[block.bias].copy_(rows[:, -1])
+                rows = rows[:, :-1]
+            into[block.weight].view(rows.shape).copy_(rows)
+            done |= {block.weight, block.bias}
+        for i, piece in enumerate(pieces):
+            if i not in done:
+                torch.div(piece, self._rest[i], out=into[i])
+        return out
+
+    def observe(self, iteration: int, direction: Tensor, product: Tensor) -> None:
+        """Counts."""
+        self._count = iteration
+
+    def end(self) -> None:
+        """The factors are a step older."""
+        known = self._known
+        self._known = known._replace(age=known.age + 1, iterations=self._count)
+
+    def abandon(self) -> None:
+        """What was known before stays."""
+        self._known, self._inverses = self._before, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The factors end to end, each layer's (weight, bias, I, O, dimensions of A and S)."""
+        known = self._known
+        if not known.measured:
+            return {}
+        rows = [
+            [b.weight, b.bias, len(b.inputs), len(b.outputs), b.inputs.ndim, b.outputs.ndim]
+            for b in known.blocks
+        ]
+        tensors = [t.reshape(-1) for b in known.blocks for t in (b.inputs, b.outputs)]
+        return {
+            "factors": torch.cat(tensors) if tensors else torch.zeros(0),
+            "layout": torch.tensor(rows, dtype=torch.int64).view(-1, 6),
+            "measured": known.measured,
+            "age": known.age,
+            "iterations": known.iterations,
+            "inverted_at": known.damping,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes factors as ``state_dict`` gave them; none from an empty state."""
+        self._known, self._inverses = Known(), []
+        if "factors" not in state:
+            return
+        blocks, start = [], 0
+        for weight, bias, inputs, outputs, *dimensions in state["layout"].tolist():
+            pair = []
+            for size, ndim in zip((inputs, outputs), dimensions, strict=True):
+                pair.append(state["factors"][start : start + size**ndim].view([size] * ndim))
+                start += size**ndim
+            blocks.append(Block(weight, bias, *pair))
+        self._known = Known(
+            blocks,
+            int(state["measured"]),
+            int(state["age"]),
+            int(state["iterations"]),
+            float(state["inverted_at"]),
+        )
+
+    def _measure(self, curvature: Curvature) -> Known:
+        """What is known with what is seen now: their mean at first, a running mean later."""
+        known = self._known
+        weight = min(MEMORY, 1 - 1 / (known.measured + 1))
+        old = {(b.weight, b.bias): b for b in known.blocks}
+        blocks = []
+        for new in curvature.factors(known.measured):
+            if not all(bool(t.isfinite().all()) for t in (new.inputs, new.outputs)):
+                return known
+            last = old.get((new.weight, new.bias))
+            if last is not None and last.inputs.shape == new.inputs.shape:
+                inputs = new.inputs.lerp(last.inputs, weight)
+                new = Block(new.weight, new.bias, inputs, new.outputs.lerp(last.outputs, weight))
+            blocks.append(new)
+        return Known(blocks, known.measured + 1, 0, known.iterations, known.damping)
+
+
+def mean_curvature(blocks: Sequence[Block], sizes: Sequence[int]) -> float:
+    """The trace of all blocks over the number of their parameters."""
+    if not blocks:
+        return 0.0
+    traces = torch.stack([_trace(b.inputs) * _trace(b.outputs) for b in blocks])
+    numbers = sum(sizes[b.weight] + (sizes[b.bias] if b.bias >= 0 else 0) for b in blocks)
+    return float(traces.sum()) / numbers
+
+
+def invert(block: Block, damping: float) -> Inverse:
+    """``(S + e/pi I)^-1`` and ``(A + pi e I)^-1`` with ``e^2`` the damping."""
+    a = float(_trace(block.inputs)) / len(block.inputs)
+    s = float(_trace(block.outputs)) / len(block.outputs)
+    if not (a > 0 and s > 0):  # a layer that nothing goes through: damping is all there is
+        left = block.outputs.new_full((len(block.outputs),), 1 / damping if damping else 1.0)
+        return Inverse(block, left, block.inputs.new_ones(len(block.inputs)))
+    pi = math.sqrt(a / s)
+    eps = torch.finfo(block.inputs.dtype).eps
+    e = max(math.sqrt(damping), eps * math.sqrt(a * s))
+    for _ in range(TRIES):
+        found = _inverse(block.outputs, e / pi), _inverse(block.inputs, pi * e)
+        if found[0] is not None and found[1] is not None:
+            return Inverse(block, found[0], found[1])
+        e *= 10
+    sides = block.outputs.new_full((len(block.outputs),), 1 / s)
+    return Inverse(block, sides, block.inputs.new_full((len(block.inputs),), 1 / a))
+
+
+def _inverse(factor: Tensor, damping: float) -> Tensor | None:
+    if factor.ndim == 1:
+        return (factor + damping).reciprocal()
+    damped = factor.clone()
+    damped.diagonal().add_(damping)
+    root, failed = torch.linalg.cholesky_ex(damped)
+    return None if int(failed) else torch.cholesky_inverse(root)
+
+
+def _trace(factor: Tensor) -> Tensor:
+    return (factor.diagonal() if factor.ndim == 2 else factor).sum()
