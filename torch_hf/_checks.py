@@ -48,7 +48,8 @@ def options(group: Mapping[str, Any]) -> None:
     number("weight_decay", group["weight_decay"], low=0.0, hint="weight_decay=0 is none.")
     if group["damping"] is not None:
         number("damping", group["damping"], low=0.0, hint="damping=None chooses one.")
-    count("cg_max_iter", group["cg_max_iter"], low=1, hint="cg_max_iter=250 is usual.")
+    if group["cg_max_iter"] is not None:
+        count("cg_max_iter", group["cg_max_iter"], low=1, hint="cg_max_iter=None chooses.")
     number("cg_tol", group["cg_tol"], low=0.0, high=1.0, hint="cg_tol=5e-4 is usual.")
     number("cg_decay", group["cg_decay"], low=0.0, high=1.0, hint="cg_decay=0.95 is usual.")
     flag("maximize", group["maximize"])

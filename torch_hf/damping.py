@@ -9,8 +9,13 @@ from torch import Tensor
 
 #: Lambda of the first step in units of the curvature along the gradient.
 INITIAL = 1.0
-#: Martens 2010, section 4.1 (after Levenberg-Marquardt): thresholds on rho and the factor.
-LOW, HIGH, FACTOR = 0.25, 0.75, 1.5
+#: Martens 2010, section 4.1 (after Levenberg-Marquardt): the factor, and the thresholds on rho.
+FACTOR = 1.5
+ON_SAME_DATA = 0.25, 0.75
+#: A sample flatters the step that was fitted to it: on new data more is asked of it.
+ON_NEW_DATA = 0.5, 0.9
+#: Where lambda outweighs the curvature it falls by this factor.
+EASY = 10.0
 
 
 def initial_damping(gradient: Tensor, product: Tensor) -> float:
@@ -42,11 +47,28 @@ def reduction_ratio(loss: float, new_loss: float, predicted: float) -> float:
     return (new_loss - loss) / predicted
 
 
-def next_damping(damping: float, ratio: float, accepted: bool, floor: float) -> float:
+def next_damping(
+    damping: float,
+    ratio: float,
+    accepted: bool,
+    floor: float,
+    *,
+    thresholds: tuple[float, float] = ON_SAME_DATA,
+    easy: bool = False,
+) -> float:
     """Lambda for the next step.
 
-    Up by 3/2 where the ratio is below 1/4 (or undefined, or the step was rejected), down by
-    2/3 above 3/4, never below the floor.
+    Up by 3/2 where the ratio is below the lower threshold (or undefined, or the step was
+    rejected), down by 2/3 above the upper one, never below the floor.
+
+    Args:
+        damping: Lambda of this step.
+        ratio: Actual over predicted change.
+        accepted: Whether the parameters moved.
+        floor: The lambda that rounding swallows.
+        thresholds: 1/4 and 3/4 (Martens 2010); higher on new data.
+        easy: CG solved the system to rounding in a few iterations: lambda outweighs the
+            curvature, and falls by 10 where the ratio is within 1/10 of 1.
 
     Example:
         >>> next_damping(3.0, 0.9, True, 1e-8), next_damping(2.0, 0.5, True, 1e-8)
@@ -54,8 +76,11 @@ def next_damping(damping: float, ratio: float, accepted: bool, floor: float) -> 
         >>> next_damping(2.0, 0.1, True, 1e-8), next_damping(2.0, 0.9, False, 1e-8)
         (3.0, 3.0)
     """
-    if not accepted or not ratio >= LOW:
+    low, high = thresholds
+    if not accepted or not ratio >= low:
         damping = damping * FACTOR
-    elif ratio > HIGH:
+    elif easy and abs(ratio - 1.0) <= 0.1:
+        damping = damping / EASY
+    elif ratio > high:
         damping = damping / FACTOR
     return max(damping, floor)

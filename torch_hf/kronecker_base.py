@@ -54,8 +54,8 @@ class KroneckerPreconditioner:
 
     ``e^2 = lambda + weight decay + mean curvature``, the mean over all parameters of layers: what
     lies below it a small sample cannot tell from noise. ``pi^2 = mean A / mean S``. Parameters of
-    no layer are divided by twice the mean curvature, lambda and weight decay; where no layer is
-    seen at all it is the identity.
+    no layer are divided by twice the mean curvature, lambda and weight decay. Where layers hold
+    less than half of the parameters it is the identity.
 
     Memory is that of the factors and of their inverses, O^2 + I^2 numbers each a layer.
 
@@ -76,6 +76,11 @@ class KroneckerPreconditioner:
         """Whether the factors are to be measured in this step."""
         known = self._known
         return not known.measured or known.age >= EVERY or known.iterations > LONG
+
+    @property
+    def strong(self) -> bool:
+        """Whether any layer is known."""
+        return bool(self._known.blocks)
 
     def begin(self, damping: float, curvature: Curvature) -> None:
         """Measures the factors if it is time, and inverts them if they or lambda have changed."""
@@ -171,10 +176,13 @@ class KroneckerPreconditioner:
     def _measure(self, curvature: Curvature) -> Known:
         """What is known with what is seen now: their mean at first, a running mean later."""
         known = self._known
+        found = curvature.factors(known.measured)
+        if 2 * covered(found, curvature.vector.sizes) < curvature.vector.numel:
+            return Known((), known.measured + 1, 0, known.iterations, known.damping)
         weight = min(MEMORY, 1 - 1 / (known.measured + 1))
         old = {(b.weight, b.bias): b for b in known.blocks}
         blocks = []
-        for new in curvature.factors(known.measured):
+        for new in found:
             if not all(bool(t.isfinite().all()) for t in (new.inputs, new.outputs)):
                 return known
             last = old.get((new.weight, new.bias))
@@ -190,8 +198,12 @@ def mean_curvature(blocks: Sequence[Block], sizes: Sequence[int]) -> float:
     if not blocks:
         return 0.0
     traces = torch.stack([_trace(b.inputs) * _trace(b.outputs) for b in blocks])
-    numbers = sum(sizes[b.weight] + (sizes[b.bias] if b.bias >= 0 else 0) for b in blocks)
-    return float(traces.sum()) / numbers
+    return float(traces.sum()) / covered(blocks, sizes)
+
+
+def covered(blocks: Sequence[Block], sizes: Sequence[int]) -> int:
+    """The number of parameters that belong to a block."""
+    return sum(sizes[b.weight] + (sizes[b.bias] if b.bias >= 0 else 0) for b in blocks)
 
 
 def invert(block: Block, damping: float) -> Inverse:

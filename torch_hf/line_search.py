@@ -143,6 +143,11 @@ def same_loss(first: float, second: float, dtype: torch.dtype) -> bool:
     return abs(first - second) <= allowed
 
 
+def same_value(first: float, second: float, dtype: torch.dtype) -> bool:
+    """Whether two losses are one number but for rounding: those of another batch never are."""
+    return abs(first - second) <= 100 * torch.finfo(dtype).eps * max(abs(first), abs(second))
+
+
 def predict(chosen: Iterate, length: float, damping: float) -> tuple[float, float]:
     """The change that the model predicts for ``length * d``, and the lambda lost in rounding.
 

@@ -20,10 +20,10 @@ from torch_hf.curvature import ObjectiveOperator
 from torch_hf.damping import initial_damping
 from torch_hf.diagnostics import explain
 from torch_hf.frozen import FrozenWorld
-from torch_hf.line_search import Move, doubtful, repeats, scaled, search
+from torch_hf.line_search import Move, doubtful, repeats, same_value, scaled, search
 from torch_hf.objective import Objective, Value
 from torch_hf.outcome import Outcome
-from torch_hf.preconditioner import Preconditioner, make_preconditioner
+from torch_hf.preconditioner import Preconditioner, make_preconditioner, most_iterations
 from torch_hf.reduce import Reducer
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import check_state, pack, unpack
@@ -49,11 +49,14 @@ class HFOptimizer(Optimizer):
         damping: lambda of the first step; it adapts from there (Martens 2010, section 4.1). None
             takes the curvature along the first gradient, so that the loss's scale is no matter.
         weight_decay: L2 penalty ``weight_decay/2 |theta|^2``, in loss, gradient and curvature.
-        preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"diagonal"`` (Martens
-            2010, section 4.7), ``"none"``, or an object with the methods of
-            :class:`torch_hf.preconditioner.Preconditioner`.
-        history_size: M, how many pairs ``"lbfgs"`` keeps, an even number.
-        cg_max_iter: The most CG iterations (250 in Martens & Sutskever 2012).
+        preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"kronecker"`` (factors of
+            the layers' blocks, Martens & Grosse 2015), ``"kronecker-lbfgs"`` (the pairs of long
+            runs on these), ``"diagonal"`` (Martens 2010, section 4.7), ``"none"``, or an object
+            with the methods of :class:`torch_hf.preconditioner.Preconditioner`.
+        history_size: M, how many pairs are kept, an even number.
+        cg_max_iter: The most CG iterations. None is 250 (Martens & Sutskever 2012) where the loss
+            begins at the value that the last step ended with, so the data are the same, and few
+            on new data, where CG would fit the sample: 3 on a Kronecker base, else 20.
         cg_tol: Relative progress per iteration at which CG stops (Martens 2010, section 4.4);
             0 leaves only the residual test.
         cg_decay: beta, the factor on the last step's CG solution where the next CG starts (Martens
@@ -90,9 +93,9 @@ class HFOptimizer(Optimizer):
         curvature: str = "ggn",
         damping: float | None = None,
         weight_decay: float = 0.0,
-        preconditioner: str | Preconditioner = "lbfgs",
+        preconditioner: str | Preconditioner = "kronecker-lbfgs",
         history_size: int = 20,
-        cg_max_iter: int = 250,
+        cg_max_iter: int | None = None,
         cg_tol: float = 5e-4,
         cg_decay: float = 0.95,
         maximize: bool = False,
@@ -111,6 +114,7 @@ class HFOptimizer(Optimizer):
             "maximize": maximize,
             "steps": 0,
             "rejections": 0,
+            "last_loss": None,
             "curvature": curvature,
         }
         _checks.options(defaults)
@@ -206,7 +210,8 @@ class HFOptimizer(Optimizer):
             curvature = ObjectiveOperator(objective, self.curvature)
             asked = self._requests.gradient_variance
             variance = objective.gradient_variance(here) if asked else None
-        damping = self.param_groups[0]["damping"]
+        damping, last = (self.param_groups[0][name] for name in ("damping", "last_loss"))
+        same_data = last is not None and same_value(here.loss, last, vector.dtype)
         if damping is None:
             with clock.part("products"):
                 damping = initial_damping(here.gradient, curvature(here.gradient))
@@ -214,7 +219,7 @@ class HFOptimizer(Optimizer):
         def damped(v: Tensor) -> Tensor:
             return curvature(v).add_(v, alpha=damping)
 
-        solution = self._solve(curvature, here, damped, damping, clock)
+        solution = self._solve(curvature, here, damped, damping, same_data, clock)
         with clock.part("products"):
             rates = vector.spread([float(g["lr"]) for g, _ in self._owned()])
             candidates, length = scaled(solution.iterates, rates, here.gradient, damped)
@@ -229,7 +234,7 @@ class HFOptimizer(Optimizer):
             if doubtful(move) and not repeats(loss_along, solution.last.vector):
                 reason = f"{move.reason}. " if move.reason else ""
                 move = move._replace(reason=reason + _checks.NOT_DETERMINISTIC)
-        return Outcome(move, damping, solution, curvature, variance)
+        return Outcome(move, damping, solution, curvature, variance, same_data=same_data)
 
     def _no_step(self, here: Value) -> str:
         """Why there is nothing to solve; empty where there is."""
@@ -249,6 +254,7 @@ class HFOptimizer(Optimizer):
         here: Value,
         damped: Callable[[Tensor], Tensor],
         damping: float,
+        same_data: bool,
         clock: Clock,
     ) -> CGResult:
         """Conjugate gradients on the damped quadratic, from the last solution."""
@@ -262,7 +268,7 @@ class HFOptimizer(Optimizer):
             decay=options["cg_decay"],
             preconditioner=clock.timed("preconditioner", self.preconditioner.apply),
             tol=options["cg_tol"],
-            max_iter=options["cg_max_iter"],
+            max_iter=options["cg_max_iter"] or most_iterations(self.preconditioner, same_data),
             observe=clock.timed("preconditioner", self.preconditioner.observe),
         )
 
@@ -277,6 +283,7 @@ class HFOptimizer(Optimizer):
         if not outcome.idle:
             self._start = solution.last.vector if outcome.accepted and solution else None
             state["rejections"] = 0 if outcome.accepted else state["rejections"] + 1
+            state["last_loss"] = move.loss
         for group in self.param_groups:
             group["damping"] = outcome.next_damping()
         state["steps"] += 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch_hf.cg import CGResult
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
-from torch_hf.damping import next_damping
+from torch_hf.damping import ON_NEW_DATA, ON_SAME_DATA, next_damping
 from torch_hf.line_search import Move
 from torch_hf.objective import Objective, Value
 from torch_hf.report import Requests, StepReport, Stop
@@ -24,6 +24,7 @@ class Outcome(NamedTuple):
         curvature: The operator, if it was made.
         variance: The gradient's variance, if it was asked for.
         idle: Whether there was nothing to do: the gradient is zero, or ``lr``.
+        same_data: Whether the loss began where the last step left it.
     """
 
     move: Move
@@ -32,6 +33,7 @@ class Outcome(NamedTuple):
     curvature: ObjectiveOperator | None = None
     variance: float | None = None
     idle: bool = False
+    same_data: bool = True
 
     @property
     def accepted(self) -> bool:
@@ -42,7 +44,17 @@ class Outcome(NamedTuple):
         """Lambda for the next step."""
         if self.damping is None or self.idle:
             return self.damping
-        return next_damping(self.damping, self.move.ratio, self.accepted, self.move.floor)
+        solution = self.solution
+        return next_damping(
+            self.damping,
+            self.move.ratio,
+            self.accepted,
+            self.move.floor,
+            thresholds=ON_SAME_DATA if self.same_data else ON_NEW_DATA,
+            easy=solution is not None
+            and solution.stop is Stop.RESIDUAL
+            and solution.iterations <= 10,
+        )
 
     def report(
         self, step: int, objective: Objective, here: Value, clock: Clock, requests: Requests

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_hf.factors import Block
-from torch_hf.kronecker_base import KroneckerPreconditioner
+from torch_hf.kronecker_base import LONG, KroneckerPreconditioner
 from torch_hf.pairs import CompactInverse, PairSelection
 from torch_hf.vector import ParameterVector
 
@@ -159,16 +159,23 @@ class LBFGSPreconditioner:
         self._pairs: PairSelection | None = None  # the last run's, complete
         self._observed: PairSelection | None = None  # this run's, so far
         self._inverse: Callable[[Tensor], Tensor] | None = None
+        self._count = 0  # of this run's iterations
 
     @property
     def wants_layers(self) -> bool:
         """Whether the base looks at layers."""
         return self._base.wants_layers
 
+    @property
+    def strong(self) -> bool:
+        """Whether a few iterations of CG are worth many: the base knows the layers."""
+        return bool(getattr(self._base, "strong", False))
+
     def begin(self, damping: float, curvature: Curvature) -> None:
         """Builds the inverse for ``G + damping I`` from the last run's pairs."""
         self._base.begin(damping, curvature)
-        self._observed = PairSelection(self.history_size, damping)
+        self._count = 0
+        self._observed = PairSelection(self.history_size, damping, STRONG if self.strong else None)
         if self._pairs is None:
             self._inverse = self._base.apply
         else:
@@ -183,13 +190,17 @@ class LBFGSPreconditioner:
     def observe(self, iteration: int, direction: Tensor, product: Tensor) -> None:
         """Keeps the pair if its turn has come."""
         assert self._observed is not None
+        self._count = iteration
         self._observed.offer(iteration, direction, product)
         self._base.observe(iteration, direction, product)
 
     def end(self) -> None:
         """The pairs of this run, if it gave any, take the place of the last."""
         self._base.end()
-        if self._observed is not None and self._observed.complete():
+        few = self.strong and self._count <= LONG  # the base knows more than these pairs
+        if few:
+            self._pairs = None
+        elif self._observed is not None and self._observed.complete():
             self._pairs = self._observed
         self._observed = self._inverse = None
 
@@ -225,6 +236,17 @@ BASES: dict[str, Callable[[], Preconditioner]] = {
     "kronecker": KroneckerPreconditioner,
 }
 _BASE = "base_"
+
+
+#: Most iterations of CG: on the data of the step before; on new data, on a strong base or none.
+FULL, STRONG, WEAK = 250, 3, 20
+
+
+def most_iterations(preconditioner: Preconditioner, same_data: bool) -> int:
+    """How far CG may go: all the way on data that stay, before it fits the sample on new ones."""
+    if same_data:
+        return FULL
+    return STRONG if getattr(preconditioner, "strong", False) else WEAK
 
 
 def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Preconditioner:

@@ -20,16 +20,20 @@ from .task import Batches, RaceTask, Tensors
 
 Options = dict[str, Any]
 SAMPLING = {field.name for field in fields(Batches)}
-FIXED = {"growth": 1.0, "curvature_growth": 1.0}
+#: Samples that do not grow, and twice the size that growing ones begin with.
+FIXED = {"growth": 1.0, "curvature_growth": 1.0, "batch_size": 2_000, "curvature_fraction": 0.5}
+#: The method of arXiv 1309.1508 without its preconditioner.
+PLAIN = {"preconditioner": "none", "cg_max_iter": 250}
 
 #: Ours as a user gets it, and what of the paper's two ideas each ablation leaves out.
 OURS: dict[str, Options] = {
     "hf": {},
-    "hf-plain": {"preconditioner": "none", **FIXED},
-    "hf-pairs": FIXED,
-    "hf-growing": {"preconditioner": "none"},
+    "hf-plain": {**PLAIN, **FIXED},
+    "hf-pairs": {**PLAIN, **FIXED, "preconditioner": "lbfgs"},
+    "hf-growing": PLAIN,
+    "hf-both": {**PLAIN, "preconditioner": "lbfgs"},
     # the gradient over all cases, products on a fixed sample (Kingsbury et al. 2012)
-    "hf-kingsbury": {"preconditioner": "none", "whole_gradient": True, **FIXED},
+    "hf-kingsbury": {**PLAIN, **FIXED, "whole_gradient": True},
 }
 #: Where every step sees all the data there is nothing to grow.
 ON_FULL_BATCH = ("hf", "hf-plain")

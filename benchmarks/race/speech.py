@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .task import Batches, Missing, RaceTask, Setting, supervised, wrong
+from .task import Missing, RaceTask, Setting, growing, supervised, wrong
 
 RATE = 8_000
 BANDS = 24
@@ -58,7 +58,7 @@ def speech(setting: Setting) -> RaceTask:
         {"error": wrong},
         test_metric="test_error",
         targets=[("train_loss", value) for value in (2.0, 1.5, 1.2, 1.0, 0.8)],
-        batches=Batches(16_000 if setting.large else 4_000, curvature_fraction=0.5),
+        batches=growing(setting),
         budget=120.0,
     )
 

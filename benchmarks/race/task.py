@@ -62,6 +62,15 @@ class Batches:
     split_size: int | None = None
 
 
+def growing(setting: Setting) -> Batches:
+    """How ours are fed on every task with minibatches: 1,000 cases, one per cent more each step.
+
+    Products are taken on the first quarter.
+    """
+    size = 4_000 if setting.large else 1_000
+    return Batches(size, growth=1.01, grow_every="step", curvature_fraction=0.25)
+
+
 @dataclass
 class RaceTask:
     """A problem to be raced on.
