@@ -22,7 +22,6 @@ CURVES_WIDTHS = (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)
 def mnist_autoencoder(setting: Setting) -> RaceTask:
     """Hinton & Salakhutdinov (2006): 784-1000-500-250-30 and back, all 60,000 images."""
     train, test = map(autoencoder.images_twice, load(data.load_mnist, setting))
-    size = 8_000 if setting.large else 2_000
     return supervised(
         "autoencoder",
         "deep MNIST autoencoder",
