@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv train test test-all lint format bench-products bench-step bench-kronecker clean
+.PHONY: help venv train test test-all lint format docs dist bench-products bench-step bench-kronecker clean
 .SECONDARY:
 
 help: ## list the targets
@@ -34,6 +34,15 @@ lint: $(VENV)/.with-dev ## check style, formatting and types
 format: $(VENV)/.with-dev ## apply what lint would ask for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.with-docs ## build the documentation into build/docs, offline; any warning is an error
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+dist: $(VENV)/.with-dist ## build wheel and sdist, check them, and run the README's example in an empty environment
+	rm -rf build/lib dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	.ci/try-dist $(PYTHON) dist build/empty
 
 bench-products: $(VENV)/.with-benchmarks ## print the cost of a curvature product beside other packages'
 	$(BIN)/python benchmarks/products.py
