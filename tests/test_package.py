@@ -66,7 +66,8 @@ def test_an_import_changes_no_settings():
     assert fresh(
         "import random, warnings, logging, torch\n"
         "def state():\n"
-        "    return (torch.get_rng_state().sum().item(), random.getstate(), warnings.filters[:],\n"
+        "    return (torch.get_rng_state().sum().item(), random.getstate(),\n"
+        "            warnings.filters[:],\n"
         "            logging.root.handlers[:], torch.get_default_dtype(), torch.get_num_threads(),\n"
         "            torch.are_deterministic_algorithms_enabled())\n"
         "before = state()\n"
