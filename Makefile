@@ -36,7 +36,7 @@ format: $(VENV)/.with-dev ## apply what lint would ask for
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.with-docs ## build the documentation into build/docs, offline; any warning is an error
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 dist: $(VENV)/.with-dist ## build wheel and sdist, check them, and run the README's example in an empty environment
 	rm -rf build/lib dist

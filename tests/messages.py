@@ -52,9 +52,8 @@ def _texts(tree: ast.Module) -> list[tuple[int, ast.AST]]:
                 found.append((node.lineno, node.value))
         elif isinstance(node, ast.FunctionDef) and node.name in MAKERS:
             for inner in ast.walk(node):
-                if isinstance(inner, ast.Return) and inner.value is not None:
-                    found.append((inner.lineno, inner.value))
-                elif isinstance(inner, ast.Assign) and ast.unparse(inner.targets[0]) == "cause":
+                cause = isinstance(inner, ast.Assign) and ast.unparse(inner.targets[0]) == "cause"
+                if (cause or isinstance(inner, ast.Return)) and inner.value is not None:
                     found.append((inner.lineno, inner.value))
     return found
 
