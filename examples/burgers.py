@@ -2,10 +2,10 @@
 
 python examples/burgers.py
 
-    u_t + u u_x = ν u_xx,  ν = 0.01/π,  u(0, x) = -sin(πx),  u = 0 at x = -1 and x = 1:
+    u_t + u u_x = ν u_xx,  ν = 0.05/π,  u(0, x) = -sin(πx),  u = 0 at x = -1 and x = 1:
 
-the problem of Raissi, Perdikaris & Karniadakis (2019), whose solution steepens to a shock at x = 0.
-The picture compares it with the exact solution, by the transformation of Cole and Hopf.
+the problem of Raissi, Perdikaris & Karniadakis (2019) at five times their viscosity. A front forms
+at x = 0; the picture compares the solution with the exact one, by Cole's and Hopf's transformation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch_hf import HFOptimizer
 from torch_hf.tracking import CSVLogger
 
-NU = 0.01 / math.pi
+NU = 0.05 / math.pi
 
 
 def exact(t: Tensor, x: Tensor) -> Tensor:
@@ -61,14 +61,13 @@ def boundary(cases: int) -> tuple[Tensor, Tensor]:
 def main() -> None:
     """Train, and leave the picture and the CSV file in runs/burgers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--max-steps", type=int, default=100, help="of the optimizer")
-    parser.add_argument("--points", type=int, default=1000, help="inside of the domain")
+    parser.add_argument("--max-steps", type=int, default=60, help="of the optimizer")
+    parser.add_argument("--points", type=int, default=600, help="inside of the domain")
     parser.add_argument("--out", type=Path, default=Path("runs") / "burgers", help="folder")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)  # the last digits are what it is about
     inside, (rim, values) = uniform(args.points), boundary(max(3, args.points // 10))
-    inside[:, 1] *= inside[:, 1].abs()  # denser where the shock will be
     times, places = torch.linspace(0, 1, 101), torch.linspace(-1, 1, 161)
     grid = torch.cartesian_prod(times, places)
     truth = exact(*grid.T)[:, None]
@@ -107,7 +106,7 @@ def draw(path: Path, model: nn.Module, times: Tensor, places: Tensor, truth: Ten
     image = axes[0].pcolormesh(times, places, found.T, cmap="RdBu")
     axes[0].set(title="network", xlabel="t", ylabel="x")
     figure.colorbar(image, ax=axes[0], label="u")
-    for ax, i in zip(axes[1:], (25, 50, 99), strict=True):
+    for ax, i in zip(axes[1:], (25, 50, 100), strict=True):
         ax.plot(places, truth[i], "k", linewidth=3, alpha=0.3, label="exact")
         ax.plot(places, found[i], "--", color="#D55E00", label="network")
         ax.set(title=f"t = {float(times[i]):.2f}", xlabel="x")

@@ -2,9 +2,8 @@
 
 python examples/kronecker_mnist.py --download
 
-Each input is x̄ ⊗ x̄ with x̄ the 784 pixels, scaled to length 1, and a constant; on them a layer
-of hidden ReLU units and a linear layer, trained by exact SGD. Beside it stand ridge regression with
-the polynomial kernel of the same inputs, and a plain network on the pixels.
+Each input is x̄ ⊗ x̄ with x̄ the 784 pixels and a constant; on them a layer of ReLU units, trained by
+exact SGD. Beside it stand kernel ridge regression on the same inputs and a network on the pixels.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def train_kronecker(train: Batch, test: Batch, args: argparse.Namespace) -> list
 
 def train_plain(train: Batch, test: Batch, args: argparse.Namespace) -> list[float]:
     """The same of a network with as many hidden units on the pixels."""
-    layers = (nn.Linear(784, args.neurons), nn.ReLU(), nn.Linear(args.neurons, 10))
+    layers = nn.Linear(784, args.neurons), nn.ReLU(), nn.Linear(args.neurons, 10)
     model = nn.Sequential(*layers).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     return fit(model, optimizer, train, lambda: model(test[0]), test, args)
@@ -86,7 +85,7 @@ def main() -> None:
     add("--epochs", type=int, default=10, help="passes over the training set")
     add("--max-steps", type=int, help="stop after so many steps")
     add("--device", default="cpu", help="as in torch")
-    add("--out", type=Path, default=Path("runs/kronecker_mnist"), help="folder")
+    add("--out", type=Path, default=Path("runs/kronecker_mnist"))
     add_data_arguments(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
