@@ -1,6 +1,7 @@
 """``python -m torch_hf``, as it is typed: what it prints, and the exit code."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,15 @@ def test_a_step_that_would_fail(name, said, here, capsys):
     assert said in shown.out
     # the traceback is shown where the fault is in the user's own lines
     assert ("Traceback" in shown.err) == (name == "wrong_shape")
+
+
+def test_the_page_shows_what_is_printed(here, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "api" / "command_line.md").read_text("utf-8")
+    (here / "train.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    shown = re.search(r"```\n\$ python -m torch_hf (.*?)\n(.*?)```", page, re.DOTALL)
+    assert main(shown[1].split()) == 0
+    assert capsys.readouterr().out == shown[2]
+    sys.modules.pop("train")
 
 
 def test_the_hessian(here, capsys):
