@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv train test test-all lint format bench bench-report bench-products bench-step bench-kronecker clean
+.PHONY: help venv train test test-all lint format docs dist bench bench-report bench-products bench-step bench-kronecker clean
 .SECONDARY:
 
 help: ## list the targets
@@ -48,6 +48,15 @@ bench: $(VENV)/.with-benchmarks ## race all optimizers on equal wall-clock; TASK
 
 bench-report: $(VENV)/.with-benchmarks ## put the races' tables into docs/benchmarks.md, draw their plots anew
 	$(BIN)/python benchmarks/race.py --report --into docs/benchmarks.md
+
+docs: $(VENV)/.with-docs ## build the documentation into build/docs, offline; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+dist: $(VENV)/.with-dist ## build wheel and sdist, check them, and run the README's example in an empty environment
+	rm -rf build/lib dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	.ci/try-dist $(PYTHON) dist build/empty
 
 bench-products: $(VENV)/.with-benchmarks ## print the cost of a curvature product beside other packages'
 	$(BIN)/python benchmarks/products.py

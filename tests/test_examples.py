@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,87 @@ def test_three_steps(name, optimizer, score, data_root, tmp_path):
         assert columns["curvature_cases"][0] == 10
 
 
+def drawn(folder, name):
+    """Whether a picture lies there."""
+    return (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+SCRIPTS = [
+    ("poisson", ["--points", 40], "test_relative_error", "solution.png"),
+    ("burgers", ["--points", 40], "test_relative_error", "solution.png"),
+    ("adding", ["--cases", 40, "--length", 6, "--width", 5], "test_squared_error", "adding.png"),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes", "score", "picture"), SCRIPTS, ids=lambda v: str(v))
+def test_scripts_with_their_own_loop(name, sizes, score, picture, tmp_path):
+    done = run_example(name, "--max-steps", 3, *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    columns = read_csv(tmp_path / "runs" / name / "training.csv")
+    assert columns["step"] == [1, 2, 3]
+    assert columns["new_loss"][-1] < columns["loss"][0]
+    assert all(torch.tensor(columns[score]).isfinite())
+    assert drawn(tmp_path / "runs" / name, picture)
+
+
+def speech():
+    """Four recordings of a second, two speakers of whom one is held out; tones stand for words."""
+    generator = torch.Generator().manual_seed(0)
+    time = torch.arange(8000) / 8000
+    for speaker in ("george", "theo"):
+        for digit in (3, 7):
+            tone = torch.sin(2 * torch.pi * 300 * digit * time)
+            sound = 8000 * tone + 500 * torch.randn(8000, generator=generator)
+            yield sound.to(torch.int16).numpy(), digit, speaker
+
+
+def as_npz(root):
+    import numpy as np
+
+    sounds, digits, speakers = zip(*speech(), strict=True)
+    offsets = np.cumsum([0, *map(len, sounds)])
+    data = {"samples": np.concatenate(sounds), "offsets": offsets}
+    np.savez(root / "fsdd.npz", **data, digit=np.array(digits), speaker=np.array(speakers))
+
+
+def as_wav(root):
+    folder = root / "free-spoken-digit-dataset" / "recordings"
+    folder.mkdir(parents=True)
+    for sound, digit, speaker in speech():
+        with wave.open(str(folder / f"{digit}_{speaker}_0.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes(sound.tobytes())
+
+
+@pytest.mark.parametrize("write", [as_npz, as_wav])
+def test_spoken_digits(write, tmp_path):
+    write(tmp_path)
+    sizes = ["--batch-size", 100, "--data-root", tmp_path, "--device", "cpu"]
+    done = run_example("spoken_digits", "--max-steps", 4, *sizes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    columns = read_csv(tmp_path / "runs" / "spoken_digits" / "training.csv")
+    assert columns["new_loss"][-1] < columns["loss"][0]
+    assert columns["curvature_cases"][0] == 50
+    assert drawn(tmp_path / "runs" / "spoken_digits", "training.png")
+
+
+EXAMPLES = sorted(p.stem for p in (ROOT / "examples").glob("*.py"))
+SHARED = {"common", "data"}
+
+
+@pytest.mark.parametrize("name", [n for n in EXAMPLES if n not in SHARED])
+def test_an_example_is_short_and_in_the_gallery(name):
+    text = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 120
+    assert '"--max-steps"' in text or "make_parser" in text
+    gallery = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    assert f"examples/{name}.py" in gallery
+    assert f"images/gallery/{name}.png" in gallery
+    assert (ROOT / "docs" / "images" / "gallery" / f"{name}.png").is_file()
+
+
 def test_image_folder_at_the_data_root_itself(data_root, tmp_path):
     arguments = ["--max-steps", 1, "--optimizer", "adam", "--data-root", data_root / "cifar10"]
     done = run_example("cifar10", *arguments, cwd=tmp_path)
@@ -109,6 +191,7 @@ def test_image_folder_at_the_data_root_itself(data_root, tmp_path):
         ("mnist", ["--data-root", "nowhere"], "MNIST is not in nowhere/MNIST/raw"),
         ("autoencoder", ["--data-root", "nowhere"], "MNIST is not in nowhere/MNIST/raw"),
         ("cifar10", ["--data-root", "nowhere"], "CIFAR-10 is not in nowhere/cifar-10-batches-py"),
+        ("spoken_digits", ["--data-root", "."], "there are no recordings in ./free-spoken"),
         ("digits", ["--max-steps", "0"], "--max-steps must be positive; got 0"),
         ("digits", ["--device", "cuda:99"], "--device cuda:99 is not at hand"),
     ],

@@ -91,7 +91,8 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         shuffle: Draw the order from ``seed + epoch``, as ``DistributedSampler`` does.
         drop_last: Leave out a last batch that is not full.
         seed: The same on all ranks.
-        num_replicas, rank: Processes that share each batch, and which this is; None is one.
+        num_replicas: Processes that share each batch; None is one.
+        rank: Which of them this is, from 0.
 
     Raises:
         TypeError, ValueError: If an argument is wrong; the message names it.
