@@ -10,7 +10,7 @@ from torch_hf.capture import Capture
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.frozen import FrozenWorld
 from torch_hf.objective import Objective
-from torch_hf.per_case import curvature_scale, squared_gradients
+from torch_hf.per_case import squared_gradients, trace_and_slopes
 from torch_hf.reduce import Reducer
 from torch_hf.split import split_by_calls
 from torch_hf.vector import ParameterVector
@@ -342,7 +342,7 @@ def test_the_scale_is_the_heads_trace_over_their_slopes(name):
         for i, entry in enumerate(s.reshape(-1))
     )
     squares = sum(s.square().sum().item() for s in slopes)
-    assert curvature_scale(heads, params) == pytest.approx(trace / squares)
+    assert trace_and_slopes(heads, params) == pytest.approx((trace, squares))
 
 
 # The gradient's variance

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torch_hf.reduce import LOCAL, Space
+
 #: Pairs with s^T y at or below this times |s| |y| are left out: no curvature, or rounding.
 CURVATURE_ULPS = 10.0
 
@@ -102,9 +104,13 @@ class CompactInverse:
         pairs: A complete selection.
         damping: Lambda of the operator to be preconditioned.
         scale: D^-1 of the base ``H0 = gamma D^-1``, of shape (P,); None for the identity.
+        space: Where the vectors live; it adds up the small products.
     """
 
-    def __init__(self, pairs: PairSelection, damping: float, scale: Tensor | None) -> None:
+    def __init__(
+        self, pairs: PairSelection, damping: float, scale: Tensor | None, space: Space = LOCAL
+    ) -> None:
+        self.space = space
         self.s, self.y, order = pairs.stores()
         self.shift = damping - pairs.damping
         self.scale = scale
@@ -120,14 +126,14 @@ class CompactInverse:
         """H r, for r of shape (P,)."""
         if not self.usable:
             return r.clone() if self.scale is None else r * self.scale
-        a = self.s @ r
         if self.scale is None:
-            b = self.gamma * (self.y @ r + self.shift * a)
+            a, y = self._products((self.s, r), (self.y, r))
+            b = self.gamma * (y + self.shift * a)
         else:
             base = self._base(r, self.scale)
-            b = self.y @ base
-            if self.shift:
-                b += self.shift * (self.s @ base)
+            shifted = [(self.s, base)] if self.shift else []
+            a, b, *sb = self._products((self.s, r), (self.y, base), *shifted)
+            b = b + self.shift * sb[0] if self.shift else b
         c1 = self._c1a @ a + self._c1b @ b
         c2 = self._c2a @ a
         inner = torch.addmv(r, self.y.T, c2)
@@ -138,15 +144,22 @@ class CompactInverse:
             inner.addmv_(self.s.T, c2, alpha=self.shift)
         return self._base(inner, self.scale).addmv_(self.s.T, c1)
 
+    def _products(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """Rows times vectors, added up over ranks in one small sum."""
+        cut = self.space.cut
+        return self.space.sum(torch.stack([cut(rows) @ cut(v) for rows, v in pairs]))
+
     def _base(self, r: Tensor, scale: Tensor) -> Tensor:
         return (r * scale).mul_(self.gamma)
 
     def _gram(self, scale: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """S Y^T, S S^T and Y D^-1 Y^T with Y at the present lambda; with D also in S D^-1 S^T."""
-        s = self.s if scale is None else self.s * scale
-        ss = (s @ self.s.T).double()
-        sy = (s @ self.y.T).double()
-        yy = ((self.y if scale is None else self.y * scale) @ self.y.T).double()
+        own_s, own_y = self.space.cut(self.s), self.space.cut(self.y)
+        scale = None if scale is None else self.space.cut(scale)
+        s = own_s if scale is None else own_s * scale
+        y = own_y if scale is None else own_y * scale
+        products = torch.stack([s @ own_s.T, s @ own_y.T, y @ own_y.T]).double()
+        ss, sy, yy = self.space.sum(products)
         yy = yy + self.shift * (sy + sy.T) + self.shift**2 * ss
         return sy + self.shift * ss, ss, yy
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_hf.pairs import CompactInverse, PairSelection
+from torch_hf.reduce import LOCAL, Space
 
 BASES = ("identity", "diagonal")
 
@@ -54,6 +55,7 @@ class NoPreconditioner:
     """Plain CG."""
 
     wants_diagonal = False
+    space: Space = LOCAL  # entry by entry: it matters not where the vectors live
 
     def begin(self, damping: float, diagonal: Tensor | None) -> None:
         """Nothing to prepare."""
@@ -142,6 +144,7 @@ class LBFGSPreconditioner:
         self._observed: PairSelection | None = None  # this run's, so far
         self._inverse: Callable[[Tensor], Tensor] | None = None
         self._damping = 0.0
+        self.space: Space = LOCAL  # where the vectors live, as the optimizer says
 
     def begin(self, damping: float, diagonal: Tensor | None) -> None:
         """Builds the inverse for ``G + damping I`` from the last run's pairs."""
@@ -151,7 +154,7 @@ class LBFGSPreconditioner:
         if self._pairs is None:
             self._inverse = torch.clone if scale is None else scale.mul
         else:
-            self._inverse = CompactInverse(self._pairs, damping, scale)
+            self._inverse = CompactInverse(self._pairs, damping, scale, self.space)
 
     def apply(self, r: Tensor) -> Tensor:
         """H r."""

@@ -1,0 +1,146 @@
+"""Parameters that ``fully_shard`` has cut over the ranks (FSDP2), as a vector of local entries.
+
+Autograd sees other tensors than these, so that derivatives are not found by
+``torch.autograd.grad``: they arrive in ``.grad``, averaged over ranks, from ``backward()``, which
+may be run again and again on a kept graph.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_hf.vector import ParameterVector
+
+
+def is_fully_sharded(p: Tensor) -> bool:
+    """Whether a parameter is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(p, module.DTensor)
+
+
+def parameter_vector(params: Sequence[Tensor]) -> ParameterVector:
+    """The vector of plain or of fully sharded parameters."""
+    sharded = [is_fully_sharded(p) for p in params]
+    if any(sharded) and not all(sharded):
+        raise ValueError(
+            "Some parameters are sharded (DTensor) and others are not. Call fully_shard(model) on "
+            "the whole model, so that all of its parameters are sharded."
+        )
+    return FullyShardedVector(params) if any(sharded) else ParameterVector(params)
+
+
+class FullyShardedVector(ParameterVector):
+    """The entries that this rank holds of DTensor parameters, in order.
+
+    Raises:
+        ValueError: The parameters lie on several meshes, or on one of several dimensions.
+    """
+
+    sums = True
+
+    def __init__(self, params: Sequence[Any]) -> None:
+        with torch.no_grad():
+            local = [p.to_local() for p in params]
+        super().__init__(params, local)
+        mesh = params[0].device_mesh
+        if any(p.device_mesh != mesh for p in params) or mesh.ndim != 1:
+            raise ValueError(
+                "Fully sharded parameters are expected on one device mesh of one dimension. Call "
+                'fully_shard(model, mesh=init_device_mesh("cuda", (ranks,))).'
+            )
+        self.group = mesh.get_group()
+        self.ranks = mesh.size()
+
+    def pull(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None, retain_graph: bool
+    ) -> list[Tensor | None]:
+        """``J^T u`` summed over ranks, this rank's entries of it."""
+        before = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        try:
+            torch.autograd.backward(
+                list(outputs),
+                None if cotangents is None else list(cotangents),
+                retain_graph=retain_graph,
+            )
+            return [None if p.grad is None else self._summed(p) for p in self.params]
+        finally:
+            for p, g in zip(self.params, before, strict=True):
+                p.grad = g
+
+    def _summed(self, p: Any) -> Tensor:
+        if p.grad.placements != p.placements:
+            raise RuntimeError(
+                "A DTensor parameter's gradient is placed otherwise than the parameter. Sharding "
+                "by fully_shard is supported; tensor parallelism is not."
+            )
+        local: Tensor = p.grad.to_local()
+        return local.mul_(self.ranks)
+
+    def gradients(self, vector: Tensor) -> list[Tensor | None]:
+        """A vector as gradients of the parameters: DTensors."""
+        return [self.like(p, v) for p, v in zip(self.params, self.unflatten(vector), strict=True)]
+
+    def pieces(self, vectors: Tensor) -> list[Tensor]:
+        """Vectors by parameter, as DTensors (..., *shape)."""
+        local = super().pieces(vectors)
+        return [self.like(p, v) for p, v in zip(self.params, local, strict=True)]
+
+    def joined(self, pieces: Sequence[Any]) -> Tensor:
+        """The local entries of the vectors that have these pieces."""
+        lead = pieces[0].ndim - self.params[0].ndim
+        for t, v in zip(self.local, pieces, strict=True):
+            if not is_fully_sharded(v) or v.to_local().shape[lead:] != t.shape:
+                raise ValueError(
+                    "The state's vectors are not sharded as the parameters are. Load it with "
+                    "torch.distributed.checkpoint into this optimizer's own state_dict()."
+                )
+        local = [v.to_local() for v in pieces]
+        lengths = [t.numel() for t in self.local]
+        shape = local[0].shape[:lead]
+        return torch.cat(
+            [v.reshape(*shape, n) for v, n in zip(local, lengths, strict=True)], dim=-1
+        )
+
+    def like(self, p: Any, local: Tensor) -> Tensor:
+        """Local entries (..., *local shape) as a DTensor sharded as the parameter is."""
+        tensor, placement = sys.modules["torch.distributed.tensor"], p.placements[0]
+        lead = local.ndim - p.ndim
+        shape = torch.Size([*local.shape[:lead], *p.shape])
+        if placement.is_shard():
+            placement = tensor.Shard(placement.dim + lead)
+        stride = torch.empty(shape, device="meta").stride()
+        whole: Tensor = tensor.DTensor.from_local(
+            local.contiguous(), p.device_mesh, [placement], shape=shape, stride=stride
+        )
+        return whole
+
+    @contextmanager
+    def lent(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """The parameters hold other values inside."""
+        saved = [t.clone() for t in self.local]
+        try:
+            self._place(values)
+            yield
+        finally:
+            self._place(saved)
+
+    @torch.no_grad()
+    def _place(self, values: Sequence[Tensor]) -> None:
+        for t, value in zip(self.local, values, strict=True):
+            t.copy_(value)
+        self.changed()
+
+    def changed(self) -> None:
+        """Modules that still hold gathered parameters let them go."""
+        for module in self.modules:
+            reshard = getattr(module, "reshard", None)
+            if reshard is not None:
+                reshard()
