@@ -10,6 +10,7 @@ A server that has imported torch forks the ranks, so that starting them costs li
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -42,7 +43,7 @@ def _run(ranks, job, args, patience, limit):
         store = os.path.join(folder, "store")
         pipes, processes = [], []
         for rank in range(ranks):
-            ours, theirs = CONTEXT.Pipe(duplex=False)
+            ours, theirs = CONTEXT.Pipe()
             process = CONTEXT.Process(
                 target=_rank, args=(rank, ranks, store, patience, theirs, job, args), daemon=True
             )
@@ -65,7 +66,7 @@ def _run(ranks, job, args, patience, limit):
 def _received(rank, pipe, seconds, limit):
     assert pipe.poll(max(seconds, 0)), f"rank {rank} was still running after {limit} s"
     try:
-        return pipe.recv()
+        return pickle.loads(pipe.recv_bytes())
     except EOFError:
         return None, f"rank {rank} ended without a word"
 
@@ -80,9 +81,10 @@ def _rank(rank, ranks, store, patience, pipe, job, args):
             world_size=ranks,
             timeout=timedelta(seconds=patience),
         )
-        pipe.send((job(rank, dist.group.WORLD, *args), ""))
+        found = job(rank, dist.group.WORLD, *args), ""
     except BaseException:
-        pipe.send((None, traceback.format_exc()))
+        found = None, traceback.format_exc()
     finally:
-        pipe.close()
+        pipe.send_bytes(pickle.dumps(found))  # not send(): that would share the tensors' memory
+        pipe.recv_bytes()  # until all have been heard: others may still need this rank
         os._exit(0)  # a broken group may hang in its destructor

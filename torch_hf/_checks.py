@@ -299,10 +299,10 @@ def same_terms(found: Sequence[float]) -> None:
         )
 
 
-def not_finite(loss: float) -> str:
+def not_finite(loss: float, where: str = "") -> str:
     """What to say of a first step that cannot be judged."""
     return (
-        f"The closure's loss is {loss} at the present parameters, so no step can be judged. "
+        f"The closure's loss is {loss}{where} at the present parameters, so no step can be judged. "
         "Check the batch for NaN or Inf, and the loss for log(0) or a division by zero "
         "(F.cross_entropy and F.binary_cross_entropy_with_logits are safe forms)."
     )

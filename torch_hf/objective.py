@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ class Value(NamedTuple):
     gradient_norm: float
     cases: float
     returned: Any
+    where: str = ""  # the ranks whose loss is not finite
 
 
 class Found(NamedTuple):
@@ -158,7 +160,9 @@ class Objective:
         plain = self._plain(flat, reached)
         self._add_decay(flat)
         full = loss + self._decay_loss()
-        return Value(full, flat, plain, self.space.norm(flat), self.cases or 1.0, returned)
+        norm = self.space.norm(flat)
+        where = self.reducer.named([i for i, row in enumerate(table) if not math.isfinite(row[0])])
+        return Value(full, flat, plain, norm, self.cases or 1.0, returned, where)
 
     def _first_run(self, check: Callable[[], None]) -> Found:
         gradient: list[Tensor | None] = [None] * len(self.vector.params)

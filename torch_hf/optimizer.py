@@ -250,8 +250,8 @@ class HFOptimizer(Optimizer):
         """Why there is nothing to solve; empty where there is."""
         if not math.isfinite(here.loss):
             if not self.param_groups[0]["steps"]:  # nothing has ever worked: that is bad input
-                raise RuntimeError(_checks.not_finite(here.loss))
-            return f"the loss before the step is {here.loss}"
+                raise RuntimeError(_checks.not_finite(here.loss, here.where))
+            return f"the loss before the step is {here.loss}{here.where}"
         if here.gradient_norm == 0.0:
             return "the gradient is zero"
         if not math.isfinite(here.gradient_norm):

@@ -50,6 +50,12 @@ class Reducer:
             self.failure = error
             return None
 
+    def named(self, ranks: Sequence[int]) -> str:
+        """Ranks as a message names them: `` (rank 1, 3)``; empty for one process."""
+        if self.group is None or not ranks:
+            return ""
+        return f" (rank {', '.join(map(str, ranks))})"
+
     # --- sums ---
 
     def numbers(self, values: Sequence[float]) -> list[float]:
