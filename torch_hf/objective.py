@@ -192,9 +192,8 @@ class Objective:
     def _add_gradient(self, total: list[Tensor | None], graph: Graph, share: float) -> None:
         """One batch's gradient onto the sum so far, so that no two batches' are held."""
         keep = len(self.batches) == 1 and not self.own_curvature_batches
-        loss = graph.loss * share if self.vector.sums else graph.loss
-        share = 1.0 if self.vector.sums else share
-        found = self.vector.pull([loss], None, keep)
+        inside, share = (share, 1.0) if self.vector.sums else (1.0, share)
+        found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, inside)], keep)
         _checks.gradients(found)
         self.kept = graph if keep else None
         for i, g in enumerate(found):
@@ -349,7 +348,7 @@ class Objective:
     def gradient_at(self, i: int, values: Sequence[Tensor], scale: float) -> list[Tensor | None]:
         """The gradient on curvature batch ``i`` times ``scale``, at other parameters."""
         with self._graph_at(i, values) as graph:
-            found = self.vector.pull([graph.loss * scale], None, False)
+            found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, scale)], False)
             return [None if g is None else g.detach() for g in found]
 
     @contextmanager

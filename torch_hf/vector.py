@@ -89,7 +89,7 @@ class ParameterVector:
         )
 
     def pull(
-        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None, retain_graph: bool
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool
     ) -> list[Tensor | None]:
         """``J^T u`` by parameter; None where the outputs do not depend on it."""
         return list(

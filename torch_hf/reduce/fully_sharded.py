@@ -58,7 +58,7 @@ class FullyShardedVector(ParameterVector):
         self.ranks = mesh.size()
 
     def pull(
-        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor] | None, retain_graph: bool
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool
     ) -> list[Tensor | None]:
         """``J^T u`` summed over ranks, this rank's entries of it."""
         before = [p.grad for p in self.params]
@@ -67,7 +67,7 @@ class FullyShardedVector(ParameterVector):
         try:
             torch.autograd.backward(
                 list(outputs),
-                None if cotangents is None else list(cotangents),
+                list(cotangents),
                 retain_graph=retain_graph,
             )
             return [None if p.grad is None else self._summed(p) for p in self.params]
