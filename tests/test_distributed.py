@@ -206,8 +206,10 @@ def silent_failure(rank, group):
 
 @pytest.mark.slow
 def test_inside_a_module_that_communicates_a_failure_ends_in_a_time_out():
-    for text in launch(2, silent_failure, patience=3):
-        assert text
+    waiting, failed = launch(2, silent_failure, patience=3)
+    assert "A collective of the closure's module failed on rank 0 of 2" in waiting
+    assert "raised where the others wait inside a module that itself communicates" in waiting
+    assert failed == "broken"
 
 
 def forgetful(rank, group):

@@ -386,8 +386,8 @@ class HFOptimizer(Optimizer):
         check_state(state_dict, self.param_groups, self.defaults)
         vector = self._vector()
         _, space = self._space(vector)
-        cut = isinstance(space, Sharded)  # then no rank is to hold it all
-        super().load_state_dict(state_dict | {"state": {}} if cut else state_dict)
+        whole = state_dict | {"state": {}} if space.sharded else state_dict
+        super().load_state_dict(whole)  # of what is sharded no rank is to hold all
         self._start = unpack(state_dict, self.param_groups, vector, self.preconditioner, space)
         pack(self.state, vector, self._start, self.preconditioner, space)
 

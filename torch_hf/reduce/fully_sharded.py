@@ -55,12 +55,15 @@ class FullyShardedVector(ParameterVector):
                 'fully_shard(model, mesh=init_device_mesh("cuda", (ranks,))).'
             )
         self.group = mesh.get_group()
-        self.ranks = mesh.size()
+        self.ranks, self.rank = mesh.size(), mesh.get_local_rank()
+        self.checked = False
 
     def pull(
         self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool
     ) -> list[Tensor | None]:
         """``J^T u`` summed over ranks, this rank's entries of it."""
+        if not self.checked:
+            self._check_graph(outputs)
         before = [p.grad for p in self.params]
         for p in self.params:
             p.grad = None
@@ -75,14 +78,28 @@ class FullyShardedVector(ParameterVector):
             for p, g in zip(self.params, before, strict=True):
                 p.grad = g
 
+    def _check_graph(self, outputs: Sequence[Tensor]) -> None:
+        """Under ``fully_shard`` autograd sees gathered copies, never the parameters themselves."""
+        own = {id(p) for p in self.params}
+        todo: list[Any] = [z.grad_fn for z in outputs if z.grad_fn is not None]
+        seen = set(todo)
+        while todo:
+            node = todo.pop()
+            if id(getattr(node, "variable", None)) in own:
+                raise RuntimeError(
+                    "The loss depends on DTensor parameters directly: through tensor parallelism, "
+                    "or a penalty on them in the closure. Only modules under fully_shard are "
+                    "supported, their parameters used in forward alone; for an L2 penalty take "
+                    "weight_decay."
+                )
+            below = {fn for fn, _ in node.next_functions if fn is not None} - seen
+            seen |= below
+            todo.extend(below)
+        self.checked = True
+
     def _summed(self, p: Any) -> Tensor:
-        if p.grad.placements != p.placements:
-            raise RuntimeError(
-                "A DTensor parameter's gradient is placed otherwise than the parameter. Sharding "
-                "by fully_shard is supported; tensor parallelism is not."
-            )
         local: Tensor = p.grad.to_local()
-        return local.mul_(self.ranks)
+        return local.mul_(self.ranks)  # fully_shard has divided by it
 
     def gradients(self, vector: Tensor) -> list[Tensor | None]:
         """A vector as gradients of the parameters: DTensors."""
@@ -94,20 +111,29 @@ class FullyShardedVector(ParameterVector):
         return [self.like(p, v) for p, v in zip(self.params, local, strict=True)]
 
     def joined(self, pieces: Sequence[Any]) -> Tensor:
-        """The local entries of the vectors that have these pieces."""
+        """The local entries of the vectors that have these pieces, sharded or whole."""
         lead = pieces[0].ndim - self.params[0].ndim
-        for t, v in zip(self.local, pieces, strict=True):
-            if not is_fully_sharded(v) or v.to_local().shape[lead:] != t.shape:
-                raise ValueError(
-                    "The state's vectors are not sharded as the parameters are. Load it with "
-                    "torch.distributed.checkpoint into this optimizer's own state_dict()."
-                )
-        local = [v.to_local() for v in pieces]
-        lengths = [t.numel() for t in self.local]
+        local = [self._own(p, v, lead) for p, v in zip(self.params, pieces, strict=True)]
         shape = local[0].shape[:lead]
-        return torch.cat(
-            [v.reshape(*shape, n) for v, n in zip(local, lengths, strict=True)], dim=-1
-        )
+        return torch.cat([v.reshape(*shape, n) for v, n in zip(local, self.sizes, strict=True)], -1)
+
+    def _own(self, p: Any, piece: Any, lead: int) -> Tensor:
+        """This rank's entries of a piece (..., *shape), as ``fully_shard`` cuts the parameter."""
+        if is_fully_sharded(piece):
+            own: Tensor = piece.to_local()
+        elif p.placements[0].is_shard():
+            dim = p.placements[0].dim + lead
+            parts = piece.chunk(self.ranks, dim)
+            none = piece.narrow(dim, 0, 0)
+            own = (*parts, *[none] * (self.ranks - len(parts)))[self.rank]
+        else:
+            own = piece
+        if own.shape[lead:] != p.to_local().shape:
+            raise ValueError(
+                "The state's vectors are sharded over another number of ranks. Save whole tensors "
+                "(full_tensor(), or StateDictOptions(full_state_dict=True)) to load them here."
+            )
+        return own
 
     def like(self, p: Any, local: Tensor) -> Tensor:
         """Local entries (..., *local shape) as a DTensor sharded as the parameter is."""

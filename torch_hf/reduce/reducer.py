@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+#: How Gloo, which has no class of errors, and NCCL say that a rank is lost.
+_COMMUNICATION = re.compile("gloo/|NCCL|Timed out waiting|Connection closed by peer")
 
 
 class PeerError(RuntimeError):
@@ -40,14 +43,18 @@ class Reducer:
 
     def attempt(self, part: Callable[[], T]) -> T | None:
         """What ``part`` returns; None where it, or one before it, raised."""
-        if self.group is None or self.inside:
+        if self.group is None:
             return part()
         if self.failure is not None:
             return None
         try:
             return part()
-        except Exception as error:  # raised by all ranks at the next sum
-            self.failure = error
+        except Exception as error:
+            if _is_of_communication(error):
+                raise PeerError(self._lost("the closure's module", error)) from error
+            if self.inside:
+                raise
+            self.failure = error  # raised by all ranks at the next sum
             return None
 
     def named(self, ranks: Sequence[int]) -> str:
@@ -168,13 +175,22 @@ class Reducer:
         except RuntimeError as error:
             if self.failure is not None:
                 raise self.failure from error
-            raise PeerError(
-                f"A collective of the step failed on rank {self.rank} of {self.ranks}: "
-                f"{str(error).splitlines()[0]}. Another rank has ended, hangs, or raised inside a "
-                "module that itself communicates (DistributedDataParallel with buffers, "
-                "fully_shard), where the others can only wait for the group's time-out; its own "
-                "log says why. The step was not taken."
-            ) from error
+            raise PeerError(self._lost("the step", error)) from error
+
+    def _lost(self, what: str, error: Exception) -> str:
+        return (
+            f"A collective of {what} failed on rank {self.rank} of {self.ranks} "
+            f"({str(error).splitlines()[0]}): another rank has ended, hangs, or raised where the "
+            "others wait inside a module that itself communicates (DistributedDataParallel with "
+            "buffers, fully_shard), which ends in the process group's time-out. That rank's log "
+            "says why. The step was not taken; start the job again from its last checkpoint."
+        )
+
+
+def _is_of_communication(error: Exception) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_COMMUNICATION.search(str(error)))
 
 
 def check_group(group: Any) -> None:

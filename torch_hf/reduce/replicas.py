@@ -63,7 +63,7 @@ def checksum(p: Tensor) -> Tensor:
     """Two int64 numbers that change with any bit of a tensor, and with the order of entries."""
     bits = p.contiguous().view(-1).view(_INTEGERS[p.element_size()])
     total = torch.zeros(2, dtype=torch.int64, device=p.device)
-    for i, chunk in enumerate(bits.split(_CHUNK)):
+    for i, chunk in enumerate(torch.split(bits, _CHUNK)):
         total[0] += chunk.sum(dtype=torch.int64)
         total[1] += (i + 1) * _weighted(chunk.long())
     return total
