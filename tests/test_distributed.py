@@ -61,9 +61,10 @@ def check(runs, truth):
         (2, True, True, GGN),
         (2, False, False, HESSIAN),
         (4, False, False, GGN),
-        (4, False, True, DIAGONAL),
+        (2, False, True, DIAGONAL),
         pytest.param(2, False, True, HESSIAN, marks=pytest.mark.slow),
         pytest.param(4, True, False, HESSIAN, marks=pytest.mark.slow),
+        pytest.param(4, False, True, DIAGONAL, marks=pytest.mark.slow),
         pytest.param(4, True, True, GGN, marks=pytest.mark.slow),
     ],
 )
@@ -74,7 +75,7 @@ def test_ranks_follow_one_process_on_the_union(ranks, even, wrapped, options):
 
 def test_ranks_may_hold_unequal_numbers_of_batches():
     truth = train(network(), lambda k: [union(k)], **GGN)
-    check(launch(3, job, False, False, GGN, 3), truth)
+    check(launch(2, job, False, False, GGN, 2), truth)
 
 
 def test_batch_norm_takes_the_statistics_of_a_ranks_own_cases():

@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_cases import distance, flat, network, same_turns, share, train, union
+from memory import LiveMemory
 from processes import failures, launch
+from torch import nn
+from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_hf import HFOptimizer, check_replicas
@@ -28,7 +31,14 @@ def job(rank, group, wrapped, options):
 
 @pytest.mark.parametrize(
     ("ranks", "wrapped", "options"),
-    [(1, False, GGN), (2, True, HESSIAN), (3, False, DIAGONAL), (4, False, GGN)],
+    [
+        (1, False, GGN),
+        (2, True, HESSIAN),
+        (2, False, DIAGONAL),
+        (3, False, GGN),
+        pytest.param(4, False, GGN, marks=pytest.mark.slow),
+        pytest.param(4, True, HESSIAN, marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_follow_one_process_on_the_union(ranks, wrapped, options):
     model = network()
@@ -125,6 +135,36 @@ def test_a_rank_holds_its_part_of_pairs_and_iterate():
     (whole, _), (part, _) = launch(2, held, False), launch(2, held, True)
     assert whole == pytest.approx(2 * 4 + 1, rel=0.01)
     assert part == pytest.approx(whole / 2, rel=0.03)  # and the padding
+
+
+def peak(rank, group):
+    """The most that is alive at once in a step, in units of P; the model is not counted."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(60, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh())
+        model = nn.Sequential(model, nn.Linear(200, 3)).double()
+    x = torch.linspace(-1, 1, 6 * 60, dtype=torch.float64).view(6, 60)
+    y = torch.arange(6) % 3
+    optimizer = HFOptimizer(
+        model.parameters(),
+        process_group=group,
+        shard_state=True,
+        history_size=6,
+        cg_max_iter=12,
+        cg_tol=0.0,
+    )
+    ranks = dist.get_world_size(group)
+    with LiveMemory() as memory:
+        for _ in range(2):
+            optimizer.step(lambda: F.cross_entropy(model(x[rank::ranks]), y[rank::ranks]))
+    assert optimizer.last_report.cg_iterations == 12
+    return memory.peak / (8 * flat(model).numel())
+
+
+def test_the_peak_of_a_step_is_as_promised():
+    """P (4 M + kept iterates + 6) / N + 3 P beyond the model; 9 of 12 iterates are kept."""
+    for found in launch(2, peak):
+        assert found == pytest.approx((4 * 6 + 9 + 6) / 2 + 3, rel=0.04)
 
 
 # --- arguments ------------------------------------------------------------------------------

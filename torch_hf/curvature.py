@@ -173,22 +173,25 @@ class ObjectiveOperator:
         """The product with a vector of the objective's space, weight decay included."""
         self.products += 1
         objective = self.objective
-        whole = objective.space.whole(v)
-        total = objective.reducer.attempt(lambda: self._own_product(whole))
+        tangents = objective.vector.unflatten(objective.space.whole(v))
+        total = objective.reducer.attempt(lambda: self._own_product(tangents))
         total = objective.space.reduce(objective.vector.zeros() if total is None else total)
         if isinstance(self.decay, Tensor):
             return total.addcmul_(self.decay, v)
         return total.add_(v, alpha=self.decay) if self.decay else total
 
-    def _own_product(self, v: Tensor) -> Tensor:
-        """What this rank's batches add to the product with a whole vector (P,)."""
+    def _own_product(self, tangents: list[Tensor]) -> Tensor:
+        """What this rank's batches add to a product; it uses the tangents up."""
         vector = self.objective.vector
-        tangents = vector.unflatten(v)
         total = None
         for i, weight in enumerate(self.weights):
             if not weight and not vector.sums:  # a batch of ignored targets is all NaN
                 continue
-            part = vector.flatten(self._product(i, tangents))
+            found = self._product(i, tangents)
+            if i == len(self.weights) - 1:
+                tangents.clear()  # a vector less while the product is put together
+            part = vector.flatten(found)
+            del found
             part = part if weight == 1.0 or vector.sums else part * weight
             total = part if total is None else total.add_(part)
         return vector.zeros() if total is None else total
