@@ -41,19 +41,27 @@ def sharded(ranks, each_layer=True, norm=False):
     return fully_shard(model, mesh=mesh)
 
 
-def job(rank, group, options, each_layer):
+def job(rank, group, options, each_layer, steps):
     model = sharded(2, each_layer)
     optimizer = HFOptimizer(model.parameters(), **options)
-    run = train(model, lambda k: [share(union(k), rank, 2, False)], optimizer=optimizer)
+    run = train(model, lambda k: [share(union(k), rank, 2, False)], steps, optimizer=optimizer)
     gradients = [p.grad.full_tensor() for p in model.parameters()]
     return run, gradients, optimizer.last_report.engine
 
 
-@pytest.mark.parametrize(("options", "each_layer"), [(GGN, True), (HESSIAN, True), (GGN, False)])
-def test_sharded_modules_follow_the_unsharded(options, each_layer):
+@pytest.mark.parametrize(
+    ("options", "each_layer", "steps"),
+    [
+        (GGN, True, 20),
+        (GGN, False, 3),
+        (HESSIAN, True, 3),
+        pytest.param(HESSIAN, True, 20, marks=pytest.mark.slow),
+    ],
+)
+def test_sharded_modules_follow_the_unsharded(options, each_layer, steps):
     model = network()
-    truth = train(model, lambda k: [union(k)], **options)
-    for run, gradients, engine in launch(2, job, options, each_layer):
+    truth = train(model, lambda k: [union(k)], steps, **options)
+    for run, gradients, engine in launch(2, job, options, each_layer, steps):
         assert engine == "finite_differences"
         assert distance(run, truth) <= TOLERANCE
         assert same_turns(run, truth)
@@ -63,12 +71,12 @@ def test_sharded_modules_follow_the_unsharded(options, each_layer):
 
 def in_batches(rank, group):
     model = sharded(2)
-    run = train(model, lambda k: list(torch.tensor_split(union(k)[rank::2], 2)), 5, **GGN)
+    run = train(model, lambda k: list(torch.tensor_split(union(k)[rank::2], 2)), 3, **GGN)
     return run
 
 
 def test_batches_within_a_rank():
-    truth = train(network(), lambda k: [union(k)], 5, **GGN)
+    truth = train(network(), lambda k: [union(k)], 3, **GGN)
     for run in launch(2, in_batches):
         assert distance(run, truth) <= TOLERANCE
 
@@ -95,11 +103,11 @@ def stretch(rank, group, saved, start, steps):
 
 
 def test_a_checkpoint_is_resumed_on_other_numbers_of_ranks_and_unsharded():
-    truth = train(network(), lambda k: [union(k)], steps=12, **GGN)
+    truth = train(network(), lambda k: [union(k)], steps=8, **GGN)
     saved, params, reports = None, [], []
-    for start, ranks in ((0, 2), (3, 3), (6, None), (9, 1)):
-        launched = ranks and launch(ranks, stretch, saved, start, 3)
-        run, saved = (launched or [stretch(0, None, saved, start, 3)])[-1]
+    for start, ranks in ((0, 2), (2, 3), (4, None), (6, 1)):
+        launched = ranks and launch(ranks, stretch, saved, start, 2)
+        run, saved = (launched or [stretch(0, None, saved, start, 2)])[-1]
         params += run.params
         reports += run.reports
     resumed = Run(params, reports)
@@ -130,6 +138,32 @@ def through_a_folder(rank, group, folder):
 
 def test_distributed_checkpoints(tmp_path):
     assert launch(2, through_a_folder, tmp_path) == [0.0, 0.0]
+
+
+def failing(rank, group):
+    x, y = data()
+    model = sharded(2)
+    optimizer = HFOptimizer(model.parameters(), **GGN)
+    before = [p.to_local().clone() for p in model.parameters()]
+
+    def closure():
+        if rank == 1:
+            raise ValueError("broken")
+        return F.cross_entropy(model(x), y)
+
+    try:
+        optimizer.step(closure)
+    except (ValueError, RuntimeError) as error:
+        after = [p.to_local() for p in model.parameters()]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.slow
+def test_where_one_rank_raises_the_others_end_in_a_time_out():
+    waiting, failed = launch(2, failing, patience=3)
+    assert "PeerError: A collective of the closure's module failed on rank 0 of 2" in waiting
+    assert failed == "ValueError: broken"
 
 
 # --- what cannot work says so ---------------------------------------------------------------
