@@ -116,7 +116,9 @@ class Objective:
         self.fast_convolutions = fast_convolutions
         self.needs_graph = False
         self.accumulates = False  # whether backward() found gradients that were not cleared
-        self.weights: list[float] = []
+        self.shares: list[float] = []
+        self.divisor = 1.0
+        self.weights: list[float] = []  # shares over the divisor
         self.cases = 0.0
         self.kept: Graph | None = None  # the graph of a single batch, for the curvature
         self.evaluations = 0
@@ -150,6 +152,7 @@ class Objective:
         elif divisor <= 0:
             raise ValueError("The batches hold no case at all. Leave out empty batches.")
         _checks.same_terms([row[3] for row in table if row[2]])
+        self.shares, self.divisor = found.shares, divisor
         self.weights = [s / divisor for s in found.shares]
         if divisor != 1.0:
             loss, flat = loss / divisor, flat.div_(divisor)
@@ -251,8 +254,8 @@ class Objective:
         self.evaluations += 1
         weighted = self.reducer.attempt(self._own_loss)
         penalty = self._own_decay_loss() * self.space.share
-        (total,) = self.reducer.numbers([(0.0 if weighted is None else weighted) + penalty])
-        return total
+        total, penalty = self.reducer.numbers([0.0 if weighted is None else weighted, penalty])
+        return total / self.divisor + penalty
 
     def _own_loss(self) -> float:
         if not self.needs_graph:
@@ -270,7 +273,7 @@ class Objective:
             for batch in self.batches:
                 capture = Capture(self.vector.params, calls=False)
                 losses.append(self._objective(self._call(capture, batch)).detach())
-        return sum(w * float(x) for w, x in zip(self.weights, losses, strict=True) if w)
+        return sum(s * float(x) for s, x in zip(self.shares, losses, strict=True) if s)
 
     def gradient_variance(self, here: Value) -> float:
         """The L1 norm of the gradient's variance over cases, ``sum_j Var_i g_ij``.
