@@ -17,10 +17,15 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.optim import Optimizer
 
+FRESH_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
 
 def join(args: argparse.Namespace) -> Any:
     """Enter the group of all processes, of this one where torchrun did not start us."""
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get(FRESH_STORE) != "1":
+        # in torch 2.15 the processes that are started again would find the addresses of the dead
+        raise SystemExit(f"For --max-restarts set {FRESH_STORE}=1 in torchrun's environment.")
     limit = timedelta(seconds=args.timeout)
     if args.device.startswith("cuda"):  # each process of a node takes a GPU
         args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"

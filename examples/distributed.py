@@ -1,10 +1,10 @@
 """Train the digits classifier on several processes.
 
-    torchrun --nproc-per-node=2 --max-restarts=3 examples/distributed.py
+    torchrun --nproc-per-node=2 examples/distributed.py
 
 Any number of processes, one included (then plain `python` will do), takes the same steps. A run
-that is started again goes on from its last checkpoint; torchrun starts it again by itself where a
-process was lost. Launch lines for several nodes: docs/distributed.md.
+that is started again goes on from its last checkpoint; `torchrun --max-restarts=3` does that by
+itself where a process was lost. Launch lines, also for several nodes: docs/distributed.md.
 """
 
 from __future__ import annotations

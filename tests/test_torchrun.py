@@ -93,7 +93,7 @@ def test_two_processes_take_the_steps_of_one(one, two):
 
 def test_a_killed_rank_comes_back_and_nothing_has_happened(two, tmp_path):
     """Killed in the fourth step: the third, which is after the checkpoint, is taken once more."""
-    fault = {"FAULT": "kill", "FAULTY_STEP": "4"}
+    fault = {"FAULT": "kill", "FAULTY_STEP": "4", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     restarts = ["--max-restarts=1"]
     arguments = ["--max-steps", SHORT]
     found, said = trained(tmp_path, *arguments, ranks=2, script=FAULTY, elastic=restarts, **fault)
@@ -104,6 +104,12 @@ def test_a_killed_rank_comes_back_and_nothing_has_happened(two, tmp_path):
     for name in ("model", "sampler"):
         same(states[0][name], states[1][name])
     same(states[0]["optimizer"]["state"], states[1]["optimizer"]["state"])
+
+
+def test_restarts_want_a_fresh_store(tmp_path):
+    code, said = run(tmp_path, ranks=2, elastic=["--max-restarts=1"])
+    assert code == 1
+    assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment" in said
 
 
 def test_a_hung_rank_is_named(tmp_path):
