@@ -536,7 +536,7 @@ def test_weight_decay_is_in_loss_gradient_and_curvature():
     assert decayed.loss() == here.loss
     assert_same(here.gradient, base.gradient + rates * theta)
     assert_same(matrix_of(decayed), matrix_of(plain) + torch.diag(rates))
-    for own, with_decay in zip(base.plain_gradient, here.plain_gradient, strict=True):
+    for own, with_decay in zip(base.plain_gradient(), here.plain_gradient(), strict=True):
         assert torch.equal(own, with_decay)
 
 

@@ -6,6 +6,7 @@ from torch_hf.checkpoint import save_atomically
 from torch_hf.diagnostics import Diagnosis, diagnose
 from torch_hf.optimizer import HFOptimizer
 from torch_hf.preconditioner import LBFGSPreconditioner
+from torch_hf.reduce import PeerError, check_replicas
 from torch_hf.report import StepReport, Stop
 from torch_hf.sampler import GeometricGrowth, GrowingBatchSampler, VarianceGrowth
 
@@ -15,10 +16,12 @@ __all__ = [
     "GrowingBatchSampler",
     "HFOptimizer",
     "LBFGSPreconditioner",
+    "PeerError",
     "StepReport",
     "Stop",
     "VarianceGrowth",
     "__version__",
+    "check_replicas",
     "diagnose",
     "head",
     "save_atomically",

@@ -68,6 +68,23 @@ def group(given: Any, defaults: Mapping[str, Any]) -> None:
             )
 
 
+def shard_state(value: Any, group: Any, preconditioner: Any) -> None:
+    """Vectors can be cut over ranks where there are any, and the preconditioner knows of it."""
+    flag("shard_state", value)
+    if value and group is None:
+        raise ValueError(
+            "shard_state=True cuts vectors over the ranks of a process group, but process_group "
+            "is None. Pass process_group=torch.distributed.group.WORLD after init_process_group()."
+        )
+    if value and not hasattr(preconditioner, "space"):
+        raise ValueError(
+            f"The preconditioner {type(preconditioner).__name__} has no attribute `space`, but it "
+            "is given this rank's entries of each vector alone. Give it one (space = "
+            "torch_hf.reduce.LOCAL; the optimizer sets it) and take dot products by "
+            'self.space.dots(), or take "lbfgs", "diagonal" or "none".'
+        )
+
+
 # --- what a user hands to a step ------------------------------------------------------------
 
 
@@ -264,10 +281,29 @@ def gradients(found: Sequence[Tensor | None]) -> None:
         )
 
 
-def not_finite(loss: float) -> str:
+#: Said where per-case gradients are asked of parameters that fully_shard has cut.
+PER_CASE = (
+    "{what} needs gradients by case, which parameters sharded by fully_shard do not give: autograd "
+    'shows their gradients summed over cases and ranks alone. Take preconditioner="lbfgs" with '
+    'its base "identity" and GeometricGrowth, or a plain module with process_group and '
+    "shard_state=True."
+)
+
+
+def same_terms(found: Sequence[float]) -> None:
+    """All ranks average the terms of their losses alike."""
+    if any(not math.isclose(x, found[0], rel_tol=1e-6) for x in found):
+        raise ValueError(
+            "The losses of several ranks are averaged by number of cases, but the terms of this "
+            "loss have no number of cases in common over the ranks. Return the weight of each "
+            "batch with its loss: `return loss, outputs, cases`."
+        )
+
+
+def not_finite(loss: float, where: str = "") -> str:
     """What to say of a first step that cannot be judged."""
     return (
-        f"The closure's loss is {loss} at the present parameters, so no step can be judged. "
+        f"The closure's loss is {loss}{where} at the present parameters, so no step can be judged. "
         "Check the batch for NaN or Inf, and the loss for log(0) or a division by zero "
         "(F.cross_entropy and F.binary_cross_entropy_with_logits are safe forms)."
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -245,28 +245,30 @@ def under(nodes: Iterable[Any], stops: Any = ()) -> Iterator[Any]:
                 todo.append(fn)
 
 
-def weigh(
-    counts: Sequence[Cases], name: str, summed: Callable[[Sequence[float]], list[float]]
-) -> tuple[list[float], float]:
-    """Each batch's weight, so that the sum is the mean by cases, and the number of cases.
+def shares_of(counts: Sequence[Cases], name: str) -> list[float]:
+    """What each batch counts in the sum over batches, before it is divided by their sum.
 
     Args:
         counts: Of each batch.
         name: What the batches are called in an error.
-        summed: Numbers to their sums over processes.
 
     Raises:
-        ValueError: The batches have no number of cases in common, or no case at all.
+        ValueError: The batches have no number of cases in common.
     """
-    adds = counts[0].adds
-    if not adds and not comparable(counts):
+    if counts[0].adds:
+        return [1.0] * len(counts)
+    if not comparable(counts):
         raise ValueError(
             f"The losses of several {name} are averaged by number of cases, but the terms of "
             "this loss have no number of cases in common. Return the weight of each batch "
             "with its loss: `return loss, outputs, cases`."
         )
-    shares = [1.0 if adds else c.denominators[0] for c in counts]
-    total, divisor = summed([sum(c.number or 0.0 for c in counts), sum(shares)])
-    if divisor <= 0:
-        raise ValueError(f"The {name} hold no case at all. Leave out empty batches.")
-    return [x if adds else x / divisor for x in shares], total
+    return [c.denominators[0] for c in counts]
+
+
+def agreed_terms(counted: Cases) -> float:
+    """A number in which batches that can be averaged together agree."""
+    first = counted.denominators[0] if counted.denominators else 0.0
+    if counted.adds or not first:
+        return 0.0
+    return sum((i + 1) * d / first for i, d in enumerate(counted.denominators))

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_hf.reduce import LOCAL, Space
 from torch_hf.report import Stop
 
 #: True residuals every so many iterations (Shewchuk 1994, section B.2: about 50).
@@ -75,10 +76,11 @@ class _Solve:
     rz: float
     rr: float
     values: list[float]
+    space: Space
     kept: list[Iterate] = field(default_factory=list)
 
     def keep(self, iteration: int) -> None:
-        slope = float(torch.dot(self.g, self.d))
+        slope = self.space.dot(self.g, self.d)
         self.kept.append(Iterate(iteration, self.values[-1], slope, self.d.clone()))
 
 
@@ -92,6 +94,7 @@ def conjugate_gradients(
     tol: float = 5e-4,
     max_iter: int = 250,
     observe: Observer | None = None,
+    space: Space = LOCAL,
 ) -> CGResult:
     """Minimises ``q(d) = g^T d + 1/2 d^T A d``.
 
@@ -106,6 +109,7 @@ def conjugate_gradients(
         max_iter: The most iterations.
         observe: Told of each iteration's number (from 1), direction p and product A p, both
             its own to keep until the next product.
+        space: Takes the dot products, where vectors are spread over processes.
 
     Returns:
         The kept iterates, each a copy, and why the solve stopped.
@@ -118,8 +122,9 @@ def conjugate_gradients(
     """
     identity = preconditioner is None
     solve_with = preconditioner or torch.clone
-    state = _begin(operator, gradient, start, decay, solve_with)
-    floor = (RESIDUAL_ULPS * torch.finfo(gradient.dtype).eps) ** 2 * _dot(gradient, gradient)
+    state = _begin(operator, gradient, start, decay, solve_with, space)
+    square = space.dot(gradient, gradient)
+    floor = (RESIDUAL_ULPS * torch.finfo(gradient.dtype).eps) ** 2 * square
     grid = _grid()
     next_kept = next(grid)
     stop, i = Stop.MAX_ITER, 0
@@ -145,8 +150,8 @@ def conjugate_gradients(
     if not state.kept or state.kept[-1].iteration < i:
         state.keep(i)
     last = state.kept[-1]
-    if not (last.slope < 0 and math.isfinite(last.value)) and _dot(gradient, gradient) > 0:
-        state.kept = [_descent(operator, gradient, solve_with, i)]
+    if not (last.slope < 0 and math.isfinite(last.value)) and square > 0:
+        state.kept = [_descent(operator, gradient, solve_with, i, space)]
     return CGResult(state.kept, stop, i)
 
 
@@ -174,12 +179,13 @@ def _grid() -> Iterator[int]:
         j += 1
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(torch.dot(a, b))
-
-
 def _begin(
-    operator: Operator, g: Tensor, start: Tensor | None, decay: float, solve_with: Operator
+    operator: Operator,
+    g: Tensor,
+    start: Tensor | None,
+    decay: float,
+    solve_with: Operator,
+    space: Space,
 ) -> _Solve:
     if start is None:
         d, r = torch.zeros_like(g), -g
@@ -187,15 +193,16 @@ def _begin(
     else:
         d = start * decay
         r = operator(d).neg().sub_(g)
-        value = _value(g, d, r)
+        value = _value(g, d, r, space)
     z = solve_with(r)
-    rz, rr = torch.stack([torch.dot(r, z), torch.dot(r, r)]).tolist()
-    return _Solve(g, d, r, z.clone(), rz, rr, [value])  # p is edited, z may be r or a buffer
+    rz, rr = space.dots((r, z), (r, r)).tolist()
+    return _Solve(g, d, r, z.clone(), rz, rr, [value], space)  # p is edited, z may be r or a buffer
 
 
-def _value(g: Tensor, d: Tensor, r: Tensor) -> float:
+def _value(g: Tensor, d: Tensor, r: Tensor, space: Space) -> float:
     """q(d) from the residual: A d = -g - r."""
-    return 0.5 * (_dot(g, d) - _dot(r, d))
+    slope, rest = space.dots((g, d), (r, d)).tolist()
+    return float(0.5 * (slope - rest))
 
 
 def _iterate(
@@ -212,18 +219,15 @@ def _iterate(
     """
     s = state
     product = operator(s.p)
-    along = torch.dot(s.r, s.p)
-    curvature = torch.dot(s.p, product)
+    along, curvature = s.space.dots((s.r, s.p), (s.p, product))
     alpha = torch.where(curvature > 0, along / curvature, 0.0)
     s.d.addcmul_(s.p, alpha)
     s.r.addcmul_(product, -alpha)
     if number % REFRESH == 0:
         s.r = -s.g - operator(s.d)
     z = s.r if identity or solve_with is None else solve_with(s.r)
-    numbers = torch.stack(
-        [along, curvature, torch.dot(s.r, z), torch.dot(product, z), torch.dot(s.r, s.r)]
-    )
-    a, c, rz, zy, rr = (float(x) for x in numbers.tolist())
+    numbers = [along, curvature, *s.space.dots((s.r, z), (product, z), (s.r, s.r))]
+    a, c, rz, zy, rr = (float(x) for x in torch.stack(numbers).tolist())
     if not all(math.isfinite(x) for x in (a, c, rz, zy, rr)):
         return _retreat(s)
     if c <= 0:
@@ -231,7 +235,7 @@ def _iterate(
     if observe is not None:
         observe(number, s.p, product)
     s.values.append(
-        _value(s.g, s.d, s.r) if number % REFRESH == 0 else s.values[-1] - 0.5 * a * a / c
+        _value(s.g, s.d, s.r, s.space) if number % REFRESH == 0 else s.values[-1] - 0.5 * a * a / c
     )
     beta = -(a / c) * zy / s.rz if s.rz else 0.0
     torch.add(z, s.p, alpha=beta, out=s.p)
@@ -247,12 +251,14 @@ def _retreat(s: _Solve) -> Stop:
     return Stop.NON_FINITE
 
 
-def _descent(operator: Operator, g: Tensor, solve_with: Operator, iteration: int) -> Iterate:
+def _descent(
+    operator: Operator, g: Tensor, solve_with: Operator, iteration: int, space: Space
+) -> Iterate:
     """Down the preconditioned gradient, as far as curvature of the other sign would allow."""
     p = solve_with(-g)
-    if not -math.inf < _dot(g, p) < 0:
+    if not -math.inf < space.dot(g, p) < 0:
         p = -g
-    slope, curvature = _dot(g, p), _dot(p, operator(p))
+    slope, curvature = space.dot(g, p), space.dot(p, operator(p))
     if not math.isfinite(curvature):
         curvature = 0.0
     length = abs(slope / curvature) if curvature else 1.0

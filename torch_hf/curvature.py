@@ -10,13 +10,14 @@ from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.capture import Record
+from torch_hf.cases import Cases
 from torch_hf.differences import CentralDifference, DifferenceGaussNewton
 from torch_hf.factors import Block, averaged, measure
 from torch_hf.frozen import FrozenWorld
 from torch_hf.objective import Graph, Objective
-from torch_hf.per_case import EXPONENT, curvature_scale, squared_gradients
+from torch_hf.per_case import EXPONENT, squared_gradients, trace_and_slopes
 from torch_hf.products import BatchGaussNewton, BatchHessian, LocalProduct
-from torch_hf.reduce import Reducer
+from torch_hf.reduce import LOCAL, Reducer
 from torch_hf.split import Split, split_by_outputs
 from torch_hf.vector import ParameterVector
 
@@ -141,12 +142,20 @@ class ObjectiveOperator:
         self.vector = objective.vector
         self.curvature = curvature
         self.wanted = engine
-        self.engine = DIFFERENCES if engine == DIFFERENCES else DOUBLE_BACKWARD
+        by_differences = engine == DIFFERENCES or objective.vector.sums
+        self.engine = DIFFERENCES if by_differences else DOUBLE_BACKWARD
         self.products = 0
         self.split: Split | None = None
         self.decays = objective.decay
-        self.decay = objective.vector.spread(objective.decay)
+        decay = objective.vector.spread(objective.decay)
+        self.decay = objective.space.own(decay) if isinstance(decay, Tensor) else decay
         self._local: LocalProduct | None = None
+        counts = objective.reducer.attempt(self._prepare)
+        self.weights, self.cases = objective.curvature_weights(counts)
+
+    def _prepare(self) -> list[Cases]:
+        """Builds the product of a single batch; how many cases each batch has."""
+        objective = self.objective
         counts = []
         for i in range(len(objective.curvature_batches)):
             with objective.curvature_graph(i) as graph:
@@ -161,40 +170,64 @@ class ObjectiveOperator:
             self._local = local
         else:
             self.split = None
-        self.weights, self.cases = objective.curvature_weights(counts)
+        return counts
 
     def __call__(self, v: Tensor) -> Tensor:
-        """The product with a vector ``(P,)``, weight decay included."""
+        """The product with a vector of the objective's space, weight decay included."""
         self.products += 1
-        vector = self.objective.vector
-        tangents = vector.unflatten(v)
-        total = None
-        for i, weight in enumerate(self.weights):
-            if not weight and len(self.weights) > 1:  # a batch of ignored targets is all NaN
-                continue
-            part = vector.flatten(self._product(i, tangents))
-            part = part if weight == 1.0 else part * weight
-            total = part if total is None else total.add_(part)
-        assert total is not None
-        self.objective.reducer.vector(total)
+        objective = self.objective
+        tangents = objective.vector.unflatten(objective.space.whole(v))
+        total = objective.reducer.attempt(lambda: self._own_product(tangents))
+        total = objective.space.reduce(objective.vector.zeros() if total is None else total)
         if isinstance(self.decay, Tensor):
             return total.addcmul_(self.decay, v)
         return total.add_(v, alpha=self.decay) if self.decay else total
 
-    def diagonal(self, damping: float) -> Tensor:
-        """Martens' diagonal ``(mean g^2 + lambda)^0.75`` on the curvature batches, (P,)."""
+    def _own_product(self, tangents: list[Tensor]) -> Tensor:
+        """What this rank's batches add to a product; it uses the tangents up."""
         vector = self.objective.vector
-        total = vector.zeros()
+        total = None
+        for i, weight in enumerate(self.weights):
+            if not weight and not vector.sums:  # a batch of ignored targets is all NaN
+                continue
+            found = self._product(i, tangents)
+            if i == len(self.weights) - 1:
+                tangents.clear()  # a vector less while the product is put together
+            part = vector.flatten(found)
+            del found
+            part = part if weight == 1.0 or vector.sums else part * weight
+            total = part if total is None else total.add_(part)
+        return vector.zeros() if total is None else total
+
+    def diagonal(self, damping: float) -> Tensor:
+        """Martens' diagonal ``(mean g^2 + lambda)^0.75`` on the curvature batches.
+
+        The same over any split of the cases into batches and ranks, but for random signs.
+        """
+        objective = self.objective
+        found = objective.reducer.attempt(self._own_diagonal)
+        total, trace, slopes = found or (objective.vector.zeros(), 0.0, 0.0)
+        total, table = objective.space.reduce_with(total, [trace, slopes])
+        trace, slopes = (sum(column) for column in zip(*table, strict=True))
+        total = total * (trace / slopes if slopes > 0 else 0.0)
+        return (total + self.decay + damping).clamp_(min=torch.finfo(total.dtype).tiny) ** EXPONENT
+
+    def _own_diagonal(self) -> tuple[Tensor, float, float]:
+        """Squared gradients, the trace of H and the squared slopes over this rank's batches."""
+        vector = self.objective.vector
+        if vector.sums:
+            raise RuntimeError(_checks.PER_CASE.format(what="The diagonal preconditioner"))
+        total, trace, slopes = vector.zeros(), 0.0, 0.0
         for i, weight in enumerate(self.weights):
             if not weight:
                 continue
             with self.objective.curvature_graph(i) as graph:
                 heads = (self.split or self.objective.split(graph)).heads
                 squares = squared_gradients(heads, vector.params, graph.record.layers)
-                scale = weight * curvature_scale(heads, vector.params)
-                total.add_(vector.flatten(squares), alpha=scale)
-        self.objective.reducer.vector(total)
-        return (total + self.decay + damping).clamp_(min=torch.finfo(total.dtype).tiny) ** EXPONENT
+                total.add_(vector.flatten(squares), alpha=weight**2)
+                parts = trace_and_slopes(heads, vector.params)
+                trace, slopes = trace + weight * parts[0], slopes + weight**2 * parts[1]
+        return total, trace, slopes
 
     def factors(self, salt: int) -> list[Block]:
         """Kronecker factors of the layers on the curvature batches; none if no layer was seen.
@@ -202,8 +235,20 @@ class ObjectiveOperator:
         Args:
             salt: Another one draws other signs; see :mod:`torch_hf.signs`.
         """
+        objective = self.objective
+        if objective.vector.sums:  # of fully sharded layers no rank sees the whole
+            return []
+        found = objective.reducer.attempt(lambda: self._own_factors(salt))
+        blocks, rows = found or ([], self.vector.zeros()[:0])
+        seen, ranks = objective.reducer.numbers([len(blocks), 1.0])
+        if not seen or seen != len(blocks) * ranks:  # a rank without cases has no factors
+            return []
+        return averaged(blocks, rows, objective.reducer)
+
+    def _own_factors(self, salt: int) -> tuple[list[Block], Tensor]:
+        """Sums over this rank's batches, and each block's number of rows."""
         blocks: list[Block] = []
-        rows = self.vector.params[0].new_zeros(0)
+        rows = self.vector.zeros()[:0]
         for i, weight in enumerate(self.weights):
             if not weight:
                 continue
@@ -212,21 +257,19 @@ class ObjectiveOperator:
                     heads = (self.split or self.objective.split(graph)).heads
                 except RuntimeError:
                     if self.curvature == "hessian":  # a loss need not be split for its Hessian
-                        return []
+                        return [], rows
                     raise
-                found, count = measure(
-                    heads, self.objective.vector.params, graph.record.layers, salt
-                )
+                found, count = measure(heads, self.vector.params, graph.record.layers, salt)
             for block in found:
                 block.outputs *= weight
             if not blocks:
                 blocks, rows = found, count
             else:
-                rows += count
+                rows = rows + count
                 for total, part in zip(blocks, found, strict=True):
                     total.inputs += part.inputs
                     total.outputs += part.outputs
-        return averaged(blocks, rows, self.objective.reducer) if blocks else []
+        return blocks, rows
 
     def release(self) -> None:
         """Lets the kept graph go: parameters may be edited in place after this."""
@@ -251,12 +294,23 @@ class ObjectiveOperator:
         return BatchGaussNewton(self.split, self.objective.vector.params)
 
     def _by_differences(self, i: int, graph: Graph) -> LocalProduct:
-        objective, params = self.objective, self.objective.vector.params
+        objective, vector = self.objective, self.objective.vector
+        space = objective.space if vector.sums else LOCAL  # else values are whole on each rank
+
+        def scale() -> float:
+            return self.weights[i] if vector.sums else 1.0
+
         if self.curvature == "hessian":
-            return CentralDifference(lambda values: objective.gradient_at(i, values), params)
+            return CentralDifference(
+                lambda values: objective.gradient_at(i, values, scale()), vector.local, space
+            )
         self.split = objective.split(graph)
         return DifferenceGaussNewton(
-            self.split, params, lambda values: objective.outputs_at(i, values)
+            self.split,
+            vector,
+            lambda values: objective.outputs_at(i, values),
+            space,
+            scale,
         )
 
     def _instead(self, error: RuntimeError, i: int, graph: Graph) -> LocalProduct:

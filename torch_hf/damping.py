@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
+
+from torch_hf.reduce import LOCAL, Space
 
 #: Lambda of the first step in units of the curvature along the gradient.
 INITIAL = 1.0
@@ -18,18 +19,21 @@ ON_NEW_DATA = 0.5, 0.9
 EASY = 10.0
 
 
-def initial_damping(gradient: Tensor, product: Tensor) -> float:
+def initial_damping(gradient: Tensor, product: Tensor, space: Space = LOCAL) -> float:
     """The curvature along the gradient, ``g^T G g / g^T g``, so that the loss's scale is no matter.
 
     Args:
         gradient: g, of shape (P,).
         product: G g, of shape (P,).
+        space: Takes the dot products.
 
     Example:
+        >>> import torch
         >>> initial_damping(torch.tensor([2.0, 0.0]), torch.tensor([6.0, 0.0]))
         3.0
     """
-    along = float(torch.dot(gradient, product) / torch.dot(gradient, gradient))
+    bend, square = space.dots((gradient, product), (gradient, gradient))
+    along = float(bend / square)
     if not along or not math.isfinite(along):
         return 1.0
     return INITIAL * along if along > 0 else -2.0 * along  # G + lambda I mirrors it, never 0

@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import grad
 
+from torch_hf.reduce import LOCAL, Space
 from torch_hf.split import Split
+from torch_hf.vector import ParameterVector
 
 #: Values for the parameters to what is differentiated, by tensor.
 AtValues = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -28,8 +29,9 @@ class CentralDifference:
         RuntimeError: A parameter is in half precision, where differences are all rounding.
     """
 
-    def __init__(self, at: AtValues, params: Sequence[Tensor]) -> None:
+    def __init__(self, at: AtValues, params: Sequence[Tensor], space: Space = LOCAL) -> None:
         self.at = at
+        self.space = space
         self.values = [p.detach() for p in params]
         dtypes = [p.dtype for p in params]
         if any(d not in (torch.float32, torch.float64) for d in dtypes):
@@ -38,11 +40,11 @@ class CentralDifference:
                 "are lost in rounding. Keep the parameters in float32."
             )
         self.unit = max(torch.finfo(d).eps for d in dtypes) ** (1 / 3)
-        self.size = _norm(self.values)
+        self.size = self._norm(self.values)
 
     def __call__(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """The derivative, by tensor; None where there is none."""
-        length = _norm(tangents)
+        length = self._norm(tangents)
         if length == 0.0 or not math.isfinite(length):
             return [None if t is None else t * length for t in self.at(self.values)]
         step = self.unit * (1.0 + self.size) / length
@@ -53,17 +55,31 @@ class CentralDifference:
             for a, b in zip(ahead, behind, strict=True)
         ]
 
+    def _norm(self, tensors: Sequence[Tensor]) -> float:
+        norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors]
+        square = torch.stack(norms).square().sum()
+        return math.sqrt(float(self.space.sum(square)))
+
 
 class DifferenceGaussNewton:
     """G v of one batch: tangents of the outputs by differences, the rest on the kept graph.
 
     Args:
         split: Of the batch's kept graph.
-        params: The parameters.
+        vector: The parameters.
         outputs_at: Values for the parameters to the outputs of the split's heads.
+        space: Adds up squares over ranks that hold parts of the parameters.
+        scale: The factor on the product where it arrives summed over ranks.
     """
 
-    def __init__(self, split: Split, params: Sequence[Tensor], outputs_at: AtValues) -> None:
+    def __init__(
+        self,
+        split: Split,
+        vector: ParameterVector,
+        outputs_at: AtValues,
+        space: Space = LOCAL,
+        scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
         if split.remainders:
             raise RuntimeError(
                 "A term of the loss bypasses the outputs, and finite differences cannot take its "
@@ -73,8 +89,9 @@ class DifferenceGaussNewton:
         self.outputs = [z for head in self.heads for z in head.outputs]
         if any(z.dtype not in (torch.float32, torch.float64) for z in self.outputs):
             raise RuntimeError("Finite differences need outputs in float32 or float64.")
-        self.params = list(params)
-        self.push = CentralDifference(outputs_at, params)
+        self.vector = vector
+        self.scale = scale
+        self.push = CentralDifference(outputs_at, vector.local, space)
 
     def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The product, by parameter."""
@@ -83,9 +100,6 @@ class DifferenceGaussNewton:
         for head in self.heads:
             along = [next(pushed) for _ in head.outputs]
             curved.extend(head.hessian(*(t for t in along if t is not None)))
-        return grad(self.outputs, self.params, curved, retain_graph=True, allow_unused=True)
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    norms = [torch.linalg.vector_norm(t.detach(), dtype=torch.float64) for t in tensors]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+        if (scale := self.scale()) != 1.0:
+            curved = [c * scale for c in curved]
+        return self.vector.pull(self.outputs, curved, True)

@@ -97,7 +97,7 @@ def averaged(blocks: list[Block], rows: Tensor, reducer: Reducer) -> list[Block]
     """Sums over batches, summed over processes as well, as factors: inputs' means over rows."""
     tensors = [t for b in blocks for t in (b.inputs, b.outputs)]
     flat = torch.cat([*(t.reshape(-1) for t in tensors), rows.to(tensors[0].dtype)])
-    reducer.vector(flat)
+    flat, _ = reducer.vector(flat)
     *pieces, rows = torch.split(flat, [*(t.numel() for t in tensors), len(rows)])
     shaped = [p.view(t.shape) for p, t in zip(pieces, tensors, strict=True)]
     return [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_hf.factors import Block
+from torch_hf.reduce import LOCAL, Space
 
 if TYPE_CHECKING:
     from torch_hf.preconditioner import Curvature
@@ -69,6 +70,7 @@ class KroneckerPreconditioner:
         self._inverses: list[Inverse] = []
         self._count = 0  # of this run's iterations
         self._sizes: list[int] = []
+        self.space: Space = LOCAL  # where the vectors live, as the optimizer says
         self._rest: list[float] = []  # what parameters of no layer are divided by
 
     @property
@@ -102,6 +104,10 @@ class KroneckerPreconditioner:
         """The inverse times r; r itself where no layer is known."""
         if not self._inverses:
             return r
+        return self.space.own(self._solve(self.space.whole(r)))
+
+    def _solve(self, r: Tensor) -> Tensor:
+        """The inverses times a whole vector."""
         out, pieces = torch.empty_like(r), torch.split(r, self._sizes)
         done: set[int] = set()
         into = torch.split(out, self._sizes)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_hf.cg import Iterate
 from torch_hf.damping import reduction_ratio
+from torch_hf.reduce import LOCAL, Space
 
 #: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
 SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
@@ -62,6 +63,7 @@ def search(
     length: float,
     start_loss: float,
     damping: float,
+    space: Space = LOCAL,
 ) -> Move:
     """Backtracking, then the line search, and the ratio that the damping rule goes by.
 
@@ -71,6 +73,7 @@ def search(
         length: The factor on them to start from, ``lr``.
         start_loss: The loss at theta.
         damping: Lambda in the iterates' values of q.
+        space: Takes the dot products.
     """
     if length == 0.0:
         return Move(None, 0.0, start_loss, reason="lr is 0")
@@ -85,7 +88,7 @@ def search(
         length=length,
         first_loss=loss,
     )
-    predicted, floor = predict(chosen, length, damping)
+    predicted, floor = predict(chosen, length, damping, space)
     ratio = reduction_ratio(start_loss, loss, predicted)
     if step.length == 0.0:
         reason = f"no decrease of the loss along the direction in {MAX_TRIES} tries"
@@ -101,6 +104,7 @@ def scaled(
     rates: Tensor | float,
     gradient: Tensor,
     product: Callable[[Tensor], Tensor],
+    space: Space = LOCAL,
 ) -> tuple[Sequence[Iterate], float]:
     """CG's iterates under ``lr``, and the length to start the search from.
 
@@ -112,15 +116,16 @@ def scaled(
         rates: One for all parameters, or of shape (P,).
         gradient: g, of shape (P,).
         product: v to ``(G + lambda I) v``.
+        space: Where the vectors live.
     """
     if not isinstance(rates, Tensor):
         return iterates, rates
     last = iterates[-1]
-    d = last.vector * rates
-    slope = float(torch.dot(gradient, d))
+    d = last.vector * space.own(rates)
+    slope = space.dot(gradient, d)
     if not slope < 0:
         return iterates, float(rates.max())
-    bend = float(torch.dot(d, product(d)))
+    bend = space.dot(d, product(d))
     return [Iterate(last.iteration, slope + 0.5 * bend, slope, d)], 1.0
 
 
@@ -148,7 +153,9 @@ def same_value(first: float, second: float, dtype: torch.dtype) -> bool:
     return abs(first - second) <= 100 * torch.finfo(dtype).eps * max(abs(first), abs(second))
 
 
-def predict(chosen: Iterate, length: float, damping: float) -> tuple[float, float]:
+def predict(
+    chosen: Iterate, length: float, damping: float, space: Space = LOCAL
+) -> tuple[float, float]:
     """The change that the model predicts for ``length * d``, and the lambda lost in rounding.
 
     The model is q without the damping term: lambda stands for what the model does not know,
@@ -156,7 +163,7 @@ def predict(chosen: Iterate, length: float, damping: float) -> tuple[float, floa
     while it still does the work (``docs/design.md`` has the figures).
     """
     bend = chosen.value - chosen.slope  # 1/2 d^T (G + lambda I) d
-    square = float(torch.dot(chosen.vector, chosen.vector))
+    square = space.dot(chosen.vector, chosen.vector)
     undamped = bend - 0.5 * damping * square
     floor = torch.finfo(chosen.vector.dtype).eps * abs(2.0 * bend) / square if square else 0.0
     return length * chosen.slope + length**2 * undamped, floor

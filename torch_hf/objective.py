@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.capture import Capture, Record
-from torch_hf.cases import Cases, count_cases, weigh
+from torch_hf.cases import Cases, agreed_terms, count_cases, shares_of
 from torch_hf.frozen import FrozenWorld
 from torch_hf.per_case import variance_over_cases
-from torch_hf.reduce import Reducer
+from torch_hf.reduce import Reducer, Space, space_of, unreduced
 from torch_hf.split import Split, split_by_calls, split_by_outputs
 from torch_hf.vector import ParameterVector
 
@@ -38,11 +39,28 @@ class Value(NamedTuple):
     """The objective and its gradient at the present parameters."""
 
     loss: float
-    gradient: Tensor  # (P,), weight decay included
-    plain_gradient: list[Tensor | None]  # as .grad shows it: the closure's own
+    gradient: Tensor  # what this rank holds of (P,), weight decay included
+    plain_gradient: Callable[[], list[Tensor | None]]  # as .grad shows it: the closure's own
     gradient_norm: float
     cases: float
     returned: Any
+    where: str = ""  # the ranks whose loss is not finite
+
+
+class Found(NamedTuple):
+    """What the first run came to on this rank: sums over its batches, by their shares."""
+
+    gradient: list[Tensor | None]
+    losses: list[float]
+    counts: list[Cases]
+    shares: list[float]
+    returned: Any
+
+    def numbers(self) -> list[float]:
+        """Loss, cases, shares, and what must agree on all ranks."""
+        loss = sum(s * x for s, x in zip(self.shares, self.losses, strict=True) if s)
+        cases = sum(c.number or 0.0 for c in self.counts)
+        return [loss, cases, sum(self.shares), agreed_terms(self.counts[0])]
 
 
 class Objective:
@@ -59,6 +77,7 @@ class Objective:
         layers: Whether graphs keep the inputs and outputs of linear layers.
         fast_convolutions: Whether convolutions take the rule for Gauss-Newton products.
         reducer: Sums over processes.
+        space: Where vectors live; None for whole on each rank.
     """
 
     def __init__(
@@ -74,6 +93,7 @@ class Objective:
         layers: bool = False,
         fast_convolutions: bool = True,
         reducer: Reducer,
+        space: Space | None = None,
     ) -> None:
         self.closure = closure
         self.vector = vector
@@ -85,31 +105,69 @@ class Objective:
                 "takes one batch: step(closure, batches=[batch], curvature_batches=[part])."
             )
         _checks.takes_batch(closure, batches is not None)
-        self.batches = [_NO_BATCH] if batches is None else _checks.listed("batches", batches)
-        self.curvature_batches = self.batches
-        if curvature_batches is not None:
-            self.curvature_batches = _checks.listed("curvature_batches", curvature_batches)
+        self.reducer = reducer
+        self.space = space or space_of(reducer, vector)
+        self.batches = self._listed("batches", batches) or [_NO_BATCH]
+        self.curvature_batches = self._listed("curvature_batches", curvature_batches)
+        self.curvature_batches = self.curvature_batches or self.batches
         self.decay = decay
         self.sign = -1.0 if maximize else 1.0
         self.layers = layers
         self.fast_convolutions = fast_convolutions
-        self.reducer = reducer
         self.needs_graph = False
         self.accumulates = False  # whether backward() found gradients that were not cleared
-        self.weights: list[float] = []
+        self.shares: list[float] = []
+        self.divisor = 1.0
+        self.weights: list[float] = []  # shares over the divisor
         self.cases = 0.0
         self.kept: Graph | None = None  # the graph of a single batch, for the curvature
         self.evaluations = 0
 
+    def _listed(self, name: str, batches: Iterable[Any] | None) -> list[Any]:
+        if batches is None:
+            return []
+        return self.reducer.attempt(lambda: _checks.listed(name, batches)) or []
+
     # --- the first run: loss and gradient ---
 
-    def value(self) -> Value:
+    def value(self, check: Callable[[], None] = lambda: None) -> Value:
         """Runs the closure on all batches for the loss and its gradient.
+
+        Args:
+            check: Called where the closure leaves gradients as it finds them.
 
         Raises:
             TypeError, ValueError, RuntimeError: The closure returned something unusable; the
-                message says what was expected.
+                message says what was expected. What one rank raises, all raise.
         """
+        found = self.reducer.attempt(lambda: self._first_run(check))
+        if found is None:  # another rank may still be well: it learns of this in the sum
+            found = Found([None] * len(self.vector.params), [], [Cases(None, True)], [], None)
+        flat = self.vector.flatten(found.gradient)
+        reached = [g is not None or self.reducer.group is not None for g in found.gradient]
+        flat, table = self.space.reduce_with(flat, found.numbers())
+        loss, self.cases, divisor = (sum(column) for column in list(zip(*table, strict=True))[:3])
+        if found.counts[0].adds or self._alone():
+            divisor = 1.0
+        elif divisor <= 0:
+            raise ValueError("The batches hold no case at all. Leave out empty batches.")
+        _checks.same_terms([row[3] for row in table if row[2]])
+        self.shares, self.divisor = found.shares, divisor
+        self.weights = [s / divisor for s in found.shares]
+        if divisor != 1.0:
+            loss, flat = loss / divisor, flat.div_(divisor)
+        returned = found.returned
+        if len(found.losses) > 1:
+            dtype, device = self.vector.dtype, self.vector.device
+            returned = torch.tensor(self.sign * loss, dtype=dtype, device=device)
+        plain = self._plain(flat, reached)
+        self._add_decay(flat)
+        full = loss + self._decay_loss()
+        norm = self.space.norm(flat)
+        where = self.reducer.named([i for i, row in enumerate(table) if not math.isfinite(row[0])])
+        return Value(full, flat, plain, norm, self.cases or 1.0, returned, where)
+
+    def _first_run(self, check: Callable[[], None]) -> Found:
         gradient: list[Tensor | None] = [None] * len(self.vector.params)
         losses, counts, returned = [], [], None
         with self.world.first_run():
@@ -122,27 +180,23 @@ class Objective:
                 if i == 0:
                     returned = parse_loss(graph.returned)
                 self.world.mark()
-        self.weights, self.cases = self._weigh(counts, "batches")
-        shares = [self._share(c, c.adds) for c in counts]
-        scale = next((w / s for w, s in zip(self.weights, shares, strict=True) if s), 1.0)
-        loss = sum(w * x for w, x in zip(self.weights, losses, strict=True) if w)
-        (loss,) = self.reducer.numbers([loss])
-        plain = [None if g is None else g.mul_(scale) for g in gradient] if scale != 1 else gradient
-        flat = self.reducer.vector(self.vector.flatten(plain))
-        plain = self._plain(plain, flat)
-        self._add_decay(flat)
-        if len(losses) > 1:
-            dtype, device = self.vector.dtype, self.vector.device
-            returned = torch.tensor(self.sign * loss, dtype=dtype, device=device)
-        norm = float(torch.linalg.vector_norm(flat, dtype=torch.float64))
-        full = loss + self._decay_loss()
-        return Value(full, flat, plain, norm, self.cases, returned)
+        message = "" if self.reducer.group else unreduced(self.world.buffers.seen)
+        if message:
+            raise RuntimeError(message)
+        if self.accumulates:
+            check()
+        shares = [1.0] if self._alone() else shares_of(counts, "batches")
+        return Found(gradient, losses, counts, shares, returned)
+
+    def _alone(self) -> bool:
+        """Whether there is but one batch of one process, which needs no weight."""
+        return len(self.batches) == 1 and self.reducer.group is None
 
     def _add_gradient(self, total: list[Tensor | None], graph: Graph, share: float) -> None:
         """One batch's gradient onto the sum so far, so that no two batches' are held."""
         keep = len(self.batches) == 1 and not self.own_curvature_batches
-        params = self.vector.params
-        found = torch.autograd.grad(graph.loss, params, retain_graph=keep, allow_unused=True)
+        inside, share = (share, 1.0) if self.vector.sums else (1.0, share)
+        found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, inside)], keep)
         _checks.gradients(found)
         self.kept = graph if keep else None
         for i, g in enumerate(found):
@@ -153,20 +207,19 @@ class Objective:
 
     def _share(self, cases: Cases, adds: bool) -> float:
         """What a batch counts before the sum over batches is divided."""
-        alone = len(self.batches) == 1 and self.reducer.group is None
-        if alone or adds or not cases.denominators:
+        if self._alone() or adds or not cases.denominators:
             return 1.0
         return cases.denominators[0]
-
-    def _weigh(self, counts: list[Cases], name: str) -> tuple[list[float], float]:
-        if len(counts) == 1 and self.reducer.group is None:
-            return [1.0], counts[0].number or 1.0
-        return weigh(counts, name, self.reducer.numbers)
 
     # --- weight decay ---
 
     def _decay_loss(self) -> float:
-        pairs = [(d, p) for d, p in zip(self.decay, self.vector.params, strict=True) if d]
+        """The penalty; of sharded parameters that on all ranks."""
+        own = self._own_decay_loss()
+        return self.reducer.numbers([own])[0] if self.vector.sums and any(self.decay) else own
+
+    def _own_decay_loss(self) -> float:
+        pairs = [(d, p) for d, p in zip(self.decay, self.vector.local, strict=True) if d]
         if not pairs:
             return 0.0
         with torch.no_grad():
@@ -174,24 +227,37 @@ class Objective:
         return 0.5 * float(torch.stack(squares).sum())
 
     def _add_decay(self, flat: Tensor) -> None:
-        for d, p, g in zip(self.decay, self.vector.params, self.vector.views(flat), strict=True):
+        vector = self.vector
+        whole = flat if flat.numel() == vector.numel else vector.zeros()
+        for d, p, g in zip(self.decay, vector.local, vector.views(whole), strict=True):
             if d:
                 g.add_(p.detach(), alpha=d)
+        if whole is not flat:
+            flat.add_(self.space.own(whole))
 
-    def _plain(self, found: list[Tensor | None], flat: Tensor) -> list[Tensor | None]:
-        """The closure's own gradient as ``.grad`` shows it; where that is ``flat``, its views."""
-        if self.reducer.group is not None:  # ranks may differ in what their loss reaches
-            return list(self.vector.unflatten(flat * self.sign))
-        if self.sign == -1.0 or any(self.decay) or self.vector.mixed:
-            return [None if g is None else g * self.sign for g in found]
-        views = self.vector.views(flat)
-        return [None if g is None else v for g, v in zip(found, views, strict=True)]
+    def _plain(self, flat: Tensor, reached: list[bool]) -> Callable[[], list[Tensor | None]]:
+        """The closure's own gradient as ``.grad`` shows it: views of ``flat`` where it is that."""
+        vector, space, sign = self.vector, self.space, self.sign
+        own = flat.clone() if any(self.decay) else flat
+
+        def gradients() -> list[Tensor | None]:
+            whole = space.whole(own if sign == 1.0 else own * sign)
+            found = vector.gradients(whole)
+            return [g if r else None for g, r in zip(found, reached, strict=True)]
+
+        return gradients
 
     # --- trial points ---
 
     def loss(self) -> float:
         """The objective at whatever values the parameters hold now, without a graph if it can."""
         self.evaluations += 1
+        weighted = self.reducer.attempt(self._own_loss)
+        penalty = self._own_decay_loss() * self.space.share
+        total, penalty = self.reducer.numbers([0.0 if weighted is None else weighted, penalty])
+        return total / self.divisor + penalty
+
+    def _own_loss(self) -> float:
         if not self.needs_graph:
             try:
                 return self._loss(grad=False)
@@ -207,9 +273,7 @@ class Objective:
             for batch in self.batches:
                 capture = Capture(self.vector.params, calls=False)
                 losses.append(self._objective(self._call(capture, batch)).detach())
-        weighted = sum(w * float(x) for w, x in zip(self.weights, losses, strict=True) if w)
-        (total,) = self.reducer.numbers([weighted])
-        return total + self._decay_loss()
+        return sum(s * float(x) for s, x in zip(self.shares, losses, strict=True) if s)
 
     def gradient_variance(self, here: Value) -> float:
         """The L1 norm of the gradient's variance over cases, ``sum_j Var_i g_ij``.
@@ -217,6 +281,13 @@ class Objective:
         Source: Byrd, Chin, Nocedal & Wu 2012, "Sample size selection in optimization methods
         for machine learning", section 3.
         """
+        total = self.reducer.attempt(self._own_variance)
+        (total,) = self.reducer.numbers([total or 0.0])
+        return total * here.cases
+
+    def _own_variance(self) -> float:
+        if self.vector.sums:
+            raise RuntimeError(_checks.PER_CASE.format(what="VarianceGrowth"))
         total = 0.0
         shared = self.kept is not None and not self.own_curvature_batches
         for i, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
@@ -227,8 +298,7 @@ class Objective:
             assert graph is not None
             heads = self.split(graph).heads
             total += weight**2 * variance_over_cases(heads, self.vector.params)
-        (total,) = self.reducer.numbers([total])
-        return total * here.cases
+        return total
 
     # --- graphs ---
 
@@ -239,15 +309,29 @@ class Objective:
             graph = self._run(self.batches[0])
         yield graph
 
-    def curvature_weights(self, counts: list[Cases]) -> tuple[list[float], float]:
+    def curvature_weights(self, counts: list[Cases] | None) -> tuple[list[float], float]:
         """Each curvature batch's weight, and the number of cases in all.
 
         Where losses add, the sum over a sample stands for the sum over all cases.
+
+        Args:
+            counts: Of this rank's batches; None where it failed, which all learn of here.
         """
-        weights, cases = self._weigh(counts, "curvature_batches")
-        if self.own_curvature_batches and counts[0].adds:
-            weights = [w * self.cases / cases for w in weights]
-        return weights, cases
+        if counts and len(counts) == 1 and self.reducer.group is None:
+            shares = [1.0]
+        else:
+            name = "curvature_batches"
+            shares = self.reducer.attempt(lambda: shares_of(counts or [], name)) or []
+        own = sum(c.number or 0.0 for c in counts or [])
+        cases, divisor = self.reducer.numbers([own, sum(shares)])
+        assert counts is not None
+        if divisor <= 0:
+            raise ValueError("The curvature_batches hold no case at all. Leave out empty batches.")
+        if not counts[0].adds:
+            return [x / divisor for x in shares], cases or 1.0
+        if self.own_curvature_batches:
+            return [x * self.cases / cases for x in shares], cases
+        return shares, cases or 1.0
 
     @contextmanager
     def curvature_graph(self, i: int) -> Iterator[Graph]:
@@ -264,10 +348,10 @@ class Objective:
         with self._graph_at(i, values) as graph:
             return [z.detach() for head in self.split(graph).heads for z in head.outputs]
 
-    def gradient_at(self, i: int, values: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradient on curvature batch ``i``, with other values in the parameters."""
+    def gradient_at(self, i: int, values: Sequence[Tensor], scale: float) -> list[Tensor | None]:
+        """The gradient on curvature batch ``i`` times ``scale``, at other parameters."""
         with self._graph_at(i, values) as graph:
-            found = torch.autograd.grad(graph.loss, self.vector.params, allow_unused=True)
+            found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, scale)], False)
             return [None if g is None else g.detach() for g in found]
 
     @contextmanager

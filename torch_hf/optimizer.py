@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from inspect import signature
 from typing import Any, NoReturn
 from weakref import ref
@@ -24,9 +26,17 @@ from torch_hf.line_search import Move, doubtful, repeats, same_value, scaled, se
 from torch_hf.objective import Objective, Value
 from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import Preconditioner, make_preconditioner, most_iterations
-from torch_hf.reduce import Reducer
+from torch_hf.reduce import (
+    PeerError,
+    Reducer,
+    Sharded,
+    Space,
+    check_group,
+    parameter_vector,
+    space_of,
+)
 from torch_hf.report import Requests, StepReport
-from torch_hf.state import check_state, pack, unpack
+from torch_hf.state import check_state, pack, unpack, whole_state
 from torch_hf.vector import ParameterVector
 
 #: After so many rejections in a row a warning says what to look at.
@@ -63,7 +73,9 @@ class HFOptimizer(Optimizer):
             2010, section 4.8; 0.95 in Martens & Sutskever 2012). 0 starts at zero.
         maximize: Maximise the closure's objective.
         process_group: A ``torch.distributed`` group over which loss, gradient and products are
-            averaged by cases; None for one process.
+            averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
+        shard_state: Cuts CG's vectors and the L-BFGS pairs over the ranks of ``process_group``.
+            Then every rank must call ``state_dict`` (``docs/distributed.md``).
 
     Raises:
         TypeError, ValueError: An argument is not what is said above; the message says which.
@@ -100,6 +112,7 @@ class HFOptimizer(Optimizer):
         cg_decay: float = 0.95,
         maximize: bool = False,
         process_group: Any = None,
+        shard_state: bool = False,
         **unsupported: NoReturn,
     ) -> None:
         _foreign.keywords(unsupported, list(signature(HFOptimizer).parameters)[1:-1])
@@ -121,13 +134,16 @@ class HFOptimizer(Optimizer):
         self.preconditioner = make_preconditioner(preconditioner, history_size)
         defaults["preconditioner"] = type(self.preconditioner).__name__
         defaults["history_size"] = getattr(self.preconditioner, "history_size", 0)
+        check_group(process_group)
+        _checks.shard_state(shard_state, process_group, self.preconditioner)
         self.curvature = curvature
         self.process_group = process_group
+        self.shard_state = shard_state
         self.last_report: StepReport | None = None
         self._requests = Requests()
         self._start: Tensor | None = None
         super().__init__(params, defaults)
-        ParameterVector(self._trainable())  # complains now rather than at the first step
+        self._vector()  # complains now rather than at the first step
 
     _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
 
@@ -163,7 +179,7 @@ class HFOptimizer(Optimizer):
         if closure is None:
             return self._initialise()
         clock = Clock(("gradient", "products", "preconditioner", "evaluations"))
-        vector = ParameterVector(self._trainable())
+        vector = self._vector()
         world = FrozenWorld(vector.device)
         gradients = [p.grad for p in vector.params]
         objective = forgotten = None
@@ -172,9 +188,7 @@ class HFOptimizer(Optimizer):
             objective = self._objective(closure, batches, curvature_batches, vector, world)
             with world.arithmetic():
                 with clock.part("gradient"):
-                    here = objective.value()
-                if objective.accumulates:
-                    _checks.accumulated(gradients, self._left)
+                    here = objective.value(lambda: _checks.accumulated(gradients, self._left))
                 outcome = self._decide(objective, here, clock)
         except BaseException as error:
             self.preconditioner.abandon()
@@ -184,10 +198,10 @@ class HFOptimizer(Optimizer):
             world.undo()
             for p, g in zip(vector.params, gradients, strict=True):
                 p.grad = g
-            if message := explain(error, objective):
+            if not isinstance(error, PeerError) and (message := explain(error, objective)):
                 raise RuntimeError(message) from error
             raise
-        self._commit(vector, here, outcome)
+        self._commit(vector, objective.space, here, outcome)
         world.settle(counts=math.isfinite(here.loss))
         state = self.param_groups[0]
         self.last_report = outcome.report(state["steps"], objective, here, clock, self._requests)
@@ -200,7 +214,7 @@ class HFOptimizer(Optimizer):
 
     def _decide(self, objective: Objective, here: Value, clock: Clock) -> Outcome:
         """Everything that is computed; nothing that lasts is changed."""
-        vector = objective.vector
+        vector, space = objective.vector, objective.space
         reason = self._no_step(here)
         if reason:
             move = Move(None, 0.0, here.loss, reason=reason)
@@ -214,7 +228,7 @@ class HFOptimizer(Optimizer):
         same_data = last is not None and same_value(here.loss, last, vector.dtype)
         if damping is None:
             with clock.part("products"):
-                damping = initial_damping(here.gradient, curvature(here.gradient))
+                damping = initial_damping(here.gradient, curvature(here.gradient), space)
 
         def damped(v: Tensor) -> Tensor:
             return curvature(v).add_(v, alpha=damping)
@@ -222,15 +236,16 @@ class HFOptimizer(Optimizer):
         solution = self._solve(curvature, here, damped, damping, same_data, clock)
         with clock.part("products"):
             rates = vector.spread([float(g["lr"]) for g, _ in self._owned()])
-            candidates, length = scaled(solution.iterates, rates, here.gradient, damped)
+            candidates, length = scaled(solution.iterates, rates, here.gradient, damped, space)
         curvature.release()  # trial values in the parameters would spoil the kept graph
+        whole = lru_cache(maxsize=1)(space.whole)  # of a direction tried at several lengths
         with vector.trial() as trial, clock.part("evaluations"):
 
             def loss_along(direction: Tensor, length: float) -> float:
-                trial.place(direction, length)
+                trial.place(whole(direction), length)
                 return objective.loss()
 
-            move = search(loss_along, candidates, length, here.loss, damping)
+            move = search(loss_along, candidates, length, here.loss, damping, space)
             if doubtful(move) and not repeats(loss_along, solution.last.vector):
                 reason = f"{move.reason}. " if move.reason else ""
                 move = move._replace(reason=reason + _checks.NOT_DETERMINISTIC)
@@ -240,8 +255,8 @@ class HFOptimizer(Optimizer):
         """Why there is nothing to solve; empty where there is."""
         if not math.isfinite(here.loss):
             if not self.param_groups[0]["steps"]:  # nothing has ever worked: that is bad input
-                raise RuntimeError(_checks.not_finite(here.loss))
-            return f"the loss before the step is {here.loss}"
+                raise RuntimeError(_checks.not_finite(here.loss, here.where))
+            return f"the loss before the step is {here.loss}{here.where}"
         if here.gradient_norm == 0.0:
             return "the gradient is zero"
         if not math.isfinite(here.gradient_norm):
@@ -270,13 +285,15 @@ class HFOptimizer(Optimizer):
             tol=options["cg_tol"],
             max_iter=options["cg_max_iter"] or most_iterations(self.preconditioner, same_data),
             observe=clock.timed("preconditioner", self.preconditioner.observe),
+            space=curvature.objective.space,
         )
 
-    def _commit(self, vector: ParameterVector, here: Value, outcome: Outcome) -> None:
+    def _commit(self, vector: ParameterVector, space: Space, here: Value, outcome: Outcome) -> None:
         """The only place where parameters and the state for the next step change."""
         move, solution = outcome.move, outcome.solution
+        gradients = here.plain_gradient()
         if move.direction is not None:
-            vector.move(move.direction, move.length)
+            vector.move(space.whole(move.direction), move.length)
         if solution is not None:
             self.preconditioner.end()
         state = self.param_groups[0]
@@ -287,8 +304,8 @@ class HFOptimizer(Optimizer):
         for group in self.param_groups:
             group["damping"] = outcome.next_damping()
         state["steps"] += 1
-        pack(self.state, vector, self._start, self.preconditioner)
-        for p, g in zip(vector.params, here.plain_gradient, strict=True):
+        pack(self.state, vector, self._start, self.preconditioner, space)
+        for p, g in zip(vector.params, gradients, strict=True):
             p.grad = g
         self._left = [ref(p.grad) for p in vector.params if p.grad is not None]
 
@@ -301,6 +318,21 @@ class HFOptimizer(Optimizer):
         """Trainable parameters, each with its group."""
         return [(g, p) for g in self.param_groups for p in g["params"] if p.requires_grad]
 
+    def _vector(self) -> ParameterVector:
+        vector = parameter_vector(self._trainable())
+        if vector.sums:
+            _checks.shard_state(True, vector, self.preconditioner)
+        return vector
+
+    def _space(self, vector: ParameterVector) -> tuple[Reducer, Space]:
+        """Who adds up over ranks, and where the vectors of this step live."""
+        group = getattr(vector, "group", self.process_group)
+        reducer = Reducer(group, vector.device, inside=vector.sums)
+        space = space_of(reducer, vector, self.shard_state)
+        if hasattr(self.preconditioner, "space"):
+            self.preconditioner.space = space
+        return reducer, space
+
     def _objective(
         self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
     ) -> Objective:
@@ -308,6 +340,8 @@ class HFOptimizer(Optimizer):
         _checks.accumulates(batches)
         for group in self.param_groups:
             _checks.options(group)
+        reducer, space = self._space(vector)
+        vector.modules = world.buffers.seen
         return Objective(
             closure,
             vector,
@@ -318,7 +352,8 @@ class HFOptimizer(Optimizer):
             maximize=self.param_groups[0]["maximize"],
             layers=self.preconditioner.wants_layers,
             fast_convolutions=self.curvature == "ggn",
-            reducer=Reducer(self.process_group, vector.device),
+            reducer=reducer,
+            space=space,
         )
 
     def _forget_if_stale(self, vector: ParameterVector) -> tuple[Tensor | None, Any] | None:
@@ -339,7 +374,8 @@ class HFOptimizer(Optimizer):
         """``step()`` without a closure: what distributed checkpointing does to make state."""
         params = self._trainable()
         _checks.no_closure(params, [g["lr"] for g in self.param_groups])
-        pack(self.state, ParameterVector(params), self._start, self.preconditioner)
+        vector = self._vector()
+        pack(self.state, vector, self._start, self.preconditioner, self._space(vector)[1])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim``; a group may have its own ``lr`` and ``weight_decay``."""
@@ -353,11 +389,32 @@ class HFOptimizer(Optimizer):
             ValueError: An entry does not fit these parameters or options; the message says which.
         """
         check_state(state_dict, self.param_groups, self.defaults)
-        super().load_state_dict(state_dict)
-        vector = ParameterVector(self._trainable())
-        self._start = unpack(self.state, state_dict, self.param_groups, vector, self.preconditioner)
-        pack(self.state, vector, self._start, self.preconditioner)
+        vector = self._vector()
+        _, space = self._space(vector)
+        whole = state_dict | {"state": {}} if space.sharded else state_dict
+        super().load_state_dict(whole)  # of what is sharded no rank is to hold all
+        self._start = unpack(state_dict, self.param_groups, vector, self.preconditioner, space)
+        pack(self.state, vector, self._start, self.preconditioner, space)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim``, vectors by parameter.
+
+        With ``shard_state`` every rank must call it: the parts are gathered, into host memory, so
+        that the state fits any number of ranks.
+        """
+        vector = self._vector()
+        _, space = self._space(vector)
+        if not isinstance(space, Sharded) or not self.state:
+            return super().state_dict()
+        kept = self.state
+        try:
+            self.state = defaultdict(dict)
+            self.state |= whole_state(vector, self._start, self.preconditioner, space)
+            return super().state_dict()
+        finally:
+            self.state = kept
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("preconditioner", "curvature", "process_group", "last_report", "_requests", "_start")
+        own = ["preconditioner", "curvature", "process_group", "shard_state"]
+        own += ["last_report", "_requests", "_start"]
         return super().__getstate__() | {name: getattr(self, name) for name in own}

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torch_hf.reduce import LOCAL, Space
+
 Operator = Callable[[Tensor], Tensor]
 
 #: Pairs with s^T y at or below this times |s| |y| are left out: no curvature, or rounding.
@@ -111,9 +113,17 @@ class CompactInverse:
         pairs: A complete selection.
         damping: Lambda of the operator to be preconditioned.
         base: r of shape (P,) to B r, ``H0 = gamma B``; None for the identity.
+        space: Where the vectors live; it adds up the small products.
     """
 
-    def __init__(self, pairs: PairSelection, damping: float, base: Operator | None) -> None:
+    def __init__(
+        self,
+        pairs: PairSelection,
+        damping: float,
+        base: Operator | None,
+        space: Space = LOCAL,
+    ) -> None:
+        self.space = space
         self.s, self.y, order = pairs.stores()
         self.shift = damping - pairs.damping
         self.base = base
@@ -129,11 +139,14 @@ class CompactInverse:
         """H r, for r of shape (P,)."""
         if not self.usable:
             return r.clone() if self.base is None else self.base(r)
-        a = self.s @ r
         if self.base is None:
-            b = self.gamma * (self.y @ r + self.shift * a)
+            a, y = self._products((self.s, r), (self.y, r))
+            b = self.gamma * (y + self.shift * a)
         else:
-            b = self.gamma * self._present(self.base(r))
+            base = self.base(r)
+            shifted = [(self.s, base)] if self.shift else []
+            a, b, *sb = self._products((self.s, r), (self.y, base), *shifted)
+            b = self.gamma * (b + self.shift * sb[0] if self.shift else b)
         c1 = self._c1a @ a + self._c1b @ b
         c2 = self._c2a @ a
         inner = torch.addmv(r, self.y.T, c2)
@@ -144,24 +157,26 @@ class CompactInverse:
             inner.addmv_(self.s.T, c2, alpha=self.shift)
         return torch.addmv(self.base(inner), self.s.T, c1, beta=self.gamma)
 
-    def _present(self, v: Tensor) -> Tensor:
-        """Y v at the present lambda."""
-        product = self.y @ v
-        return product.add_(self.s @ v, alpha=self.shift) if self.shift else product
+    def _products(self, *pairs: tuple[Tensor, Tensor]) -> Tensor:
+        """Rows times vectors, added up over ranks in one small sum."""
+        cut = self.space.cut
+        return self.space.sum(torch.stack([cut(rows) @ cut(v) for rows, v in pairs]))
 
     def _gram(self) -> tuple[Tensor, Tensor, Tensor]:
         """S Y^T, S S^T and Y Y^T with Y at the present lambda."""
-        ss = (self.s @ self.s.T).double()
-        sy = (self.s @ self.y.T).double()
-        yy = (self.y @ self.y.T).double()
+        s, y = self.space.cut(self.s), self.space.cut(self.y)
+        ss, sy, yy = self.space.sum(torch.stack([s @ s.T, s @ y.T, y @ y.T]).double())
         yy = yy + self.shift * (sy + sy.T) + self.shift**2 * ss
         return sy + self.shift * ss, ss, yy
 
     def _based(self, base: Operator) -> Tensor:
         """Y B Y^T with Y at the present lambda, a row at a time."""
-        pairs = zip(self.s, self.y, strict=True)
-        rows = [self._present(base(y.add(s, alpha=self.shift))) for s, y in pairs]
-        gram = torch.stack(rows).double()
+        cut, rows = self.space.cut, []
+        for s, y in zip(self.s, self.y, strict=True):
+            image = cut(base(y.add(s, alpha=self.shift)))
+            row = cut(self.y) @ image
+            rows.append(row.add_(cut(self.s) @ image, alpha=self.shift) if self.shift else row)
+        gram = self.space.sum(torch.stack(rows).double())
         return 0.5 * (gram + gram.T)
 
     def _factor(self, sy: Tensor, yhy: Tensor) -> None:

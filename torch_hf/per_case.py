@@ -27,16 +27,16 @@ EXPONENT = 0.75
 SHRINKAGE = 2.0 / 3.0
 
 
-def curvature_scale(heads: Sequence[Head], params: Sequence[Tensor]) -> float:
-    """What turns sums of squared gradients into curvature: ``tr H / sum |dL/dz|^2``.
+def trace_and_slopes(heads: Sequence[Head], params: Sequence[Tensor]) -> tuple[float, float]:
+    """What turns sums of squared gradients into curvature: ``tr H`` over ``sum |dL/dz|^2``.
 
     Squared gradients scale with the square of the loss, lambda with the loss; times this
-    ratio, both taken in output space, they scale alike.
+    ratio, both taken in output space, they scale alike. Over batches the two are added up first.
     """
     heads = over_cases(heads, params)
     trace = sum(float(h.trace()) for h in heads)
     slopes = sum(float(s.double().square().sum()) for h in heads for s in h.gradient())
-    return trace / slopes if slopes > 0 else 0.0
+    return trace, slopes
 
 
 def squared_gradients(

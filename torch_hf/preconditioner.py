@@ -15,6 +15,7 @@ from torch import Tensor
 from torch_hf.factors import Block
 from torch_hf.kronecker_base import LONG, KroneckerPreconditioner
 from torch_hf.pairs import CompactInverse, PairSelection
+from torch_hf.reduce import LOCAL, Space
 from torch_hf.vector import ParameterVector
 
 
@@ -72,6 +73,7 @@ class NoPreconditioner:
     """Plain CG."""
 
     wants_layers = False
+    space: Space = LOCAL  # entry by entry: it matters not where the vectors live
 
     def begin(self, damping: float, curvature: Curvature) -> None:
         """Nothing to prepare."""
@@ -160,6 +162,16 @@ class LBFGSPreconditioner:
         self._observed: PairSelection | None = None  # this run's, so far
         self._inverse: Callable[[Tensor], Tensor] | None = None
         self._count = 0  # of this run's iterations
+        self._space: Space = LOCAL
+
+    @property
+    def space(self) -> Space:
+        """Where the vectors live, as the optimizer says."""
+        return self._space
+
+    @space.setter
+    def space(self, space: Space) -> None:
+        self._space = self._base.space = space
 
     @property
     def wants_layers(self) -> bool:
@@ -180,7 +192,7 @@ class LBFGSPreconditioner:
             self._inverse = self._base.apply
         else:
             base = None if self.base == "identity" else self._base.apply
-            self._inverse = CompactInverse(self._pairs, damping, base)
+            self._inverse = CompactInverse(self._pairs, damping, base, self.space)
 
     def apply(self, r: Tensor) -> Tensor:
         """H r."""
@@ -230,7 +242,7 @@ class LBFGSPreconditioner:
 
 
 #: What the pairs may stand on, and the prefix of its entries in their state.
-BASES: dict[str, Callable[[], Preconditioner]] = {
+BASES: dict[str, Callable[[], NoPreconditioner | KroneckerPreconditioner]] = {
     "identity": NoPreconditioner,
     "diagonal": DiagonalPreconditioner,
     "kronecker": KroneckerPreconditioner,

@@ -14,39 +14,77 @@ from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.preconditioner import Preconditioner
+from torch_hf.reduce import LOCAL, Sharded, Space
 from torch_hf.vector import ParameterVector
 
 _PREFIX = "preconditioner."
 
 
 def pack(
-    state: Any, vector: ParameterVector, start: Tensor | None, preconditioner: Preconditioner
+    state: Any,
+    vector: ParameterVector,
+    start: Tensor | None,
+    preconditioner: Preconditioner,
+    space: Space = LOCAL,
 ) -> None:
     """Lays CG's last iterate and the preconditioner's vectors out by parameter.
 
     Parameters that are not in ``vector`` (frozen since) lose theirs: it would be another step's.
+    Vectors of which this rank holds a part are left where they are, for :func:`whole_state`.
     """
-    flats: dict[str, Any] = {"cg_iterate": vector.zeros() if start is None else start}
-    flats |= {_PREFIX + k: v for k, v in preconditioner.state_dict().items()}
     state.clear()
     for p in vector.params:
         state[p] = {}
+    if isinstance(space, Sharded):
+        return
+    flats = {"cg_iterate": vector.zeros() if start is None else start}
+    _lay_out(state, vector, flats | _prefixed(preconditioner), vector.numel)
+
+
+def whole_state(
+    vector: ParameterVector, start: Tensor | None, preconditioner: Preconditioner, space: Sharded
+) -> dict[Tensor, dict[str, Any]]:
+    """What :func:`pack` would have laid out, gathered from all ranks into host memory.
+
+    Every rank must call this: it is one all-gather for each vector.
+    """
+    flats: dict[str, Any] = {"cg_iterate": vector.zeros().cpu()}
+    if start is not None:
+        flats["cg_iterate"] = space.whole(start).cpu()
+    for key, value in _prefixed(preconditioner).items():
+        flats[key] = value
+        if _is_vector(value, space.length):
+            rows = [space.whole(row).cpu() for row in value.reshape(-1, space.length)]
+            flats[key] = torch.stack(rows).view(*value.shape[:-1], vector.numel)
+    state: dict[Tensor, dict[str, Any]] = {p: {} for p in vector.params}
+    _lay_out(state, vector, flats, vector.numel)
+    return state
+
+
+def _prefixed(preconditioner: Preconditioner) -> dict[str, Any]:
+    return {_PREFIX + k: v for k, v in preconditioner.state_dict().items()}
+
+
+def _lay_out(state: Any, vector: ParameterVector, flats: Mapping[str, Any], numel: int) -> None:
     first = state[vector.params[0]]
     for key, value in flats.items():
-        if not _may_be_vector(value) or value.ndim == 0 or value.shape[-1] != vector.numel:
+        if not _is_vector(value, numel):
             first[key] = value
             continue
-        pieces = torch.split(value, vector.sizes, dim=-1)
-        for p, piece in zip(vector.params, pieces, strict=True):
-            state[p][key] = piece.view((*value.shape[:-1], *p.shape))
+        for p, piece in zip(vector.params, vector.pieces(value), strict=True):
+            state[p][key] = piece
+
+
+def _is_vector(value: Any, numel: int) -> TypeGuard[Tensor]:
+    return _may_be_vector(value) and value.ndim > 0 and value.shape[-1] == numel
 
 
 def unpack(
-    state: Mapping[Any, Mapping[str, Any]],
     saved: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     vector: ParameterVector,
     preconditioner: Preconditioner,
+    space: Space = LOCAL,
 ) -> Tensor | None:
     """The last iterate, from state that was saved; the preconditioner takes its own.
 
@@ -72,11 +110,14 @@ def unpack(
         ):
             flats[key] = value
             continue
-        pieces = [original[p][key].reshape(*lead, p.numel()) for p in vector.params]
-        flats[key] = torch.cat(pieces, dim=-1).to(device=vector.device, dtype=vector.dtype)
+        own = space.own(vector.joined([original[p][key] for p in vector.params]))
+        flats[key] = own.to(device=vector.device, dtype=vector.dtype)
     start = flats.pop("cg_iterate", None)
     preconditioner.load_state_dict({k.removeprefix(_PREFIX): v for k, v in flats.items()})
-    return None if start is None or not torch.any(start) else start
+    if start is None:
+        return None
+    nonzero = space.norm(start) > 0 if space.sharded else bool(torch.any(start))
+    return start if nonzero else None
 
 
 def check_state(

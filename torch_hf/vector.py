@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,16 +17,22 @@ class ParameterVector:
 
     Args:
         params: Parameters of any shapes, all on one device and real.
+        local: The entries of each that this process holds; None for all.
 
     Raises:
         ValueError: There is no parameter, or they lie on several devices.
         TypeError: A parameter is complex or not of floating point.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
+    #: Whether derivatives arrive summed over ranks, which scale them before.
+    sums = False
+
+    def __init__(self, params: Sequence[Tensor], local: Sequence[Tensor] | None = None) -> None:
         check_parameters(params)
+        self.modules: Iterable[object] = ()  # that have run, where they keep copies of values
         self.params = list(params)
-        self.sizes = [p.numel() for p in self.params]
+        self.local = self.params if local is None else list(local)
+        self.sizes = [p.numel() for p in self.local]
         self.numel = sum(self.sizes)
         self.device = self.params[0].device
         dtype = torch.float32
@@ -43,14 +49,14 @@ class ParameterVector:
         """One vector ``(P,)`` from a tensor per parameter; None counts as zeros."""
         pieces = [
             p.new_zeros(p.numel(), dtype=self.dtype) if t is None else t.reshape(-1).to(self.dtype)
-            for t, p in zip(tensors, self.params, strict=True)
+            for t, p in zip(tensors, self.local, strict=True)
         ]
         return torch.cat(pieces)
 
     def views(self, vector: Tensor) -> list[Tensor]:
         """The pieces of a vector ``(P,)`` in the parameters' shapes, without copying."""
         pieces = torch.split(vector, self.sizes)
-        return [v.view(p.shape) for v, p in zip(pieces, self.params, strict=True)]
+        return [v.view(p.shape) for v, p in zip(pieces, self.local, strict=True)]
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """As :meth:`views`, in each parameter's own dtype."""
@@ -64,11 +70,43 @@ class ParameterVector:
         numbers = torch.tensor(values, dtype=self.dtype, device=self.device)
         return torch.repeat_interleave(numbers, sizes)
 
+    def gradients(self, vector: Tensor) -> list[Tensor | None]:
+        """The pieces of a vector ``(P,)`` as the parameters' gradients."""
+        return list(self.unflatten(vector))
+
+    def pieces(self, vectors: Tensor) -> list[Tensor]:
+        """Vectors ``(..., P)`` by parameter, ``(..., *shape)``, as views."""
+        parts = torch.split(vectors, self.sizes, dim=-1)
+        return [
+            v.view((*vectors.shape[:-1], *p.shape)) for v, p in zip(parts, self.local, strict=True)
+        ]
+
+    def joined(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The vectors ``(..., P)`` that have these pieces."""
+        lead = pieces[0].shape[: pieces[0].ndim - self.params[0].ndim]
+        return torch.cat(
+            [v.reshape(*lead, n) for v, n in zip(pieces, self.sizes, strict=True)], dim=-1
+        )
+
+    def pull(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor], retain_graph: bool
+    ) -> list[Tensor | None]:
+        """``J^T u`` by parameter; None where the outputs do not depend on it."""
+        return list(
+            torch.autograd.grad(
+                outputs, self.params, cotangents, retain_graph=retain_graph, allow_unused=True
+            )
+        )
+
     @torch.no_grad()
     def move(self, direction: Tensor, length: float) -> None:
         """``theta += length * direction``, the very bits that a trial there placed."""
-        for p, d in zip(self.params, self.views(direction), strict=True):
+        for p, d in zip(self.local, self.views(direction), strict=True):
             p.copy_(torch.add(p.detach().to(d.dtype), d, alpha=length))
+        self.changed()
+
+    def changed(self) -> None:
+        """Told after each change of values."""
 
     @contextmanager
     def lent(self, values: Sequence[Tensor]) -> Iterator[None]:
@@ -101,20 +139,22 @@ class Trial:
 
     def __init__(self, vector: ParameterVector) -> None:
         self.vector = vector
-        self.saved = [p.detach().clone() for p in vector.params]
+        self.saved = [p.detach().clone() for p in vector.local]
 
     @torch.no_grad()
     def place(self, direction: Tensor, length: float) -> None:
         """Puts ``theta + length * direction`` into the parameters."""
         pieces = self.vector.views(direction)
-        for p, old, d in zip(self.vector.params, self.saved, pieces, strict=True):
+        for p, old, d in zip(self.vector.local, self.saved, pieces, strict=True):
             p.copy_(torch.add(old.to(d.dtype), d, alpha=length))
+        self.vector.changed()
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts theta back, bit for bit."""
-        for p, old in zip(self.vector.params, self.saved, strict=True):
+        for p, old in zip(self.vector.local, self.saved, strict=True):
             p.copy_(old)
+        self.vector.changed()
 
 
 def check_parameters(params: Sequence[Tensor]) -> None:

@@ -1,0 +1,218 @@
+"""Collectives of a step: sums over ranks that carry word of a rank that failed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+#: How Gloo, which has no class of errors, and NCCL say that a rank is lost.
+_COMMUNICATION = re.compile("gloo/|NCCL|Timed out waiting|Connection closed by peer")
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; the message names it."""
+
+
+class Reducer:
+    """Adds numbers and vectors over the ranks of a process group; alone, it does nothing.
+
+    What a rank computes between two collectives it attempts: an error is kept until the next
+    sum, which carries a flag, and there all ranks raise.
+
+    Args:
+        group: A ``torch.distributed`` process group, or None for one process.
+        device: Where numbers travel (NCCL wants them on the GPU).
+        inside: Whether the module itself communicates as it runs, so that an error cannot wait.
+    """
+
+    def __init__(self, group: Any, device: torch.device, inside: bool = False) -> None:
+        self.group = group
+        self.device = device
+        self.inside = inside
+        self.rank, self.ranks = 0, 1
+        if group is not None:
+            self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.failure: Exception | None = None
+
+    def attempt(self, part: Callable[[], T]) -> T | None:
+        """What ``part`` returns; None where it, or one before it, raised."""
+        if self.group is None:
+            return part()
+        if self.failure is not None:
+            return None
+        try:
+            return part()
+        except Exception as error:
+            if _is_of_communication(error):
+                raise PeerError(self._lost("the closure's module", error)) from error
+            if self.inside:
+                raise
+            self.failure = error  # raised by all ranks at the next sum
+            return None
+
+    def named(self, ranks: Sequence[int]) -> str:
+        """Ranks as a message names them: `` (rank 1, 3)``; empty for one process."""
+        if self.group is None or not ranks:
+            return ""
+        return f" (rank {', '.join(map(str, ranks))})"
+
+    # --- sums ---
+
+    def numbers(self, values: Sequence[float]) -> list[float]:
+        """Sums over ranks of a few numbers, in float64, in one collective.
+
+        Raises:
+            PeerError: Another rank's attempt failed. This rank raises its own error.
+        """
+        if self.group is None:
+            return list(values)
+        packed = self._packed([*values, self._flag()])
+        self._run(dist.all_reduce, packed)
+        *sums, failures = packed.tolist()
+        self._raise_together(failures)
+        return [float(x) for x in sums]
+
+    def table(self, values: Sequence[float]) -> list[list[float]]:
+        """Each rank's numbers, in one collective; raises as :meth:`numbers` does."""
+        if self.group is None:
+            return [list(values)]
+        rows = self._packed([0.0] * (self.ranks * (len(values) + 1))).view(self.ranks, -1)
+        rows[self.rank] = self._packed([*values, self._flag()])
+        self._run(dist.all_reduce, rows)
+        return self._read(rows)
+
+    def vector(self, v: Tensor, values: Sequence[float] = ()) -> tuple[Tensor, list[list[float]]]:
+        """The sum of vectors and each rank's numbers, in one collective.
+
+        A number travels as two of the vector's type, in a row of its rank's own, so that none
+        loses digits in a sum of float32.
+
+        Returns:
+            The sum of shape (P,), and a row of numbers for each rank.
+        """
+        if self.group is None:
+            return v, [list(values)]
+        x = self._packed([*values, self._flag()])
+        high = x.to(v.dtype)
+        low = torch.nan_to_num(x - high, nan=0.0, posinf=0.0, neginf=0.0).to(v.dtype)
+        rows = v.new_zeros(self.ranks, 2, len(x))
+        rows[self.rank, 0], rows[self.rank, 1] = high, low
+        packed = torch.cat([v, rows.view(-1)])
+        self._run(dist.all_reduce, packed)
+        found = packed[v.numel() :].view_as(rows).double().sum(1)
+        return packed[: v.numel()], self._read(found)
+
+    def small(self, values: Tensor) -> Tensor:
+        """Sums over ranks of a small tensor, which stays on its device; no word of failures."""
+        if self.group is None:
+            return values
+        packed = values.double()
+        self._run(dist.all_reduce, packed)
+        return packed.to(values.dtype)
+
+    # --- vectors cut over ranks ---
+
+    def scatter(self, v: Tensor, part: int) -> Tensor:
+        """This rank's ``part`` entries of the sum over ranks of vectors (P,), padded with 0."""
+        rows = v.new_zeros(self.ranks, part + 1)
+        rows[:, part] = self._flag()
+        full, rest = divmod(v.numel(), part)
+        rows[:full, :part] = v[: full * part].view(full, part)
+        if rest:
+            rows[full, :rest] = v[full * part :]
+        own = v.new_empty(part + 1)
+        self._run(dist.reduce_scatter_tensor, own, rows.view(-1))
+        self._raise_together(float(own[part]))
+        return own[:part]
+
+    def gather(self, own: Tensor, numel: int) -> Tensor:
+        """The vector (P,) that the ranks hold the parts of."""
+        whole = own.new_empty(self.ranks * own.numel())
+        self._run(dist.all_gather_into_tensor, whole, own.contiguous())
+        return whole[:numel]
+
+    # --- failures ---
+
+    def _packed(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)
+
+    def _flag(self) -> float:
+        return float(self.failure is not None)
+
+    def _read(self, rows: Tensor) -> list[list[float]]:
+        table = rows.tolist()
+        self._raise_together(sum(row.pop() for row in table))
+        return table
+
+    def _raise_together(self, failures: float) -> None:
+        if not failures:
+            return
+        own, self.failure = self.failure, None
+        reports: list[Any] = [None] * self.ranks
+        report = None if own is None else f"{type(own).__name__}: {own}"
+        dist.all_gather_object(reports, report, group=self.group)
+        if own is not None:
+            if hasattr(own, "add_note"):  # from Python 3.11 on
+                own.add_note(f"Raised on rank {self.rank}; all ranks leave the step with it.")
+            raise own
+        told = "; ".join(f"rank {r} raised {text}" for r, text in enumerate(reports) if text)
+        raise PeerError(
+            f"The step failed on another rank: {told}. No rank has taken it, parameters and state "
+            "are as before the call on all of them. Mend what that rank met, or catch the error on "
+            "every rank and go on with the next batch."
+        )
+
+    def _run(self, collective: Callable[..., Any], *tensors: Tensor) -> None:
+        try:
+            collective(*tensors, group=self.group)
+        except RuntimeError as error:
+            if self.failure is not None:
+                raise self.failure from error
+            raise PeerError(self._lost("the step", error)) from error
+
+    def _lost(self, what: str, error: Exception) -> str:
+        return (
+            f"A collective of {what} failed on rank {self.rank} of {self.ranks} "
+            f"({str(error).splitlines()[0]}): another rank has ended, hangs, or raised where the "
+            "others wait inside a module that itself communicates (DistributedDataParallel with "
+            "buffers, fully_shard), which ends in the process group's time-out. That rank's log "
+            "says why. The step was not taken; start the job again from its last checkpoint."
+        )
+
+
+def _is_of_communication(error: Exception) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_COMMUNICATION.search(str(error)))
+
+
+def check_group(group: Any) -> None:
+    """A process group that this process is in, or None."""
+    if group is None:
+        return
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed process group this rank is in, or None, "
+            f"got {group!r}. Call torch.distributed.init_process_group() first and pass "
+            "torch.distributed.group.WORLD, or a group of new_group() on its own ranks only."
+        )
+
+
+def unreduced(modules: Iterable[Any]) -> str:
+    """What to say where a module of several processes is trained as by one; else empty."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return ""
+    if not any(isinstance(m, DistributedDataParallel) for m in modules):
+        return ""
+    return (
+        "The closure calls a DistributedDataParallel module, but the optimizer was made without "
+        "process_group, so that each rank would take a step of its own: HFOptimizer adds up over "
+        "ranks by itself. Pass process_group=torch.distributed.group.WORLD."
+    )
