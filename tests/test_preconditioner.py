@@ -11,6 +11,7 @@ from torch_hf.cg import conjugate_gradients
 from torch_hf.pairs import CompactInverse, PairSelection
 from torch_hf.preconditioner import (
     DiagonalPreconditioner,
+    KroneckerPreconditioner,
     LBFGSPreconditioner,
     NoPreconditioner,
     Preconditioner,
@@ -109,6 +110,11 @@ def _base(pairs, scale):
     return (s @ y) / (y @ (scale * y)) * scale.diag()
 
 
+def _times(scale, dtype=torch.float64):
+    """A diagonal as the operator that the inverse stands on; None is the identity."""
+    return None if scale is None else scale.to(dtype).mul
+
+
 SCALES = {"identity": None, "diagonal": _normal(20, N).exp()}
 MAKERS = {"conjugate": _conjugate_pairs, "loose": _loose_pairs, "spoilt": _spoilt_pairs}
 
@@ -121,7 +127,7 @@ class TestCompactInverse:
     @pytest.fixture
     def inverse(self, make, count, change, scale):
         _, pairs = make(1, count)
-        return CompactInverse(_selected(pairs), 0.3 + change, scale)
+        return CompactInverse(_selected(pairs), 0.3 + change, _times(scale))
 
     @pytest.fixture
     def pairs(self, make, count, change):
@@ -158,7 +164,7 @@ class TestCompactInverse:
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_conjugate_pairs_are_all_mapped_from_y_to_s(scale):
     _, pairs = _conjugate_pairs(1, 6)
-    inverse = CompactInverse(_selected(pairs), 0.3, scale)
+    inverse = CompactInverse(_selected(pairs), 0.3, _times(scale))
     for s, y in pairs:
         assert_same(inverse(y), s)
 
@@ -175,7 +181,7 @@ def test_a_sample_of_a_longer_run_is_the_dense_update_of_that_sample(length):
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_without_a_usable_pair_the_base_is_left(scale):
     s, r = _normal(1, N), _normal(2, N)
-    inverse = CompactInverse(_selected([(s, -s)]), 0.3, scale)
+    inverse = CompactInverse(_selected([(s, -s)]), 0.3, _times(scale))
     assert_close(inverse(r), r if scale is None else scale * r)
 
 
@@ -183,7 +189,7 @@ def test_without_a_usable_pair_the_base_is_left(scale):
 def test_single_precision_is_close(scale):
     _, pairs = _conjugate_pairs(1, 5)
     single = [(s.float(), y.float()) for s, y in pairs]
-    inverse = CompactInverse(_selected(single), 0.5, None if scale is None else scale.float())
+    inverse = CompactInverse(_selected(single), 0.5, _times(scale, torch.float32))
     moved = _usable(pairs, 0.2)
     truth = bfgs_inverse(moved, _base(moved, torch.ones(N).double() if scale is None else scale))
     r = _normal(30, N)
@@ -194,9 +200,20 @@ def test_single_precision_is_close(scale):
 # A preconditioner's life
 
 
+class _Known:
+    """What a step's operator tells a preconditioner: a diagonal, where one is asked for."""
+
+    def __init__(self, diagonal):
+        self._diagonal = diagonal
+
+    def diagonal(self, damping):
+        assert self._diagonal is not None
+        return self._diagonal
+
+
 def _solve(preconditioner, G, damping, g, diagonal=None, end=True, **options):
     """One step's CG with a preconditioner, as an optimizer does it."""
-    preconditioner.begin(damping, diagonal)
+    preconditioner.begin(damping, _Known(diagonal))
     result = conjugate_gradients(
         lambda v: G @ v + damping * v,
         g,
@@ -210,7 +227,7 @@ def _solve(preconditioner, G, damping, g, diagonal=None, end=True, **options):
 
 
 def _inverse_of(preconditioner, damping, diagonal=None):
-    preconditioner.begin(damping, diagonal)
+    preconditioner.begin(damping, _Known(diagonal))
     H = dense(preconditioner.apply)
     preconditioner.abandon()
     return H
@@ -229,8 +246,8 @@ def test_the_next_run_has_the_pairs_of_the_last(base, damping):
     G, g = _positive_definite(1), _normal(2, N)
     diagonal = _normal(20, N).exp() if base == "diagonal" else None
     preconditioner = LBFGSPreconditioner(4, base)
-    assert preconditioner.wants_diagonal == (base == "diagonal")
-    preconditioner.begin(0.3, diagonal)
+    assert preconditioner.wants_layers == (base == "diagonal")
+    preconditioner.begin(0.3, _Known(diagonal))
     directions = []
     conjugate_gradients(
         lambda v: G @ v + 0.3 * v,
@@ -251,7 +268,7 @@ def test_the_next_run_has_the_pairs_of_the_last(base, damping):
 def test_within_a_run_it_is_fixed():
     G, preconditioner = _positive_definite(1), LBFGSPreconditioner(4)
     _solve(preconditioner, G, 0.3, _normal(2, N))
-    preconditioner.begin(0.3, None)
+    preconditioner.begin(0.3, _Known(None))
     before = dense(preconditioner.apply)
     preconditioner.observe(1, _normal(3, N), G @ _normal(3, N))
     assert_close(dense(preconditioner.apply), before, rtol=0, atol=0)
@@ -314,7 +331,7 @@ def test_state_goes_to_a_file_and_back(length, dtype):
     file.seek(0)
     restored.load_state_dict(torch.load(file, weights_only=True))
     for run in (preconditioner, restored):
-        run.begin(0.7, None)
+        run.begin(0.7, _Known(None))
     assert_close(restored.apply(r), preconditioner.apply(r), rtol=0, atol=0)
 
 
@@ -350,8 +367,8 @@ def test_an_empty_state_forgets_the_pairs():
 
 def test_diagonal_divides():
     preconditioner, diagonal, r = DiagonalPreconditioner(), _normal(1, N).exp(), _normal(2, N)
-    assert preconditioner.wants_diagonal
-    preconditioner.begin(0.1, diagonal)
+    assert preconditioner.wants_layers
+    preconditioner.begin(0.1, _Known(diagonal))
     assert_close(preconditioner.apply(r), r / diagonal)
     preconditioner.end()
     assert preconditioner.state_dict() == {}
@@ -361,6 +378,8 @@ def test_diagonal_divides():
     ("name", "kind"),
     [
         ("lbfgs", LBFGSPreconditioner),
+        ("kronecker-lbfgs", LBFGSPreconditioner),
+        ("kronecker", KroneckerPreconditioner),
         ("diagonal", DiagonalPreconditioner),
         ("none", NoPreconditioner),
     ],
