@@ -164,7 +164,8 @@ def _find_rates(
     task: RaceTask, names: dict[str, str], budget: float, args: argparse.Namespace
 ) -> dict[str, Any]:
     rates, found = Rates(args.rates), {}
-    for peer in dict.fromkeys(base for base in names.values() if base in PEERS):
+    wanted = [base for name, base in names.items() if base in PEERS and ":lr=" not in name]
+    for peer in dict.fromkeys(wanted):  # a rate given by hand is not searched
         seconds = args.search_budget or budget / PART
         known = None if args.search else rates.get(_setting(args), task.name, peer, seconds)
         if known is None:
