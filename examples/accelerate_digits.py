@@ -35,7 +35,7 @@ def main() -> None:
     args.device = accelerator.device
     train, test = standardise(*load_digits(args))
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
-    optimizer = HFOptimizer(model.parameters(), weight_decay=3e-3, cg_max_iter=50)
+    optimizer = HFOptimizer(model.parameters(), weight_decay=3e-3)
     sampler = GrowingBatchSampler(len(train[0]), batch_size=180, growth=1.2, drop_last=True)
     loader = DataLoader(TensorDataset(*train), batch_sampler=sampler)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -73,16 +73,16 @@ def main() -> None:
         model=make_model().to(args.device),
         train=train,
         test=test,
-        batch_sizes={"hf": 2000, "adam": 500, "sgd": 500, "lbfgs": 5000},
+        batch_sizes={"hf": 1000, "adam": 500, "sgd": 500, "lbfgs": 5000},
         loss=loss,
         score=squared_error,
         score_name="squared_error",
         score_train=True,
         # Gradients on samples that grow to all the data; curvature, where most of the work is, on
-        # the first half of each.
-        growth=1.2,
+        # the first quarter of each.
+        growth=1.01,
+        curvature_fraction=0.25,
         split_size=args.split_size,
-        curvature_fraction=0.5,
         weight_decay=2e-5,  # Martens (2010)
     )
     run(task, args)

@@ -42,10 +42,8 @@ def main() -> None:
         train=train,
         test=test,
         batch_sizes={"hf": 1000, "adam": 128, "sgd": 128, "lbfgs": 2000},
-        growth=1.2,
         max_batch_size=10_000,
         weight_decay=1e-3,
-        options={"cg_max_iter": 20},  # see mnist.py
     )
     run(task, args)
 

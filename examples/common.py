@@ -40,11 +40,11 @@ class Task:
         train: Inputs and targets of the training set.
         test: Inputs and targets held out.
         batch_sizes: The first batch size of each optimizer; only hf's grows.
-        growth: Factor by which it grows from epoch to epoch.
+        growth: Factor by which it grows from step to step.
         max_batch_size: Where it ends; at all cases if None.
-        split_size: Cases in memory at once. If given, a step of hf averages over parts of that
-            size, and takes curvature products on ``curvature_fraction`` of the batch only.
-        curvature_fraction: See ``split_size``.
+        curvature_fraction: Part of the batch that a step of hf takes curvature products on.
+        split_size: Cases in memory at once, the whole batch if None: a step of hf averages over
+            parts of that size.
         weight_decay: For hf, adam and sgd, where it means the same; torch's L-BFGS has none.
         options: Further arguments of ``HFOptimizer``.
         loss: Outputs and targets to the mean loss over cases.
@@ -58,10 +58,10 @@ class Task:
     train: Batch
     test: Batch
     batch_sizes: Mapping[str, int]
-    growth: float = 1.2
+    growth: float = 1.01
     max_batch_size: int | None = None
+    curvature_fraction: float = 0.25
     split_size: int | None = None
-    curvature_fraction: float = 1.0
     weight_decay: float = 0.0
     options: Mapping[str, Any] = field(default_factory=dict)
     loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy
@@ -168,18 +168,13 @@ class Training:
         return postfix
 
     def step_hf(self, closure: Callable[..., Tensor], batch: Batch) -> None:
-        """Step on the batch as it is, or on parts of it where they have a size."""
-        size = self.task.split_size
-        if size is None:
-            self.optimizer.step(closure)
-        else:
-            # the curvature sample has to be a part of the gradient sample: its first cases
-            first = head(batch, self.sampler.curvature_batch_size)
-            self.optimizer.step(
-                closure,
-                batches=split_batch(batch, size),
-                curvature_batches=split_batch(first, size),
-            )
+        """Step on the batch, or on parts of it where they have a size."""
+        size = self.task.split_size or len(batch[0])
+        # the curvature sample has to be a part of the gradient sample: its first cases
+        first = head(batch, self.sampler.curvature_batch_size)
+        self.optimizer.step(
+            closure, batches=split_batch(batch, size), curvature_batches=split_batch(first, size)
+        )
 
     def read_report(self) -> tuple[Record, dict[str, str]]:
         """What the step did, as a row of the CSV file and as the progress bar's postfix."""
@@ -250,6 +245,7 @@ def make_sampler(task: Task, args: argparse.Namespace) -> GrowingBatchSampler:
         cases,
         batch_size=size,
         growth=growth,
+        grow_every="step",
         max_batch_size=max(size, task.max_batch_size or cases),
         curvature_batch_size=max(1, round(task.curvature_fraction * size)),
         curvature_growth=growth,

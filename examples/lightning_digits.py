@@ -34,7 +34,7 @@ class Digits(lightning.LightningModule):
 
     def configure_optimizers(self):
         """All that is said of HFOptimizer here; the rate needs no schedule."""
-        return HFOptimizer(self.parameters(), weight_decay=3e-3, cg_max_iter=50)
+        return HFOptimizer(self.parameters(), weight_decay=3e-3)
 
 
 class LogReports(lightning.Callback):

@@ -36,11 +36,8 @@ def main() -> None:
         model=make_model().to(args.device),
         train=train,
         test=test,
-        batch_sizes={"hf": 4000, "adam": 128, "sgd": 128, "lbfgs": 5000},
-        growth=1.2,
+        batch_sizes={"hf": 1000, "adam": 128, "sgd": 128, "lbfgs": 5000},
         weight_decay=1e-3,
-        # of a solve on 4,000 cases, what comes after twenty iterations helps those cases alone
-        options={"cg_max_iter": 20},
     )
     run(task, args)
 

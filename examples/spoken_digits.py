@@ -100,13 +100,8 @@ def main() -> None:
         model=nn.Sequential(*layers, nn.Linear(width, PARTS * 10)).to(args.device),
         train=tuple(train),
         test=tuple(test),
-        batch_sizes={"hf": 8000, "adam": 256, "sgd": 256, "lbfgs": 20_000},
-        growth=1.2,
-        # curvature, where most of the work is, on half of each batch
-        split_size=8000,
-        curvature_fraction=0.5,
+        batch_sizes={"hf": 2000, "adam": 256, "sgd": 256, "lbfgs": 20_000},
         weight_decay=1e-5,
-        options={"cg_max_iter": 50},
     )
     run(task, args)
 
