@@ -14,6 +14,7 @@ from torch_hf.cases import Cases
 from torch_hf.differences import CentralDifference, DifferenceGaussNewton
 from torch_hf.factors import Block, averaged, measure
 from torch_hf.frozen import FrozenWorld
+from torch_hf.heads import Head
 from torch_hf.objective import Graph, Objective
 from torch_hf.per_case import EXPONENT, squared_gradients, trace_and_slopes
 from torch_hf.products import BatchGaussNewton, BatchHessian, LocalProduct
@@ -222,7 +223,7 @@ class ObjectiveOperator:
             if not weight:
                 continue
             with self.objective.curvature_graph(i) as graph:
-                heads = (self.split or self.objective.split(graph)).heads
+                heads = self._heads(graph)
                 squares = squared_gradients(heads, vector.params, graph.record.layers)
                 total.add_(vector.flatten(squares), alpha=weight**2)
                 parts = trace_and_slopes(heads, vector.params)
@@ -254,7 +255,7 @@ class ObjectiveOperator:
                 continue
             with self.objective.curvature_graph(i) as graph:
                 try:
-                    heads = (self.split or self.objective.split(graph)).heads
+                    heads = self._heads(graph)
                 except RuntimeError:
                     if self.curvature == "hessian":  # a loss need not be split for its Hessian
                         return [], rows
@@ -270,6 +271,11 @@ class ObjectiveOperator:
                     total.inputs += part.inputs
                     total.outputs += part.outputs
         return blocks, rows
+
+    def _heads(self, graph: Graph) -> Sequence[Head]:
+        """The loss's terms in this graph; the split at hand may be that of another batch."""
+        kept = self.split if graph is self.objective.kept else None
+        return (kept or self.objective.split(graph)).heads
 
     def release(self) -> None:
         """Lets the kept graph go: parameters may be edited in place after this."""

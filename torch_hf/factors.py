@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ def measure(
     ]
     found = grad(outputs, [u.output for u in used], slopes, retain_graph=True, allow_unused=True)
     deltas = {id(u): d for u, d in zip(used, found, strict=True)}
+    dtype = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)  # a vector's
     blocks, rows = [], []
     for (weight, bias), uses in groups.items():
         seen = [u for u in uses if deltas[id(u)] is not None]
@@ -85,8 +87,8 @@ def measure(
         for use in seen:
             a = input_rows(use, bias >= 0)
             count += len(a)
-            inputs = _plus(inputs, _gram(a))
-            outer = _plus(outer, _gram(output_rows(use, deltas[id(use)])))
+            inputs = _plus(inputs, _gram(a.to(dtype)))
+            outer = _plus(outer, _gram(output_rows(use, deltas[id(use)]).to(dtype)))
         assert inputs is not None and outer is not None
         blocks.append(Block(weight, bias, inputs, outer))
         rows.append(float(count))

@@ -135,6 +135,7 @@ class KroneckerPreconditioner:
         """The factors are a step older."""
         known = self._known
         self._known = known._replace(age=known.age + 1, iterations=self._count)
+        self._before = self._known  # a step that fails before it begins takes nothing back
 
     def abandon(self) -> None:
         """What was known before stays."""
@@ -162,6 +163,7 @@ class KroneckerPreconditioner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes factors as ``state_dict`` gave them; none from an empty state."""
         self._known, self._inverses = Known(), []
+        self._before = self._known
         if "factors" not in state:
             return
         blocks, start = [], 0
@@ -178,6 +180,7 @@ class KroneckerPreconditioner:
             int(state["iterations"]),
             float(state["inverted_at"]),
         )
+        self._before = self._known
 
     def _measure(self, curvature: Curvature) -> Known:
         """What is known with what is seen now: their mean at first, a running mean later."""

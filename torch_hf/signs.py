@@ -36,10 +36,9 @@ def case_signs(z: Tensor, data: Tensor, salt: int) -> Tensor:
 
 
 def _keys(data: Tensor) -> Tensor:
-    """A number for each case, from the bits of all of its entries."""
+    """A number for each case, from the bits of all of its entries, in any format as in single."""
     rows = data.detach().reshape(len(data), -1)
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    bits = rows.to(wide).view(torch.int64 if wide == torch.float64 else torch.int32).long()
+    bits = rows.to(torch.float32).view(torch.int32).long()
     places = torch.arange(rows.shape[1], device=data.device)
     return _mix(bits ^ _mix(places * _STEP)).sum(1)
 
