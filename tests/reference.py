@@ -230,6 +230,7 @@ class HessianFree:
     damped_rho: bool = True
 
     last_iterate: Tensor | None = field(default=None, init=False)
+    last_loss: float | None = field(default=None, init=False)
     pairs: list[Pair] = field(default_factory=list, init=False)
     pairs_damping: float = field(default=0.0, init=False)
 
@@ -263,10 +264,8 @@ class HessianFree:
         new_loss = objective(self.theta).item()
         self.last_iterate = run.iterates[-1] if accepted else None
         self._remember_pairs(run)
-        if rho < 1 / 4 or not accepted:
-            self.damping *= 3 / 2
-        elif rho > 3 / 4:
-            self.damping *= 2 / 3
+        self._move_damping(rho, accepted, self._knows(loss), self._solved(run, A, g))
+        self.last_loss = new_loss
         return Step(
             theta=self.theta,
             loss=loss,
@@ -277,6 +276,26 @@ class HessianFree:
             accepted=accepted,
             step_length=alpha,
         )
+
+    def _knows(self, loss: float) -> bool:
+        """Whether the loss begins where the last step ended: the data are the same."""
+        return self.last_loss is not None and math.isclose(loss, self.last_loss, rel_tol=1e-12)
+
+    def _solved(self, run: _CGRun, A: Tensor, g: Tensor) -> bool:
+        """Whether a few iterations of CG passed the residual test."""
+        residual = g + A @ run.iterates[-1]
+        few = len(run.directions) <= 10
+        return few and bool(residual.norm() <= self.residual_tol * g.norm())
+
+    def _move_damping(self, rho: float, accepted: bool, same_data: bool, solved: bool) -> None:
+        """Martens' rule; more is asked of new data, and lambda falls fast where it rules."""
+        low, high = (1 / 4, 3 / 4) if same_data else (1 / 2, 9 / 10)
+        if rho < low or not accepted:
+            self.damping *= 3 / 2
+        elif solved and 9 / 10 <= rho <= 11 / 10:
+            self.damping /= 10
+        elif rho > high:
+            self.damping *= 2 / 3
 
     def _solve(self, A: Tensor, g: Tensor) -> _CGRun:
         """Minimise q(d) = g.d + d.A d / 2 by flexible preconditioned CG."""

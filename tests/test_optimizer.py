@@ -122,7 +122,7 @@ def _least_squares(rows=30, columns=6, outputs=1):
     return _normal(1, rows, columns), _normal(2, rows, outputs)
 
 
-@pytest.mark.parametrize("preconditioner", ["lbfgs", "diagonal", "none"])
+@pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal", "none"])
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
 @pytest.mark.parametrize("rows", [6, 30])
 @pytest.mark.parametrize("outputs", [1, 3])
@@ -133,6 +133,7 @@ def test_one_step_solves_least_squares(preconditioner, curvature, rows, outputs)
         model.parameters(),
         damping=1e-12,
         cg_tol=0.0,
+        cg_max_iter=250,
         preconditioner=preconditioner,
         curvature=curvature,
     )
@@ -150,7 +151,7 @@ def test_groups_have_their_own_decay_and_rate(damping, decays, rates):
         {"params": [p], "weight_decay": decay, "lr": lr}
         for p, decay, lr in zip([model[0].weight, model[0].bias], decays, rates, strict=True)
     ]
-    optimizer = HFOptimizer(groups, damping=damping, cg_tol=0.0)
+    optimizer = HFOptimizer(groups, damping=damping, cg_tol=0.0, cg_max_iter=250)
     before = theta(model)
     optimizer.step(lambda: 0.5 * F.mse_loss(model(x), y, reduction="sum"))
     design = torch.cat([x, torch.ones(30, 1)], 1)
@@ -233,7 +234,7 @@ def test_a_run_is_the_textbooks_step_by_step(name, preconditioner, weight_decay)
 
 
 def test_curvature_batches_are_a_sample_of_their_own():
-    training = Training(case_named("mlp-cross_entropy"), **STABLE)
+    training = Training(case_named("mlp-cross_entropy"), preconditioner="lbfgs", **STABLE)
     case, model, batch = training.case, training.case.model(), training.batch
     loss_fn, _ = _problem(case, model)
     params = case.params(model)
@@ -293,25 +294,29 @@ COMBINED = [
 
 @pytest.fixture(scope="module")
 def plain_run():
-    """Where 20 steps of an L-BFGS closure on one batch end, by case."""
+    """Where 20 steps of an L-BFGS closure on one batch end, by case and options."""
     ends = {}
 
-    def end(name):
-        if name not in ends:
-            training = Training(case_named(name), **CALM)
+    def end(name, **options):
+        key = name, *options.items()
+        if key not in ends:
+            training = Training(case_named(name), **CALM, **options)
             training.run(20)
-            ends[name] = theta(training.model)
-        return ends[name]
+            ends[key] = theta(training.model)
+        return ends[key]
 
     return end
 
 
 @pytest.mark.parametrize(("name", "form", "size"), COMBINED)
 def test_forms_and_batches_give_the_same_run(name, form, size, plain_run):
-    training = Training(case_named(name), form, **CALM)
+    # A loss by hand of explicit outputs has no root that factors could be drawn from.
+    rootless = form is _explicit and name.endswith("by_hand")
+    options = {"preconditioner": "lbfgs"} if rootless else {}
+    training = Training(case_named(name), form, **CALM, **options)
     batches = {} if size is None else {"batches": split_batch(training.batch, size)}
     training.run(20, **batches)
-    assert_same(theta(training.model), plain_run(name), 1e-9)
+    assert_same(theta(training.model), plain_run(name, **options), 1e-9)
 
 
 def test_an_iterator_of_batches_is_read_once():
@@ -355,7 +360,7 @@ def test_after_a_step_grad_is_the_closures_gradient_before_it(form, weight_decay
 
 
 @every_case
-@pytest.mark.parametrize("preconditioner", ["lbfgs", "diagonal"])
+@pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal"])
 def test_the_loss_never_rises_on_the_steps_own_data(case, preconditioner):
     generator = random.Random(0)
     training = Training(case, preconditioner=preconditioner)
@@ -390,10 +395,15 @@ def test_reports_follow_the_rules(name, curvature):
         assert report.seconds["total"] > 0
     for before, after in pairwise(reports):
         assert after.loss == pytest.approx(before.new_loss, rel=1e-12)
+        # Only the first step does not know that the data are those of the step before.
+        low, high = (0.5, 0.9) if before.step == 1 else (0.25, 0.75)
+        solved = before.cg_stop is Stop.RESIDUAL and before.cg_iterations <= 10
         factor = 1.0
-        if not before.accepted or not before.reduction_ratio >= 0.25:
+        if not before.accepted or not before.reduction_ratio >= low:
             factor = 1.5
-        elif before.reduction_ratio > 0.75:
+        elif solved and 0.9 <= before.reduction_ratio <= 1.1:
+            factor = 0.1
+        elif before.reduction_ratio > high:
             factor = 1 / 1.5
         assert after.damping == pytest.approx(before.damping * factor)
     assert any(r.reduction_ratio > 0.75 for r in reports)
@@ -509,7 +519,7 @@ def test_the_variance_of_the_gradient_is_reported_where_it_is_asked_for():
 # What must not matter
 
 
-@pytest.mark.parametrize("preconditioner", ["lbfgs", "diagonal", "none"])
+@pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal", "none"])
 @pytest.mark.parametrize("name", ["mlp-cross_entropy", "two_heads-cross_entropy+mse", "rnn-mse"])
 @pytest.mark.parametrize("factor", [1000.0, 1e-3])
 def test_the_scale_of_the_loss_does_not_matter(preconditioner, name, factor):
@@ -615,7 +625,7 @@ def _wall_once(model, x, y):
 
 
 @pytest.mark.parametrize("rejected", [False, True])
-@pytest.mark.parametrize("preconditioner", ["lbfgs", "diagonal"])
+@pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal"])
 def test_a_group_may_be_added_between_steps(rejected, preconditioner):
     model, optimizer = _wide_training(["first"], preconditioner=preconditioner)
     x, y = _normal(1, 10, 4), _normal(2, 10, 2)
@@ -642,7 +652,7 @@ def test_directions_of_parameters_frozen_in_turn_are_not_mixed_up():
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
     x, y = _normal(1, 10, 4), _normal(2, 10, 4)
-    optimizer = HFOptimizer(model.parameters())
+    optimizer = HFOptimizer(model.parameters(), cg_max_iter=250)
     for i in (0, 2, 0, 2):
         model[0].requires_grad_(i == 0)
         model[2].requires_grad_(i == 2)
@@ -650,7 +660,7 @@ def test_directions_of_parameters_frozen_in_turn_are_not_mixed_up():
         torch.manual_seed(3)
         other = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
         other.load_state_dict(model.state_dict())
-        fresh = HFOptimizer(other[i].parameters(), damping=damping)
+        fresh = HFOptimizer(other[i].parameters(), damping=damping, cg_max_iter=250)
         for layer in {0, 2} - {i}:
             other[layer].requires_grad_(False)
         optimizer.step(lambda: F.mse_loss(model(x), y))
@@ -669,7 +679,7 @@ def _noisy():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [None, 4])
-@pytest.mark.parametrize("preconditioner", ["lbfgs", "diagonal"])
+@pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal"])
 def test_every_evaluation_sees_the_same_noise(form, size, preconditioner):
     model, x, y = _noisy(), _normal(1, 10, 4), _normal(2, 10, 2)
     optimizer = HFOptimizer(model.parameters(), preconditioner=preconditioner)
@@ -703,7 +713,7 @@ def test_every_evaluation_sees_the_same_noise(form, size, preconditioner):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [None, 4])
-@pytest.mark.parametrize("preconditioner", ["lbfgs", "diagonal"])
+@pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal"])
 @pytest.mark.parametrize("lr", [1.0, 0.0])
 def test_statistics_and_generators_are_as_after_one_run(form, size, preconditioner, lr):
     numpy = pytest.importorskip("numpy")
@@ -757,7 +767,7 @@ class _Counting(nn.Linear):
 def test_every_run_sees_the_buffers_of_the_first(batched):
     x, y = _least_squares()
     model = _Counting(6, 1).double()
-    optimizer = HFOptimizer(model.parameters(), damping=1e-12, cg_tol=0.0)
+    optimizer = HFOptimizer(model.parameters(), damping=1e-12, cg_tol=0.0, cg_max_iter=250)
     options = {"curvature_batches": [(x, y)]} if batched else {}
     optimizer.step(lambda batch: F.mse_loss(model(batch[0]), batch[1]), [(x, y)], **options)
     assert model.runs == 1
@@ -805,7 +815,7 @@ def test_a_physics_informed_closure_trains(form, curvature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("preconditioner", ["lbfgs", "diagonal"])
+@pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal"])
 def test_numbers_keep_their_format(dtype, preconditioner):
     case = case_named("mlp-cross_entropy")
     model = case.model().to(dtype)
@@ -853,6 +863,8 @@ def test_parameters_of_several_formats():
 
 
 PRECONDITIONERS = {
+    "kronecker-lbfgs": lambda: "kronecker-lbfgs",
+    "kronecker": lambda: "kronecker",
     "lbfgs": lambda: "lbfgs",
     "diagonal": lambda: "diagonal",
     "none": lambda: "none",

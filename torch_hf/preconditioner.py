@@ -138,7 +138,8 @@ class LBFGSPreconditioner:
     Args:
         history_size: M, even. Memory is 2 M vectors of P numbers, twice that during CG.
         base: What H_0 is a multiple of: ``"identity"``, the inverse of Martens' ``"diagonal"``, or
-            that of the ``"kronecker"`` factors (:class:`~torch_hf.kronecker_base.KroneckerPreconditioner`).
+            that of the ``"kronecker"`` factors, see
+            :class:`~torch_hf.kronecker_base.KroneckerPreconditioner`.
 
     Raises:
         ValueError: ``history_size`` is not an even number of at least 2, or ``base`` is unknown.
