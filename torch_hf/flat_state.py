@@ -1,0 +1,117 @@
+"""What an optimizer of flat vectors keeps between steps: groups, state, checkpoints."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torch_hf import _checks
+from torch_hf.preconditioner import Preconditioner
+from torch_hf.reduce import Reducer, Sharded, Space, parameter_vector, space_of
+from torch_hf.report import Requests, StepReport
+from torch_hf.state import check_state, pack, unpack, whole_state
+from torch_hf.vector import ParameterVector
+
+
+class FlatStateOptimizer(Optimizer):
+    """A ``torch.optim.Optimizer`` whose state is a few vectors over all parameters.
+
+    ``self.state`` holds each parameter's pieces of them, so that checkpoints of any kind know whose
+    they are.
+    """
+
+    preconditioner: Preconditioner
+    curvature: str
+    process_group: Any
+    shard_state: bool
+    last_report: StepReport | None
+    _requests: Requests
+    _start: Tensor | None  # where CG ended
+
+    def _trainable(self) -> list[Tensor]:
+        return [p for _, p in self._owned()]
+
+    def _owned(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """Trainable parameters, each with its group."""
+        return [(g, p) for g in self.param_groups for p in g["params"] if p.requires_grad]
+
+    def _vector(self) -> ParameterVector:
+        vector = parameter_vector(self._trainable())
+        if vector.sums:
+            _checks.shard_state(True, vector, self.preconditioner)
+        return vector
+
+    def _space(self, vector: ParameterVector) -> tuple[Reducer, Space]:
+        """Who adds up over ranks, and where the vectors of this step live."""
+        group = getattr(vector, "group", self.process_group)
+        reducer = Reducer(group, vector.device, inside=vector.sums)
+        space = space_of(reducer, vector, self.shard_state)
+        if hasattr(self.preconditioner, "space"):
+            self.preconditioner.space = space
+        return reducer, space
+
+    def _forget_if_stale(self, vector: ParameterVector) -> tuple[Tensor | None, Any] | None:
+        """Drops directions of another length: parameters were added, frozen or thawed.
+
+        Returns:
+            What was dropped, for a step that fails.
+        """
+        known = list(self.state)
+        if not known or [id(p) for p in known] == [id(p) for p in vector.params]:
+            return None
+        dropped = self._start, self.preconditioner.state_dict()
+        self._start = None
+        self.preconditioner.load_state_dict({})
+        return dropped
+
+    def _initialise(self) -> None:
+        """``step()`` without a closure: what distributed checkpointing does to make state."""
+        params = self._trainable()
+        _checks.no_closure(params, [g["lr"] for g in self.param_groups])
+        vector = self._vector()
+        pack(self.state, vector, self._start, self.preconditioner, self._space(vector)[1])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in ``torch.optim``; a group may have its own ``lr`` and ``weight_decay``."""
+        _checks.group(param_group, self.defaults)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state that ``state_dict`` gave, vectors in the precision they were saved in.
+
+        Raises:
+            ValueError: An entry does not fit these parameters or options; the message says which.
+        """
+        check_state(state_dict, self.param_groups, self.defaults)
+        vector = self._vector()
+        _, space = self._space(vector)
+        whole = state_dict | {"state": {}} if space.sharded else state_dict
+        super().load_state_dict(whole)  # of what is sharded no rank is to hold all
+        self._start = unpack(state_dict, self.param_groups, vector, self.preconditioner, space)
+        pack(self.state, vector, self._start, self.preconditioner, space)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in ``torch.optim``, vectors by parameter.
+
+        With ``shard_state`` every rank must call it: the parts are gathered, into host memory, so
+        that the state fits any number of ranks.
+        """
+        vector = self._vector()
+        _, space = self._space(vector)
+        if not isinstance(space, Sharded) or not self.state:
+            return super().state_dict()
+        kept = self.state
+        try:
+            self.state = defaultdict(dict)
+            self.state |= whole_state(vector, self._start, self.preconditioner, space)
+            return super().state_dict()
+        finally:
+            self.state = kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ["preconditioner", "curvature", "process_group", "shard_state"]
+        own += ["last_report", "_requests", "_start"]
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
