@@ -104,7 +104,10 @@ BAD_OPTIONS = (
     BadOption("history-negative", {"history_size": -2}, ValueError, ("even number", "-2")),
     BadOption("history-float", {"history_size": 4.0}, ValueError, ("even number", "4.0")),
     BadOption(
-        "max_iter-zero", {"cg_max_iter": 0}, ValueError, ("cg_max_iter", "at least 1", "250")
+        "max_iter-zero",
+        {"cg_max_iter": 0},
+        ValueError,
+        ("cg_max_iter", "at least 1", "None chooses"),
     ),
     BadOption("max_iter-float", {"cg_max_iter": 9.0}, TypeError, ("cg_max_iter must be an int",)),
     BadOption("max_iter-bool", {"cg_max_iter": True}, TypeError, ("cg_max_iter must be an int",)),
@@ -119,7 +122,11 @@ BAD_OPTIONS = (
         "preconditioner-name",
         {"preconditioner": "bfgs"},
         ValueError,
-        ("lbfgs, diagonal, none", "LBFGSPreconditioner(history_size=32)", "'bfgs'"),
+        (
+            "lbfgs, kronecker-lbfgs, kronecker, diagonal, none",
+            "LBFGSPreconditioner(history_size=32)",
+            "'bfgs'",
+        ),
     ),
     BadOption("preconditioner-none", {"preconditioner": None}, TypeError, _PROTOCOL),
     BadOption("preconditioner-object", {"preconditioner": _Unfinished()}, TypeError, _PROTOCOL),
