@@ -54,7 +54,8 @@ def test_measured_sizes_are_the_same_on_all_ranks_and_on_one(grow_every):
     ):
         assert found == wanted
         assert size == true_size
-        assert variance == pytest.approx(true_variance, rel=1e-9)
+        if true_variance is not None:  # the first step's report is what asks for it
+            assert variance == pytest.approx(true_variance, rel=1e-9)
 
 
 def growth(name):

@@ -107,7 +107,7 @@ def test_a_killed_rank_comes_back_and_nothing_has_happened(two, tmp_path):
 
 
 def test_restarts_want_a_fresh_store(tmp_path):
-    code, said = run(tmp_path, ranks=2, elastic=["--max-restarts=1"])
+    code, said = run(tmp_path, RANK="0", TORCHELASTIC_MAX_RESTARTS="1")  # as torchrun sets them
     assert code == 1
     assert "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment" in said
 
