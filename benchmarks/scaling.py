@@ -43,6 +43,7 @@ from scaling_model import (
 
 Row = dict[str, Any]
 KINDS, MODES = (REDUCE, SCATTER, GATHER), (REPLICATED, SHARDED, FULLY)
+MEASURED = "collectives", "alone", "steps", "overlap"
 MODELS = (1e7, 1e8, 1e9, 1e10)
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 #: Batches of the predictions, cases or tokens: they grow as training goes on.
@@ -171,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=summary)
     add = parser.add_argument
     add("--processes", type=int, choices=(2, 4), default=4, help="the most that are measured")
+    add("--again", action="store_true", help="tables and plot from the measurements in results/")
     add("--overlap", action="store_true", help="measure the overlap alone; nothing is written")
     add("--quick", action="store_true", help="small sizes, to see that it runs; nothing is written")
     for field in dataclasses.fields(Hardware):
@@ -189,20 +191,24 @@ def run(args: Row, gpu: Hardware, work: Work) -> None:
     wanted = plan(args["processes"], args["quick"])
     if args["overlap"]:
         wanted |= {"collective_ranks": [], "alone": [], "steps": []}
-    found = measure(args["processes"], wanted)
+    about = environment(torch.device("cpu"), 1) | {"cores": cores()}
+    if args["again"]:
+        saved = json.loads((RESULTS / "scaling-cpu.json").read_text())
+        about, found = saved["environment"], {name: saved[name] for name in MEASURED}
+    else:
+        found = measure(args["processes"], wanted)
     if not args["overlap"]:
         links, errors = fitted(found["collectives"])
         steps = found["steps"]
         for row in steps:
             row |= modelled(row, found["alone"], links, wanted["pairs"])
         efficiencies(steps)
-        report.measured(errors, steps, cores())
+        report.measured(errors, steps, about["cores"])
     report.overlap(found["overlap"])
     if args["overlap"] or args["quick"]:
         return
     predicted, turning = predictions(gpu, work), turning_points(gpu, work)
     report.predicted(predicted, turning)
-    about = environment(torch.device("cpu"), 1) | {"cores": cores()}
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
     content: Row = {"environment": about, **found, "fits": errors}
     content |= {"hardware": dataclasses.asdict(gpu), "work": dataclasses.asdict(work)}

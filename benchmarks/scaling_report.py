@@ -125,7 +125,7 @@ def draw_collectives(axes: Any, content: Row) -> None:
         link = Link(f["alpha_us"] / 1e6, 1e-9 / rate if rate else 0.0)
         axes.plot(sizes, [1e3 * ring_seconds(link, f["kind"], n, 2) for n in sizes], color=color)
     axes.set(xscale="log", yscale="log", xlabel="bytes", ylabel="ms")
-    axes.set_title("Measured: collectives of 2 processes (lines: the model)")
+    axes.set_title("Measured: collectives of 2 processes (lines: model)")
     axes.legend(fontsize=8)
 
 
@@ -162,7 +162,9 @@ def draw_efficiency(axes: Any, content: Row) -> None:
                 axes.plot(x, y, style, marker=".", color=color, label=name)
     axes.set_xscale("log", base=2)
     axes.set(xlabel="GPUs", ylabel="efficiency, %", ylim=(0, 105))
-    axes.set_title(f"Predicted, not measured: a batch of {batch:,.0f} cases, where memory suffices")
+    axes.set_title(
+        f"Predicted, not measured: batch {batch:,.0f}, where memory suffices", fontsize=11
+    )
     axes.legend(fontsize=7)
 
 
@@ -178,5 +180,5 @@ def draw_growth(axes: Any, content: Row) -> None:
     axes.axhline(50, color="#D55E00", ls=":")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="GPUs", ylabel="communication, % of a step", ylim=(0, 105))
-    axes.set_title("Predicted, not measured: as the batch grows, 1 B parameters, shard_state")
+    axes.set_title("Predicted, not measured: 1 B parameters, shard_state", fontsize=11)
     axes.legend(fontsize=8)

@@ -90,7 +90,7 @@ def test_more_gpus_and_smaller_batches_communicate_for_a_larger_share(mode):
     by_batch = [gpu.efficiency(mode, 1e9, b, 64, work) for b in (1e5, 1e6, 1e7)]
     assert by_gpus == sorted(by_gpus, reverse=True)
     assert by_batch == sorted(by_batch)
-    assert all(0 < e for e in by_gpus + by_batch)
+    assert all(e > 0 for e in by_gpus + by_batch)
 
 
 @pytest.mark.parametrize("mode", MODES)
