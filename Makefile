@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv train test test-all lint format docs dist bench bench-report bench-products bench-step bench-kronecker clean
+.PHONY: help venv train test test-all lint format docs dist bench bench-report bench-products bench-step bench-kronecker bench-scaling clean
 .SECONDARY:
 
 help: ## list the targets
@@ -66,6 +66,9 @@ bench-step: $(VENV)/.with-benchmarks ## print where the time and memory of a ste
 
 bench-kronecker: $(VENV)/.with-benchmarks ## print what a Kronecker step costs beside dense layers; table and plot
 	$(BIN)/python benchmarks/kronecker.py
+
+bench-scaling: $(VENV)/.with-benchmarks ## print how steps scale over processes, and a model's predictions for GPUs; plot
+	$(BIN)/python benchmarks/scaling.py
 
 clean: ## remove caches and build outputs, not the environment
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node=2 examples/distributed.py
 
-Any number of processes, one included (then plain `python` will do), takes the same steps. A run
-that is started again goes on from its last checkpoint; `torchrun --max-restarts=3` does that by
-itself where a process was lost. Launch lines, also for several nodes: docs/distributed.md.
+Any number of processes, one included (then plain `python` will do), takes the same steps but for
+rounding, which grows with many CG iterations (docs/distributed.md says how fast). A run that is
+started again goes on from its last checkpoint; `torchrun --max-restarts=3` does that where a
+process was lost. Launch lines, also for several nodes, are in docs/distributed.md as well.
 """
 
 from __future__ import annotations

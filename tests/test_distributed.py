@@ -295,7 +295,12 @@ def traffic(rank, group, sharded):
     x, y = data()
     model = network()
     optimizer = HFOptimizer(
-        model.parameters(), process_group=group, shard_state=sharded, history_size=4, cg_tol=0.0
+        model.parameters(),
+        process_group=group,
+        shard_state=sharded,
+        preconditioner="lbfgs",
+        history_size=4,
+        cg_tol=0.0,
     )
 
     def closure():

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_map
 from torch_hf import HFOptimizer
 
 TOLERANCE = 1e-6
-GGN = {"cg_max_iter": 4, "history_size": 4, "weight_decay": 1e-2}
+DEFAULTS = {"cg_max_iter": 4, "history_size": 4, "weight_decay": 1e-2}
+GGN = DEFAULTS | {"preconditioner": "lbfgs"}  # factors are of whole layers, which no rank has
 HESSIAN = GGN | {"curvature": "hessian", "cg_max_iter": 3, "damping": 10.0}
 
 
@@ -118,7 +119,7 @@ def test_a_checkpoint_is_resumed_on_other_numbers_of_ranks_and_unsharded():
 def through_a_folder(rank, group, folder):
     """What torch.distributed.checkpoint saves and loads is where the run goes on, to the bit."""
     model, other = sharded(2), sharded(2)
-    optimizer, resumed = (HFOptimizer(m.parameters(), **GGN) for m in (model, other))
+    optimizer, resumed = (HFOptimizer(m.parameters(), **DEFAULTS) for m in (model, other))
     train(model, lambda k: [union(k)[rank::2]], 4, optimizer=optimizer)
     train(other, lambda k: [union(k)[rank::2]], 1, optimizer=resumed)  # so that it has pairs
     state, entries = get_state_dict(model, optimizer)

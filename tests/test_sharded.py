@@ -116,7 +116,12 @@ def held(rank, group, sharded):
     """Numbers that the optimizer holds between steps, in units of P."""
     model = network()
     optimizer = HFOptimizer(
-        model.parameters(), process_group=group, shard_state=sharded, history_size=4, cg_max_iter=8
+        model.parameters(),
+        process_group=group,
+        shard_state=sharded,
+        preconditioner="lbfgs",
+        history_size=4,
+        cg_max_iter=8,
     )
     train(model, lambda k: [union(k)[rank::2]], steps=3, optimizer=optimizer)
     tensors = [optimizer._start]
@@ -149,6 +154,7 @@ def peak(rank, group):
         model.parameters(),
         process_group=group,
         shard_state=True,
+        preconditioner="lbfgs",
         history_size=6,
         cg_max_iter=12,
         cg_tol=0.0,

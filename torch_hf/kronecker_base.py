@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_hf.factors import Block
 from torch_hf.reduce import LOCAL, Space
+from torch_hf.vector import ParameterVector
 
 if TYPE_CHECKING:
     from torch_hf.preconditioner import Curvature
@@ -48,6 +49,18 @@ class Known(NamedTuple):
     age: int = 0
     iterations: int = 0
     damping: float = 0.0
+
+    def like(self, vector: ParameterVector) -> Known:
+        """In a vector's format and on its device: a state may come from elsewhere."""
+        blocks = [
+            Block(
+                b.weight,
+                b.bias,
+                *(t.to(vector.device, vector.dtype) for t in (b.inputs, b.outputs)),
+            )
+            for b in self.blocks
+        ]
+        return self._replace(blocks=blocks)
 
 
 class KroneckerPreconditioner:
@@ -87,6 +100,7 @@ class KroneckerPreconditioner:
     def begin(self, damping: float, curvature: Curvature) -> None:
         """Measures the factors if it is time, and inverts them if they or lambda have changed."""
         self._before, self._count = self._known, 0
+        self._known = self._before.like(curvature.vector)
         self._sizes = curvature.vector.sizes
         fresh = self.wants_layers
         known = self._measure(curvature) if fresh else self._known
