@@ -91,6 +91,7 @@ def time_steps(batch: int, group: Any, sharded: bool, plan: dict[str, Any]) -> d
     optimizer = HFOptimizer(
         task.model.parameters(),
         damping=1e-2,
+        preconditioner="lbfgs",  # what the model counts
         cg_tol=0.0,
         cg_max_iter=plan["iterations"],
         history_size=plan["pairs"],

@@ -100,7 +100,7 @@ def main() -> None:
     add("--shard-state", action="store_true", help="cut the optimizer's vectors over the ranks")
     add("--fsdp", action="store_true", help="cut the model over the ranks too")
     add("--double", action="store_true", help="compute in float64")
-    add("--cg-max-iter", type=int, default=250, help="the most CG iterations in a step")
+    add("--cg-max-iter", type=int, help="the most CG iterations in a step, if not chosen by itself")
     add("--save-every", type=int, default=5, help="steps from checkpoint to checkpoint")
     add("--timeout", type=float, default=300, help="seconds that a rank is waited for")
     args = parse(parser)
