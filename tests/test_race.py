@@ -318,10 +318,11 @@ def test_minibatches_grow_for_ours_alone(race):
         contender.step(0.0)
         batches.append(contender.notes()["batch_cases"])
     assert batches == [16, 16, 16, 16, 32, 32, 64] and max(sizes) <= 10
-    plain, _ = race.contenders.make_contender("hf-plain", task, task.make_model(), 0, {})
-    for _ in range(7):
-        plain.step(0.0)
-    assert plain.notes()["batch_cases"] == 16
+    for name, cases in (("hf-plain", 64), ("hf-plain:batch_size=16", 16)):  # 2,000, or all
+        plain, _ = race.contenders.make_contender(name, task, task.make_model(), 0, {})
+        for _ in range(7):
+            plain.step(0.0)
+            assert plain.notes()["batch_cases"] == cases
     sizes.clear()
     race.contenders.make_contender("sgd", task, task.make_model(), 0, {"lr": 0.1})[0].step(0.0)
     assert sizes == [8]
