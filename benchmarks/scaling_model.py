@@ -89,7 +89,8 @@ def collectives(mode: str, work: Work) -> dict[str, int]:
     Of ``fully_shard``, whose module communicates by itself: a run gathers the module, a backward
     gathers and scatters it; a product is two runs and a backward.
     """
-    few = 3 * work.iterations + work.kept + work.evaluations
+    # two sums an iteration and one of the preconditioner, which the last (of the most) leaves out
+    few = 3 * work.iterations - 1 + work.kept + work.evaluations
     if mode == REPLICATED:
         return {REDUCE: 1 + work.products, SCATTER: 0, GATHER: 0, "small": few + 8}
     if mode == SHARDED:  # a direction is gathered when it is tried and taken, and .grad is

@@ -95,7 +95,7 @@ def test_three_steps(name, optimizer, score, data_root, tmp_path):
             new <= old for old, new in zip(columns["loss"], columns["new_loss"], strict=True)
         )
     if name == "autoencoder":
-        assert columns["curvature_cases"][0] == 10
+        assert columns["curvature_cases"][0] == 5
 
 
 def drawn(folder, name):
@@ -160,7 +160,7 @@ def test_spoken_digits(write, tmp_path):
     assert done.returncode == 0, done.stderr
     columns = read_csv(tmp_path / "runs" / "spoken_digits" / "training.csv")
     assert columns["new_loss"][-1] < columns["loss"][0]
-    assert columns["curvature_cases"][0] == 50
+    assert columns["curvature_cases"][0] == 25
     assert drawn(tmp_path / "runs" / "spoken_digits", "training.png")
 
 
