@@ -319,6 +319,17 @@ def test_forms_and_batches_give_the_same_run(name, form, size, plain_run):
     assert_same(theta(training.model), plain_run(name, **options), 1e-9)
 
 
+def test_factors_of_several_batches_are_those_of_their_union():
+    found = []
+    for size in (100, 4):  # lambda's first product comes before the factors
+        training = Training(case_named("mlp-cross_entropy"))
+        training.step(batches=split_batch(training.batch, size))
+        found.append(training.optimizer.preconditioner.state_dict())
+    assert len(found[0]["base_factors"])
+    assert_close(found[1]["base_factors"], found[0]["base_factors"])
+    assert_close(found[1]["base_layout"], found[0]["base_layout"], rtol=0, atol=0)
+
+
 def test_an_iterator_of_batches_is_read_once():
     training, other = (Training(case_named("mlp-mse"), **STABLE) for _ in range(2))
     training.step(batches=iter(split_batch(training.batch, 4)))
