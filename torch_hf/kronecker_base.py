@@ -156,18 +156,17 @@ class KroneckerPreconditioner:
         self._known, self._inverses = self._before, []
 
     def state_dict(self) -> dict[str, Any]:
-        """The factors end to end, each layer's (weight, bias, I, O, dimensions of A and S)."""
+        """Each layer's (weight, bias), its factors with a last dimension of one, and numbers.
+
+        The dimension tells them from vectors of P numbers, which are kept by parameter.
+        """
         known = self._known
         if not known.measured:
             return {}
-        rows = [
-            [b.weight, b.bias, len(b.inputs), len(b.outputs), b.inputs.ndim, b.outputs.ndim]
-            for b in known.blocks
-        ]
-        tensors = [t.reshape(-1) for b in known.blocks for t in (b.inputs, b.outputs)]
-        return {
-            "factors": torch.cat(tensors) if tensors else torch.zeros(0),
-            "layout": torch.tensor(rows, dtype=torch.int64).view(-1, 6),
+        factors = [t for b in known.blocks for t in (b.inputs, b.outputs)]
+        layout = [[b.weight, b.bias] for b in known.blocks]
+        return {f"factor{i}": t[..., None] for i, t in enumerate(factors)} | {
+            "layout": torch.tensor(layout, dtype=torch.int64).view(-1, 2),
             "measured": known.measured,
             "age": known.age,
             "iterations": known.iterations,
@@ -178,15 +177,14 @@ class KroneckerPreconditioner:
         """Takes factors as ``state_dict`` gave them; none from an empty state."""
         self._known, self._inverses = Known(), []
         self._before = self._known
-        if "factors" not in state:
+        if "layout" not in state:
             return
-        blocks, start = [], 0
-        for weight, bias, inputs, outputs, *dimensions in state["layout"].tolist():
-            pair = []
-            for size, ndim in zip((inputs, outputs), dimensions, strict=True):
-                pair.append(state["factors"][start : start + size**ndim].view([size] * ndim))
-                start += size**ndim
-            blocks.append(Block(weight, bias, *pair))
+        blocks = [
+            Block(
+                weight, bias, state[f"factor{2 * k}"][..., 0], state[f"factor{2 * k + 1}"][..., 0]
+            )
+            for k, (weight, bias) in enumerate(state["layout"].tolist())
+        ]
         self._known = Known(
             blocks,
             int(state["measured"]),
