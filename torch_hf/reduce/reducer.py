@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 #: How Gloo, which has no class of errors, and NCCL say that a rank is lost.
-_COMMUNICATION = re.compile("gloo/|NCCL|Timed out waiting|Connection closed by peer")
+_COMMUNICATION = re.compile(
+    "gloo/|NCCL|Timed out waiting|Connection (closed|reset) by peer|pair closure|Broken pipe"
+)
 
 
 class PeerError(RuntimeError):
