@@ -9,12 +9,12 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor, version
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
@@ -156,12 +156,12 @@ def compared(seconds: Mapping[str, list[float]], base: str) -> dict[str, dict[st
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torch_hf": _version("torch_hf"),
-        **{name: _version(package) for name, package in PEERS.items()},
+        "torch_hf": version("torch_hf"),
+        **{name: version(package) for name, package in PEERS.items()},
     }
 
 
@@ -179,18 +179,3 @@ def write_json(name: str, device: torch.device, content: Mapping[str, Any]) -> N
     path = RESULTS / f"{name}-{device.type}.json"
     path.write_text(json.dumps(content, indent=2) + "\n")
     print(f"\nwritten to benchmarks/results/{path.name}")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -9,12 +9,12 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..machine import processor, version
 from .runner import Run
 
 PACKAGES = ("torch", "torch_hf", "pytorch-optimizer", "singd")
@@ -78,10 +78,10 @@ def session(command: str, device: str, threads: int) -> dict[str, Any]:
     return {
         "command": command,
         "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": threads,
         "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **{package: version(package) for package in PACKAGES},
     }
 
 
@@ -158,18 +158,3 @@ def _range(values: Sequence[float | None]) -> list[float] | None:
 
 def _key(run: Mapping[str, Any]) -> tuple[str, int, float]:
     return run["optimizer"], run["seed"], run["budget"]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
