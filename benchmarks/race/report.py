@@ -64,6 +64,8 @@ def as_markdown(record: Record) -> str:
         f"| {' | '.join(header)} |",
         f"| --- |{' ---: |' * (len(header) - 1)}",
         *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        f"![{title(record)}](../benchmarks/results/{record.path.stem}.png)",
     ]
     if errors(record):
         lines += ["", "Could not run:", "", *(f"- {line}" for line in errors(record))]
