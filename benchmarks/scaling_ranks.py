@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_hf import HFOptimizer
+from torch_hf.curvature import GaussNewtonOperator
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def work(rank: int, world: int, store: str, plan: dict[str, Any], out: Path) -> 
         dist.barrier()
     for batch in plan["overlap"]:
         if rank < 2:
-            found["overlap"].append(time_overlap(batch, groups[2], plan))
+            found["overlap"].extend(time_overlap(batch, groups[2], plan))
         dist.barrier()
     if rank == 0:
         out.write_text(json.dumps(found))
@@ -127,32 +128,60 @@ def time_steps(batch: int, group: Any, sharded: bool, plan: dict[str, Any]) -> d
     }
 
 
-def time_overlap(batch: int, group: Any, plan: dict[str, Any]) -> dict[str, Any]:
-    """A gradient and its sum over two ranks: one after the other, and in buckets while it runs."""
+def time_overlap(batch: int, group: Any, plan: dict[str, Any]) -> list[dict[str, Any]]:
+    """A gradient, and a product, with its sum over two ranks after it and piece by piece within."""
     task = autoencoder(batch, CPU)
     wrapped = DistributedDataParallel(task.model, process_group=group, bucket_cap_mb=1)
 
-    def gradient(model: Any) -> list[Tensor]:
+    def gradient(model: Any) -> Tensor:
         task.model.zero_grad()
         task.loss(model(task.x), task.y).backward()
-        return [p.grad for p in task.params]
+        return torch.cat([p.grad.view(-1) for p in task.params])
 
-    def then_sum() -> None:
-        flat = torch.cat([g.view(-1) for g in gradient(task.model)])
-        dist.all_reduce(flat, group=group)
+    outputs = task.model(task.x)
+    product = GaussNewtonOperator(task.loss(outputs, task.y), outputs, task.params)
+    v = torch.randn(task.numel)
+
+    def product_by_pieces() -> None:
+        """Each parameter's part is sent as soon as backward has it."""
+        sums: list[Any] = []
+
+        def send(part: Tensor) -> Tensor:
+            part = part.clone(memory_format=torch.contiguous_format)
+            sums.append(dist.all_reduce(part, group=group, async_op=True))
+            return part
+
+        hooks = [p.register_hook(send) for p in task.params]
+        product(v)
+        assert len(sums) == len(task.params)
+        for hook, sent in zip(hooks, sums, strict=True):
+            hook.remove()
+            sent.wait()
+
+    def then_sum(found: Tensor) -> None:
+        dist.all_reduce(found, group=group)
 
     ways = {
-        "gradient alone": lambda: gradient(task.model),
-        "one after the other": then_sum,
-        "in buckets while it runs": lambda: gradient(wrapped),
+        "gradient": (
+            lambda: gradient(task.model),
+            lambda: then_sum(gradient(task.model)),
+            lambda: gradient(wrapped),
+        ),
+        "product": (lambda: product(v), lambda: then_sum(product(v)), product_by_pieces),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for i in range(plan["overlap_rounds"] + 1):  # taking turns, so that noise hits all alike
-        for name, run in ways.items():
-            dist.barrier(group)
-            start = time.perf_counter()
-            run()
-            seconds = slowest(time.perf_counter() - start, group)
-            if i:
-                times[name].append(seconds)
-    return {"batch": batch, **{name: statistics.median(v) for name, v in times.items()}}
+    rows = []
+    for what, contenders in ways.items():
+        times: list[list[float]] = [[] for _ in contenders]
+        for i in range(plan["overlap_rounds"] + 1):  # taking turns, so that noise hits all alike
+            for run, found in zip(contenders, times, strict=True):
+                dist.barrier(group)
+                start = time.perf_counter()
+                run()
+                seconds = slowest(time.perf_counter() - start, group)
+                if i:
+                    found.append(seconds)
+        alone, after, within = map(statistics.median, times)
+        rows.append(
+            {"what": what, "batch": batch, "alone": alone, "after": after, "within": within}
+        )
+    return rows

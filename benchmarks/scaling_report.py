@@ -57,11 +57,11 @@ def measured(errors: list[Row], steps: list[Row], cores: int) -> None:
 def overlap(found: list[Row]) -> None:
     rows = []
     for r in found:
-        alone, after, within = (v for k, v in r.items() if k != "batch")
-        cells = [f"{1e3 * t:.1f}" for t in (alone, after, within)]
-        rows.append([str(r["batch"]), *cells, f"{100 * (1 - within / after):+.0f}"])
-    header = ["cases a rank", "gradient ms", "then its sum", "sum in buckets meanwhile", "saved %"]
-    print_table("Overlap of the gradient's sum with its computation, 2 processes", header, rows)
+        cells = [f"{1e3 * r[key]:.1f}" for key in ("alone", "after", "within")]
+        saved = f"{100 * (1 - r['within'] / r['after']):+.0f}"
+        rows.append([f"{r['what']}, {r['batch']}", *cells, saved])
+    header = ["of cases a rank", "alone, ms", "then its sum", "sum meanwhile", "saved %"]
+    print_table("Overlap of sums with computation, 2 processes", header, rows)
 
 
 def predicted(rows: list[Row], turning: list[Row]) -> None:
