@@ -13,6 +13,7 @@ from torch_hf.curvature import ObjectiveOperator
 from torch_hf.factors import measure
 from torch_hf.frozen import FrozenWorld
 from torch_hf.kronecker_base import KroneckerPreconditioner
+from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.objective import Objective
 from torch_hf.patches import PATCHES, input_rows
 from torch_hf.reduce import Reducer
@@ -73,6 +74,10 @@ def operator_of(model, closure, batches=None):
     )
     objective.value()
     return ObjectiveOperator(objective, "ggn")
+
+
+def statistics_of(*args):
+    return LayerStatistics(operator_of(*args))
 
 
 class TestSamples:
@@ -144,7 +149,7 @@ class TestMeasurement:
         model = nn.Linear(4, 1).double()
         x, y = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, 1, dtype=torch.float64)
         curvature = operator_of(model, lambda: F.mse_loss(model(x), y))
-        (block,) = curvature.factors(0)
+        (block,) = LayerStatistics(curvature).factors(0)
         dense = torch.stack([curvature(e) for e in torch.eye(5, dtype=torch.float64)])
         # the weight's entries come before the bias, as in the block's inputs
         torch.testing.assert_close(torch.kron(block.outputs, block.inputs), dense)
@@ -158,9 +163,9 @@ class TestMeasurement:
             return F.cross_entropy(model(batch[0]), batch[1])
 
         order = torch.randperm(6)
-        whole = operator_of(model, closure, [(x, y)]).factors(1)
+        whole = statistics_of(model, closure, [(x, y)]).factors(1)
         batches = list(zip(x[order].split(parts), y[order].split(parts), strict=True))
-        cut = operator_of(model, closure, batches).factors(1)
+        cut = statistics_of(model, closure, batches).factors(1)
         for a, b in zip(whole, cut, strict=True):
             torch.testing.assert_close(a.inputs, b.inputs, rtol=1e-12, atol=1e-14)
             torch.testing.assert_close(a.outputs, b.outputs, rtol=1e-12, atol=1e-14)
@@ -241,7 +246,7 @@ class TestPatches:
 
 class TestInverse:
     def begun(self, model, closure, damping, decay=0.0):
-        curvature = operator_of(model, closure)
+        curvature = statistics_of(model, closure)
         curvature.decays = [decay] * len(curvature.decays)
         preconditioner = KroneckerPreconditioner()
         preconditioner.begin(damping, curvature)

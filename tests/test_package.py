@@ -132,12 +132,15 @@ def test_imports_have_no_cycle():
 GROUND = {f"torch_hf.{name}" for name in ("_checks", "_foreign", "report", "clock", "_version")}
 REDUCE = {name for name in NAMES if f"{name}.".startswith("torch_hf.reduce.")}
 LOW = GROUND | REDUCE | {"torch_hf.vector"}
-RECORDED = LOW | {f"torch_hf.{name}" for name in ("capture", "cases", "convolution", "heads")}
+RECORDED = LOW | {
+    f"torch_hf.{name}" for name in ("capture", "cases", "convolution", "heads", "names")
+}
 FACTORS = RECORDED | {f"torch_hf.{name}" for name in ("factors", "signs", "patches", "per_case")}
 FLOORS = [
     ("torch_hf._checks", set()),
     ("torch_hf.report", GROUND),
     ("torch_hf.vector", GROUND),
+    ("torch_hf.names", set()),
     *((name, LOW) for name in sorted(REDUCE)),
     ("torch_hf.damping", LOW),
     ("torch_hf.cg", LOW),  # knows no network

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch_hf.capture import Capture
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.frozen import FrozenWorld
+from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.objective import Objective
 from torch_hf.per_case import squared_gradients, trace_and_slopes
 from torch_hf.reduce import Reducer
@@ -267,7 +268,7 @@ def _objective(closure, params, decay=0.0, **options):
 def _diagonal(closure, params, damping, decay=0.0, **options):
     objective = _objective(closure, params, decay, **options)
     objective.value()
-    return ObjectiveOperator(objective, "ggn").diagonal(damping)
+    return LayerStatistics(ObjectiveOperator(objective, "ggn")).diagonal(damping)
 
 
 NAMES = [

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from torch_hf.capture import LOSSES, SHAPING, Call, Record, kind
+from torch_hf.capture import Call, Record
+from torch_hf.names import LOSSES, SHAPING, kind
 
 AVERAGING = {"Mean", "Div"}
 PRODUCTS = {"Mul", "Dot", "Mv", "Mm", "Bmm"}

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.capture import Record
 from torch_hf.cases import Cases
 from torch_hf.differences import CentralDifference, DifferenceGaussNewton
-from torch_hf.factors import Block, averaged, measure
 from torch_hf.frozen import FrozenWorld
-from torch_hf.heads import Head
 from torch_hf.objective import Graph, Objective
-from torch_hf.per_case import EXPONENT, squared_gradients, trace_and_slopes
 from torch_hf.products import BatchGaussNewton, BatchHessian, LocalProduct
 from torch_hf.reduce import LOCAL, Reducer
 from torch_hf.split import Split, split_by_outputs
@@ -140,14 +136,12 @@ class ObjectiveOperator:
 
     def __init__(self, objective: Objective, curvature: str, engine: str = "auto") -> None:
         self.objective = objective
-        self.vector = objective.vector
         self.curvature = curvature
         self.wanted = engine
         by_differences = engine == DIFFERENCES or objective.vector.sums
         self.engine = DIFFERENCES if by_differences else DOUBLE_BACKWARD
         self.products = 0
         self.split: Split | None = None
-        self.decays = objective.decay
         decay = objective.vector.spread(objective.decay)
         self.decay = objective.space.own(decay) if isinstance(decay, Tensor) else decay
         self._local: LocalProduct | None = None
@@ -199,83 +193,6 @@ class ObjectiveOperator:
             part = part if weight == 1.0 or vector.sums else part * weight
             total = part if total is None else total.add_(part)
         return vector.zeros() if total is None else total
-
-    def diagonal(self, damping: float) -> Tensor:
-        """Martens' diagonal ``(mean g^2 + lambda)^0.75`` on the curvature batches.
-
-        The same over any split of the cases into batches and ranks, but for random signs.
-        """
-        objective = self.objective
-        found = objective.reducer.attempt(self._own_diagonal)
-        total, trace, slopes = found or (objective.vector.zeros(), 0.0, 0.0)
-        total, table = objective.space.reduce_with(total, [trace, slopes])
-        trace, slopes = (sum(column) for column in zip(*table, strict=True))
-        total = total * (trace / slopes if slopes > 0 else 0.0)
-        return (total + self.decay + damping).clamp_(min=torch.finfo(total.dtype).tiny) ** EXPONENT
-
-    def _own_diagonal(self) -> tuple[Tensor, float, float]:
-        """Squared gradients, the trace of H and the squared slopes over this rank's batches."""
-        vector = self.objective.vector
-        if vector.sums:
-            raise RuntimeError(_checks.PER_CASE.format(what="The diagonal preconditioner"))
-        total, trace, slopes = vector.zeros(), 0.0, 0.0
-        for i, weight in enumerate(self.weights):
-            if not weight:
-                continue
-            with self.objective.curvature_graph(i) as graph:
-                heads = self._heads(graph)
-                squares = squared_gradients(heads, vector.params, graph.record.layers)
-                total.add_(vector.flatten(squares), alpha=weight**2)
-                parts = trace_and_slopes(heads, vector.params)
-                trace, slopes = trace + weight * parts[0], slopes + weight**2 * parts[1]
-        return total, trace, slopes
-
-    def factors(self, salt: int) -> list[Block]:
-        """Kronecker factors of the layers on the curvature batches; none if no layer was seen.
-
-        Args:
-            salt: Another one draws other signs; see :mod:`torch_hf.signs`.
-        """
-        objective = self.objective
-        if objective.vector.sums:  # of fully sharded layers no rank sees the whole
-            return []
-        found = objective.reducer.attempt(lambda: self._own_factors(salt))
-        blocks, rows = found or ([], self.vector.zeros()[:0])
-        seen, ranks = objective.reducer.numbers([len(blocks), 1.0])
-        if not seen or seen != len(blocks) * ranks:  # a rank without cases has no factors
-            return []
-        return averaged(blocks, rows, objective.reducer)
-
-    def _own_factors(self, salt: int) -> tuple[list[Block], Tensor]:
-        """Sums over this rank's batches, and each block's number of rows."""
-        blocks: list[Block] = []
-        rows = self.vector.zeros()[:0]
-        for i, weight in enumerate(self.weights):
-            if not weight:
-                continue
-            with self.objective.curvature_graph(i) as graph:
-                try:
-                    heads = self._heads(graph)
-                except RuntimeError:
-                    if self.curvature == "hessian":  # a loss need not be split for its Hessian
-                        return [], rows
-                    raise
-                found, count = measure(heads, self.vector.params, graph.record.layers, salt)
-            for block in found:
-                block.outputs *= weight
-            if not blocks:
-                blocks, rows = found, count
-            else:
-                rows = rows + count
-                for total, part in zip(blocks, found, strict=True):
-                    total.inputs += part.inputs
-                    total.outputs += part.outputs
-        return blocks, rows
-
-    def _heads(self, graph: Graph) -> Sequence[Head]:
-        """The loss's terms in this graph; the split at hand may be that of another batch."""
-        kept = self.split if graph is self.objective.kept else None
-        return (kept or self.objective.split(graph)).heads
 
     def release(self) -> None:
         """Lets the kept graph go: parameters may be edited in place after this."""

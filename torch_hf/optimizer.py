@@ -21,6 +21,7 @@ from torch_hf.damping import initial_damping
 from torch_hf.diagnostics import explain
 from torch_hf.flat_state import FlatStateOptimizer
 from torch_hf.frozen import FrozenWorld
+from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.line_search import Move, doubtful, repeats, same_value, scaled, search
 from torch_hf.objective import Objective, Value
 from torch_hf.outcome import Outcome
@@ -266,7 +267,7 @@ class HFOptimizer(FlatStateOptimizer):
         """Conjugate gradients on the damped quadratic, from the last solution."""
         options = self.param_groups[0]
         with clock.part("preconditioner"):
-            self.preconditioner.begin(damping, curvature)
+            self.preconditioner.begin(damping, LayerStatistics(curvature))
         return conjugate_gradients(
             clock.timed("products", damped),
             here.gradient,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
-from torch_hf.capture import LOSSES, Call, Record, kind
+from torch_hf.capture import Call, Record
 from torch_hf.cases import Term, edge_of, linear_terms, under
 from torch_hf.heads import (
     DiagonalHead,
@@ -29,6 +29,7 @@ from torch_hf.heads import (
     SoftmaxHead,
     entropy_weights,
 )
+from torch_hf.names import LOSSES, kind
 
 EXPLICIT_FORM = """return the network's outputs beside the loss:
 
