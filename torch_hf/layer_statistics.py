@@ -11,8 +11,8 @@ from torch_hf import _checks
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.factors import Block, averaged, measure
 from torch_hf.heads import Head
-from torch_hf.objective import Graph
 from torch_hf.per_case import EXPONENT, squared_gradients, trace_and_slopes
+from torch_hf.values import Graph
 
 
 class LayerStatistics:

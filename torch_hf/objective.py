@@ -6,61 +6,25 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.capture import Capture, Record
-from torch_hf.cases import Cases, agreed_terms, count_cases, shares_of
+from torch_hf.cases import Cases, count_cases, shares_of
 from torch_hf.frozen import FrozenWorld
+from torch_hf.penalty import WeightDecay
 from torch_hf.per_case import variance_over_cases
 from torch_hf.reduce import Reducer, Space, space_of, unreduced
 from torch_hf.split import Split, split_by_calls, split_by_outputs
+from torch_hf.values import Found, Graph, Value
 from torch_hf.vector import ParameterVector
 
 _NO_BATCH = object()
 #: How autograd says that it was asked for a derivative where no graph was built.
 _NEEDS_GRAPH = re.compile(r"requires?[_ ]grad|used in the graph")
-
-
-class Graph(NamedTuple):
-    """One batch's run of the closure, its graph alive."""
-
-    loss: Tensor  # scalar, the sign such that it is minimised
-    outputs: tuple[Tensor, ...]  # those the closure returned, if any
-    record: Record
-    returned: Any
-    cases: Cases
-
-
-class Value(NamedTuple):
-    """The objective and its gradient at the present parameters."""
-
-    loss: float
-    gradient: Tensor  # what this rank holds of (P,), weight decay included
-    plain_gradient: Callable[[], list[Tensor | None]]  # as .grad shows it: the closure's own
-    gradient_norm: float
-    cases: float
-    returned: Any
-    where: str = ""  # the ranks whose loss is not finite
-
-
-class Found(NamedTuple):
-    """What the first run came to on this rank: sums over its batches, by their shares."""
-
-    gradient: list[Tensor | None]
-    losses: list[float]
-    counts: list[Cases]
-    shares: list[float]
-    returned: Any
-
-    def numbers(self) -> list[float]:
-        """Loss, cases, shares, and what must agree on all ranks."""
-        loss = sum(s * x for s, x in zip(self.shares, self.losses, strict=True) if s)
-        cases = sum(c.number or 0.0 for c in self.counts)
-        return [loss, cases, sum(self.shares), agreed_terms(self.counts[0])]
 
 
 class Objective:
@@ -111,6 +75,7 @@ class Objective:
         self.curvature_batches = self._listed("curvature_batches", curvature_batches)
         self.curvature_batches = self.curvature_batches or self.batches
         self.decay = decay
+        self.penalty = WeightDecay(decay, vector, self.space, reducer)
         self.sign = -1.0 if maximize else 1.0
         self.layers = layers
         self.fast_convolutions = fast_convolutions
@@ -161,8 +126,8 @@ class Objective:
             dtype, device = self.vector.dtype, self.vector.device
             returned = torch.tensor(self.sign * loss, dtype=dtype, device=device)
         plain = self._plain(flat, reached)
-        self._add_decay(flat)
-        full = loss + self._decay_loss()
+        self.penalty.add_gradient(flat)
+        full = loss + self.penalty.loss()
         norm = self.space.norm(flat)
         where = self.reducer.named([i for i, row in enumerate(table) if not math.isfinite(row[0])])
         return Value(full, flat, plain, norm, self.cases or 1.0, returned, where)
@@ -211,30 +176,6 @@ class Objective:
             return 1.0
         return cases.denominators[0]
 
-    # --- weight decay ---
-
-    def _decay_loss(self) -> float:
-        """The penalty; of sharded parameters that on all ranks."""
-        own = self._own_decay_loss()
-        return self.reducer.numbers([own])[0] if self.vector.sums and any(self.decay) else own
-
-    def _own_decay_loss(self) -> float:
-        pairs = [(d, p) for d, p in zip(self.decay, self.vector.local, strict=True) if d]
-        if not pairs:
-            return 0.0
-        with torch.no_grad():
-            squares = [d * p.double().square().sum() for d, p in pairs]
-        return 0.5 * float(torch.stack(squares).sum())
-
-    def _add_decay(self, flat: Tensor) -> None:
-        vector = self.vector
-        whole = flat if flat.numel() == vector.numel else vector.zeros()
-        for d, p, g in zip(self.decay, vector.local, vector.views(whole), strict=True):
-            if d:
-                g.add_(p.detach(), alpha=d)
-        if whole is not flat:
-            flat.add_(self.space.own(whole))
-
     def _plain(self, flat: Tensor, reached: list[bool]) -> Callable[[], list[Tensor | None]]:
         """The closure's own gradient as ``.grad`` shows it: views of ``flat`` where it is that."""
         vector, space, sign = self.vector, self.space, self.sign
@@ -253,7 +194,7 @@ class Objective:
         """The objective at whatever values the parameters hold now, without a graph if it can."""
         self.evaluations += 1
         weighted = self.reducer.attempt(self._own_loss)
-        penalty = self._own_decay_loss() * self.space.share
+        penalty = self.penalty.own_loss() * self.space.share
         total, penalty = self.reducer.numbers([0.0 if weighted is None else weighted, penalty])
         return total / self.divisor + penalty
 

@@ -23,12 +23,13 @@ from torch_hf.flat_state import FlatStateOptimizer
 from torch_hf.frozen import FrozenWorld
 from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.line_search import Move, doubtful, repeats, same_value, scaled, search
-from torch_hf.objective import Objective, Value
+from torch_hf.objective import Objective
 from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import Preconditioner, make_preconditioner, most_iterations
 from torch_hf.reduce import PeerError, Space, check_group
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import pack
+from torch_hf.values import Value
 from torch_hf.vector import ParameterVector
 
 #: After so many rejections in a row a warning says what to look at.
