@@ -42,6 +42,7 @@ class GaussNewtonOperator:
     descent"; Martens 2010.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
         >>> outputs = model(x)
@@ -106,6 +107,7 @@ class HessianOperator:
     Source: Pearlmutter 1994, "Fast exact multiplication by the Hessian".
 
     Example:
+        >>> import torch
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> HessianOperator((w ** 3).sum(), [w])(torch.tensor([1.0, 1.0]))
         tensor([ 6., 12.])
