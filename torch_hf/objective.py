@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from torch import Tensor
 
 from torch_hf import _checks
-from torch_hf.capture import Capture, Record
-from torch_hf.cases import Cases, count_cases, shares_of
+from torch_hf.cases import Cases, shares_of
+from torch_hf.closure_runs import NO_BATCH, ClosureRuns
 from torch_hf.frozen import FrozenWorld
 from torch_hf.penalty import WeightDecay
 from torch_hf.per_case import variance_over_cases
@@ -21,10 +20,6 @@ from torch_hf.reduce import Reducer, Space, space_of, unreduced
 from torch_hf.split import Split, split_by_calls, split_by_outputs
 from torch_hf.values import Found, Graph, Value
 from torch_hf.vector import ParameterVector
-
-_NO_BATCH = object()
-#: How autograd says that it was asked for a derivative where no graph was built.
-_NEEDS_GRAPH = re.compile(r"requires?[_ ]grad|used in the graph")
 
 
 class Objective:
@@ -59,7 +54,6 @@ class Objective:
         reducer: Reducer,
         space: Space | None = None,
     ) -> None:
-        self.closure = closure
         self.vector = vector
         self.world = world
         self.own_curvature_batches = curvature_batches is not None
@@ -71,16 +65,20 @@ class Objective:
         _checks.takes_batch(closure, batches is not None)
         self.reducer = reducer
         self.space = space or space_of(reducer, vector)
-        self.batches = self._listed("batches", batches) or [_NO_BATCH]
+        self.batches = self._listed("batches", batches) or [NO_BATCH]
         self.curvature_batches = self._listed("curvature_batches", curvature_batches)
         self.curvature_batches = self.curvature_batches or self.batches
         self.decay = decay
         self.penalty = WeightDecay(decay, vector, self.space, reducer)
         self.sign = -1.0 if maximize else 1.0
-        self.layers = layers
-        self.fast_convolutions = fast_convolutions
-        self.needs_graph = False
-        self.accumulates = False  # whether backward() found gradients that were not cleared
+        self.runs = ClosureRuns(
+            closure,
+            vector,
+            world,
+            sign=self.sign,
+            layers=layers,
+            fast_convolutions=fast_convolutions,
+        )
         self.shares: list[float] = []
         self.divisor = 1.0
         self.weights: list[float] = []  # shares over the divisor
@@ -137,18 +135,18 @@ class Objective:
         losses, counts, returned = [], [], None
         with self.world.first_run():
             for i, batch in enumerate(self.batches):
-                graph = self._run(batch)
-                self.needs_graph |= graph.record.differentiates_inside
+                graph = self.runs.graph(batch)
+                self.runs.needs_graph |= graph.record.differentiates_inside
                 losses.append(float(graph.loss.detach()))
                 counts.append(graph.cases)
                 self._add_gradient(gradient, graph, self._share(graph.cases, counts[0].adds))
                 if i == 0:
-                    returned = parse_loss(graph.returned)
+                    returned = graph.returned
                 self.world.mark()
         message = "" if self.reducer.group else unreduced(self.world.buffers.seen)
         if message:
             raise RuntimeError(message)
-        if self.accumulates:
+        if self.runs.accumulates:
             check()
         shares = [1.0] if self._alone() else shares_of(counts, "batches")
         return Found(gradient, losses, counts, shares, returned)
@@ -199,21 +197,7 @@ class Objective:
         return total / self.divisor + penalty
 
     def _own_loss(self) -> float:
-        if not self.needs_graph:
-            try:
-                return self._loss(grad=False)
-            except RuntimeError as error:
-                if not _NEEDS_GRAPH.search(str(error)):
-                    raise
-                self.needs_graph = True  # the closure differentiates in a way that was not seen
-        return self._loss(grad=True)
-
-    def _loss(self, grad: bool) -> float:
-        losses = []
-        with self.world.rerun(), torch.set_grad_enabled(grad):
-            for batch in self.batches:
-                capture = Capture(self.vector.params, calls=False)
-                losses.append(self._objective(self._call(capture, batch)).detach())
+        losses = self.runs.losses(self.batches)
         return sum(s * float(x) for s, x in zip(self.shares, losses, strict=True) if s)
 
     def gradient_variance(self, here: Value) -> float:
@@ -235,7 +219,7 @@ class Objective:
             if not weight:
                 continue
             with self.world.rerun(i):
-                graph = self.kept if shared else self._run(batch)
+                graph = self.kept if shared else self.runs.graph(batch)
             assert graph is not None
             heads = self.split(graph).heads
             total += weight**2 * variance_over_cases(heads, self.vector.params)
@@ -247,7 +231,7 @@ class Objective:
     def graph(self) -> Iterator[Graph]:
         """The graph of the first batch alone, as a first run."""
         with self.world.first_run():
-            graph = self._run(self.batches[0])
+            graph = self.runs.graph(self.batches[0])
         yield graph
 
     def curvature_weights(self, counts: list[Cases] | None) -> tuple[list[float], float]:
@@ -281,7 +265,7 @@ class Objective:
             yield self.kept
             return
         with self.world.rerun(i):
-            graph = self._run(self.curvature_batches[i])
+            graph = self.runs.graph(self.curvature_batches[i])
         yield graph
 
     def outputs_at(self, i: int, values: Sequence[Tensor]) -> list[Tensor | None]:
@@ -299,7 +283,7 @@ class Objective:
     def _graph_at(self, i: int, values: Sequence[Tensor]) -> Iterator[Graph]:
         with self.vector.lent(values):
             with self.world.rerun(i):
-                graph = self._run(self.curvature_batches[i])
+                graph = self.runs.graph(self.curvature_batches[i])
             yield graph
 
     def split(self, graph: Graph) -> Split:
@@ -307,54 +291,3 @@ class Objective:
         if graph.outputs:
             return split_by_outputs(graph.record, graph.loss, graph.outputs, self.vector.params)
         return split_by_calls(graph.record, graph.loss, self.vector.params)
-
-    # --- running the closure ---
-
-    def _call(self, capture: Capture, batch: Any) -> Record:
-        args = () if batch is _NO_BATCH else (batch,)
-        gradients = [p.grad for p in self.vector.params]
-        for p in self.vector.params:
-            p.grad = None  # so that the closure's zero_grad() does not reach the present ones
-        try:
-            with self.world.surroundings():
-                return capture.run(self.closure, *args)
-        except (AttributeError, RuntimeError) as error:
-            if capture.record.held and _checks.misses_gradients(error):
-                raise RuntimeError(_checks.HELD_BACK) from error
-            raise
-        finally:
-            for p, g in zip(self.vector.params, gradients, strict=True):
-                p.grad = g
-
-    @torch.enable_grad()
-    def _run(self, batch: Any) -> Graph:
-        capture = Capture(
-            self.vector.params, layers=self.layers, fast_convolutions=self.fast_convolutions
-        )
-        record = self._call(capture, batch)
-        self.accumulates |= bool(record.held) and not record.clears
-        loss = self._objective(record)
-        returned, outputs, cases = _checks.returned(record.returned)
-        if not loss.requires_grad:
-            raise RuntimeError(
-                "The closure's loss is a constant: it is not connected to any parameter. Compute "
-                "it from the model's output without detach(), item() or torch.no_grad()."
-            )
-        counted = count_cases(record, loss, outputs, self.vector.params)
-        if cases is not None:
-            counted = Cases(cases, adds=False, denominators=(cases,))
-        return Graph(loss, outputs, record, returned, counted)
-
-    def _objective(self, record: Record) -> Tensor:
-        loss, _, _ = _checks.returned(record.returned)
-        terms = [_checks.scalar(term) for term in record.held or [loss]]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total if self.sign == 1.0 else -total
-
-
-def parse_loss(returned: Any) -> Any:
-    """The loss alone of what a closure returned."""
-    loss = returned[0] if isinstance(returned, (tuple, list)) else returned
-    return loss.detach() if isinstance(loss, Tensor) else loss

@@ -17,7 +17,7 @@ class Graph(NamedTuple):
     loss: Tensor  # scalar, the sign such that it is minimised
     outputs: tuple[Tensor, ...]  # those the closure returned, if any
     record: Record
-    returned: Any
+    returned: Any  # the loss as the closure returned it, detached: reported, not minimised
     cases: Cases
 
 

@@ -1,0 +1,127 @@
+"""Runs of a user's closure: on one batch as a graph, or on all for their losses alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_hf import _checks
+from torch_hf.capture import Capture, Record
+from torch_hf.cases import Cases, count_cases
+from torch_hf.frozen import FrozenWorld
+from torch_hf.values import Graph
+from torch_hf.vector import ParameterVector
+
+#: Stands for the batch of a closure that takes none.
+NO_BATCH = object()
+#: How autograd says that it was asked for a derivative where no graph was built.
+_NEEDS_GRAPH = re.compile(r"requires?[_ ]grad|used in the graph")
+
+
+class ClosureRuns:
+    """A closure in any of its three forms, called with ``backward()`` held back.
+
+    Args:
+        closure: It takes a batch, unless all batches are ``NO_BATCH``.
+        vector: The parameters; their gradients are the same after a run as before it.
+        world: Random states, buffers and autocast around the runs.
+        sign: 1.0, or -1.0 where the closure's objective is to grow.
+        layers: Whether graphs keep the inputs and outputs of linear layers.
+        fast_convolutions: Whether convolutions take the rule for Gauss-Newton products.
+
+    Attributes:
+        needs_graph: Whether the closure differentiates by itself, so that its loss needs a graph.
+        accumulates: Whether ``backward()`` found gradients that were not cleared.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[..., Any],
+        vector: ParameterVector,
+        world: FrozenWorld,
+        *,
+        sign: float,
+        layers: bool,
+        fast_convolutions: bool,
+    ) -> None:
+        self.closure = closure
+        self.vector = vector
+        self.world = world
+        self.sign = sign
+        self.layers = layers
+        self.fast_convolutions = fast_convolutions
+        self.needs_graph = False
+        self.accumulates = False
+
+    @torch.enable_grad()
+    def graph(self, batch: Any) -> Graph:
+        """A batch's loss with its graph.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: The closure returned something unusable; the
+                message says what was expected.
+        """
+        capture = Capture(
+            self.vector.params, layers=self.layers, fast_convolutions=self.fast_convolutions
+        )
+        record = self._call(capture, batch)
+        self.accumulates |= bool(record.held) and not record.clears
+        loss = self._objective(record)
+        returned, outputs, cases = _checks.returned(record.returned)
+        if not loss.requires_grad:
+            raise RuntimeError(
+                "The closure's loss is a constant: it is not connected to any parameter. Compute "
+                "it from the model's output without detach(), item() or torch.no_grad()."
+            )
+        counted = count_cases(record, loss, outputs, self.vector.params)
+        if cases is not None:
+            counted = Cases(cases, adds=False, denominators=(cases,))
+        shown = returned.detach() if isinstance(returned, Tensor) else returned
+        return Graph(loss, outputs, record, shown, counted)
+
+    def losses(self, batches: Sequence[Any]) -> list[Tensor]:
+        """Each batch's loss as in the first run, without a graph if it can."""
+        if not self.needs_graph:
+            try:
+                return self._losses(batches, grad=False)
+            except RuntimeError as error:
+                if not _NEEDS_GRAPH.search(str(error)):
+                    raise
+                self.needs_graph = True  # the closure differentiates in a way that was not seen
+        return self._losses(batches, grad=True)
+
+    def _losses(self, batches: Sequence[Any], grad: bool) -> list[Tensor]:
+        losses = []
+        with self.world.rerun(), torch.set_grad_enabled(grad):
+            for batch in batches:
+                capture = Capture(self.vector.params, calls=False)
+                losses.append(self._objective(self._call(capture, batch)).detach())
+        return losses
+
+    def _call(self, capture: Capture, batch: Any) -> Record:
+        args = () if batch is NO_BATCH else (batch,)
+        gradients = [p.grad for p in self.vector.params]
+        for p in self.vector.params:
+            p.grad = None  # so that the closure's zero_grad() does not reach the present ones
+        try:
+            with self.world.surroundings():
+                return capture.run(self.closure, *args)
+        except (AttributeError, RuntimeError) as error:
+            if capture.record.held and _checks.misses_gradients(error):
+                raise RuntimeError(_checks.HELD_BACK) from error
+            raise
+        finally:
+            for p, g in zip(self.vector.params, gradients, strict=True):
+                p.grad = g
+
+    def _objective(self, record: Record) -> Tensor:
+        loss, _, _ = _checks.returned(record.returned)
+        terms = [_checks.scalar(term) for term in record.held or [loss]]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total if self.sign == 1.0 else -total
