@@ -1,16 +1,21 @@
-"""What an optimizer of flat vectors keeps between steps: groups, state, checkpoints."""
+"""What an optimizer of flat vectors keeps between steps, and keeps if a step fails."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_hf import _checks
+from torch_hf.diagnostics import explain
+from torch_hf.frozen import FrozenWorld
+from torch_hf.objective import Objective
 from torch_hf.preconditioner import Preconditioner
-from torch_hf.reduce import Reducer, Sharded, Space, parameter_vector, space_of
+from torch_hf.reduce import PeerError, Reducer, Sharded, Space, parameter_vector, space_of
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import check_state, pack, unpack, whole_state
 from torch_hf.vector import ParameterVector
@@ -53,6 +58,59 @@ class FlatStateOptimizer(Optimizer):
             self.preconditioner.space = space
         return reducer, space
 
+    # --- a step's beginning, and its end if it fails ---
+
+    @contextmanager
+    def _attempt(
+        self,
+        closure: Callable[..., Any],
+        batches: Iterable[Any] | None,
+        curvature_batches: Iterable[Any] | None,
+        vector: ParameterVector,
+    ) -> Iterator[Objective]:
+        """The step's objective; an error inside leaves everything as it was before."""
+        world = FrozenWorld(vector.device)
+        gradients = [p.grad for p in vector.params]
+        objective = forgotten = None
+        try:
+            forgotten = self._forget_if_stale(vector)
+            objective = self._objective(closure, batches, curvature_batches, vector, world)
+            yield objective
+        except BaseException as error:
+            self.preconditioner.abandon()
+            if forgotten is not None:
+                self._start, pairs = forgotten
+                self.preconditioner.load_state_dict(pairs)
+            world.undo()
+            for p, g in zip(vector.params, gradients, strict=True):
+                p.grad = g
+            if not isinstance(error, PeerError) and (message := explain(error, objective)):
+                raise RuntimeError(message) from error
+            raise
+
+    def _objective(
+        self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
+    ) -> Objective:
+        _checks.closure(closure)
+        _checks.accumulates(batches)
+        for group in self.param_groups:
+            _checks.options(group)
+        reducer, space = self._space(vector)
+        vector.modules = world.buffers.seen
+        return Objective(
+            closure,
+            vector,
+            world,
+            batches=batches,
+            curvature_batches=curvature_batches,
+            decay=[g["weight_decay"] for g, _ in self._owned()],
+            maximize=self.param_groups[0]["maximize"],
+            layers=self.preconditioner.wants_layers,
+            fast_convolutions=self.curvature == "ggn",
+            reducer=reducer,
+            space=space,
+        )
+
     def _forget_if_stale(self, vector: ParameterVector) -> tuple[Tensor | None, Any] | None:
         """Drops directions of another length: parameters were added, frozen or thawed.
 
@@ -66,6 +124,8 @@ class FlatStateOptimizer(Optimizer):
         self._start = None
         self.preconditioner.load_state_dict({})
         return dropped
+
+    # --- checkpoints ---
 
     def _initialise(self) -> None:
         """``step()`` without a closure: what distributed checkpointing does to make state."""

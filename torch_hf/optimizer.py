@@ -18,15 +18,13 @@ from torch_hf.cg import CGResult, conjugate_gradients
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.damping import initial_damping
-from torch_hf.diagnostics import explain
 from torch_hf.flat_state import FlatStateOptimizer
-from torch_hf.frozen import FrozenWorld
 from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.line_search import Move, doubtful, repeats, same_value, scaled, search
 from torch_hf.objective import Objective
 from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import Preconditioner, make_preconditioner, most_iterations
-from torch_hf.reduce import PeerError, Space, check_group
+from torch_hf.reduce import Space, check_group
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import pack
 from torch_hf.values import Value
@@ -173,29 +171,14 @@ class HFOptimizer(FlatStateOptimizer):
             return self._initialise()
         clock = Clock(("gradient", "products", "preconditioner", "evaluations"))
         vector = self._vector()
-        world = FrozenWorld(vector.device)
-        gradients = [p.grad for p in vector.params]
-        objective = forgotten = None
-        try:
-            forgotten = self._forget_if_stale(vector)
-            objective = self._objective(closure, batches, curvature_batches, vector, world)
-            with world.arithmetic():
-                with clock.part("gradient"):
-                    here = objective.value(lambda: _checks.accumulated(gradients, self._left))
-                outcome = self._decide(objective, here, clock)
-        except BaseException as error:
-            self.preconditioner.abandon()
-            if forgotten is not None:
-                self._start, pairs = forgotten
-                self.preconditioner.load_state_dict(pairs)
-            world.undo()
-            for p, g in zip(vector.params, gradients, strict=True):
-                p.grad = g
-            if not isinstance(error, PeerError) and (message := explain(error, objective)):
-                raise RuntimeError(message) from error
-            raise
+        before = [p.grad for p in vector.params]
+        attempt = self._attempt(closure, batches, curvature_batches, vector)
+        with attempt as objective, objective.world.arithmetic():
+            with clock.part("gradient"):
+                here = objective.value(lambda: _checks.accumulated(before, self._left))
+            outcome = self._decide(objective, here, clock)
         self._commit(vector, objective.space, here, outcome)
-        world.settle(counts=math.isfinite(here.loss))
+        objective.world.settle(counts=math.isfinite(here.loss))
         state = self.param_groups[0]
         self.last_report = outcome.report(state["steps"], objective, here, clock, self._requests)
         if state["rejections"] and state["rejections"] % PATIENCE == 0:
@@ -301,28 +284,3 @@ class HFOptimizer(FlatStateOptimizer):
         for p, g in zip(vector.params, gradients, strict=True):
             p.grad = g
         self._left = [ref(p.grad) for p in vector.params if p.grad is not None]
-
-    # --- set-up ---
-
-    def _objective(
-        self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
-    ) -> Objective:
-        _checks.closure(closure)
-        _checks.accumulates(batches)
-        for group in self.param_groups:
-            _checks.options(group)
-        reducer, space = self._space(vector)
-        vector.modules = world.buffers.seen
-        return Objective(
-            closure,
-            vector,
-            world,
-            batches=batches,
-            curvature_batches=curvature_batches,
-            decay=[g["weight_decay"] for g, _ in self._owned()],
-            maximize=self.param_groups[0]["maximize"],
-            layers=self.preconditioner.wants_layers,
-            fast_convolutions=self.curvature == "ggn",
-            reducer=reducer,
-            space=space,
-        )
