@@ -129,7 +129,8 @@ def test_imports_have_no_cycle():
 
 
 #: Who may be reached from whom; anything else is a new story for docs/architecture.md.
-GROUND = {f"torch_hf.{name}" for name in ("_checks", "_foreign", "report", "clock", "_version")}
+CHECKS = {f"torch_hf.{name}" for name in ("_checks", "_step_checks", "_messages", "_foreign")}
+GROUND = CHECKS | {f"torch_hf.{name}" for name in ("report", "clock", "_version")}
 REDUCE = {name for name in NAMES if f"{name}.".startswith("torch_hf.reduce.")}
 LOW = GROUND | REDUCE | {"torch_hf.vector"}
 RECORDED = LOW | {
@@ -137,7 +138,7 @@ RECORDED = LOW | {
 }
 FACTORS = RECORDED | {f"torch_hf.{name}" for name in ("factors", "signs", "patches", "per_case")}
 FLOORS = [
-    ("torch_hf._checks", set()),
+    *((name, set()) for name in sorted(CHECKS)),
     ("torch_hf.report", GROUND),
     ("torch_hf.vector", GROUND),
     ("torch_hf.names", set()),

@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from torch_hf import _checks
+from torch_hf import _messages
 from torch_hf.convolution import convolve, geometry, has_rule
 from torch_hf.names import ALIASES, CONVOLUTIONS, LOSSES, RECURRENT, SHAPING, WATCHED, kind
 
@@ -134,7 +134,7 @@ class Capture(TorchFunctionMode):
         if func == _GRAD.__set__ or (reads and _clearing()):
             self.record.clears = True
         elif reads and self.record.held:
-            raise RuntimeError(_checks.HELD_BACK)
+            raise RuntimeError(_messages.HELD_BACK)
 
     def _keep(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
         if name == "linear" or name in CONVOLUTIONS:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_hf import _checks
+from torch_hf import _messages, _step_checks
 from torch_hf.capture import Capture, Record
 from torch_hf.cases import Cases, count_cases
 from torch_hf.frozen import FrozenWorld
@@ -71,7 +71,7 @@ class ClosureRuns:
         record = self._call(capture, batch)
         self.accumulates |= bool(record.held) and not record.clears
         loss = self._objective(record)
-        returned, outputs, cases = _checks.returned(record.returned)
+        returned, outputs, cases = _step_checks.returned(record.returned)
         if not loss.requires_grad:
             raise RuntimeError(
                 "The closure's loss is a constant: it is not connected to any parameter. Compute "
@@ -111,16 +111,16 @@ class ClosureRuns:
             with self.world.surroundings():
                 return capture.run(self.closure, *args)
         except (AttributeError, RuntimeError) as error:
-            if capture.record.held and _checks.misses_gradients(error):
-                raise RuntimeError(_checks.HELD_BACK) from error
+            if capture.record.held and _messages.misses_gradients(error):
+                raise RuntimeError(_messages.HELD_BACK) from error
             raise
         finally:
             for p, g in zip(self.vector.params, gradients, strict=True):
                 p.grad = g
 
     def _objective(self, record: Record) -> Tensor:
-        loss, _, _ = _checks.returned(record.returned)
-        terms = [_checks.scalar(term) for term in record.held or [loss]]
+        loss, _, _ = _step_checks.returned(record.returned)
+        terms = [_step_checks.scalar(term) for term in record.held or [loss]]
         total = terms[0]
         for term in terms[1:]:
             total = total + term

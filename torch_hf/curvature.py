@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from torch_hf import _checks
+from torch_hf import _messages
 from torch_hf.capture import Record
 from torch_hf.cases import Cases
 from torch_hf.differences import CentralDifference, DifferenceGaussNewton
@@ -241,7 +241,7 @@ class ObjectiveOperator:
 
     def _instead(self, error: RuntimeError, i: int, graph: Graph) -> LocalProduct:
         """Differences, where autograd has no second derivative and they are allowed."""
-        if self.wanted != "auto" or not _checks.not_twice(error):
+        if self.wanted != "auto" or not _messages.not_twice(error):
             raise error
         try:
             local = self._by_differences(i, graph)

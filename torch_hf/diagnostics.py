@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
-from torch_hf import _checks
+from torch_hf import _checks, _messages
 from torch_hf.cases import under
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.frozen import FrozenWorld
@@ -93,7 +93,7 @@ class Diagnosis:
         else:
             lines = [f"A step would go well, its products taken by {self.engine}."]
         if self.deterministic is False:
-            lines.append(_checks.NOT_DETERMINISTIC)
+            lines.append(_messages.NOT_DETERMINISTIC)
         if not self.findings:
             return "\n".join([*lines, f"All {self.operations} operations can be differentiated."])
         lines.append(f"Of {self.operations} operations these cannot be differentiated twice:")
@@ -170,7 +170,7 @@ def explain(error: BaseException, objective: Objective | None) -> str:
 
     Empty where the error is of another kind.
     """
-    known = _checks.not_twice(error) or _checks.not_once(error)
+    known = _messages.not_twice(error) or _messages.not_once(error)
     if not known or objective is None:
         return ""
     try:
@@ -209,7 +209,7 @@ def _diagnose(objective: Objective, curvature: str, checks_loss: bool) -> Diagno
     try:
         here = objective.value()
         if not math.isfinite(here.loss):
-            return Diagnosis(findings, "", _checks.not_finite(here.loss), operations)
+            return Diagnosis(findings, "", _messages.not_finite(here.loss), operations)
         operator = ObjectiveOperator(objective, curvature)
         operator(here.gradient)
         engine = operator.engine
@@ -217,7 +217,7 @@ def _diagnose(objective: Objective, curvature: str, checks_loss: bool) -> Diagno
         if checks_loss:
             deterministic = same_loss(objective.loss(), objective.loss(), objective.vector.dtype)
     except (RuntimeError, TypeError, ValueError) as failure:
-        error = _checks.not_twice(failure) or _checks.not_once(failure) or str(failure)
+        error = _messages.not_twice(failure) or _messages.not_once(failure) or str(failure)
     return Diagnosis(findings, engine, error, operations, deterministic)
 
 
@@ -267,5 +267,5 @@ def _problem(node: Any) -> str:
                 signs = [torch.ones_like(s) for s in slopes]
                 torch.autograd.grad(slopes, ends, signs, retain_graph=True, allow_unused=True)
         except RuntimeError as error:
-            return SECOND if _checks.not_twice(error) else ""
+            return SECOND if _messages.not_twice(error) else ""
     return ""

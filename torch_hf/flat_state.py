@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_hf import _checks
+from torch_hf import _checks, _step_checks
 from torch_hf.diagnostics import explain
 from torch_hf.frozen import FrozenWorld
 from torch_hf.objective import Objective
@@ -91,8 +91,8 @@ class FlatStateOptimizer(Optimizer):
     def _objective(
         self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
     ) -> Objective:
-        _checks.closure(closure)
-        _checks.accumulates(batches)
+        _step_checks.closure(closure)
+        _step_checks.accumulates(batches)
         for group in self.param_groups:
             _checks.options(group)
         reducer, space = self._space(vector)
@@ -130,7 +130,7 @@ class FlatStateOptimizer(Optimizer):
     def _initialise(self) -> None:
         """``step()`` without a closure: what distributed checkpointing does to make state."""
         params = self._trainable()
-        _checks.no_closure(params, [g["lr"] for g in self.param_groups])
+        _step_checks.no_closure(params, [g["lr"] for g in self.param_groups])
         vector = self._vector()
         pack(self.state, vector, self._start, self.preconditioner, self._space(vector)[1])
 

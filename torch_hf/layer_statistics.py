@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_hf import _checks
+from torch_hf import _messages
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.factors import Block, averaged, measure
 from torch_hf.heads import Head
@@ -50,7 +50,7 @@ class LayerStatistics:
         """Squared gradients, the trace of H and the squared slopes over this rank's batches."""
         vector = self._objective.vector
         if vector.sums:
-            raise RuntimeError(_checks.PER_CASE.format(what="The diagonal preconditioner"))
+            raise RuntimeError(_messages.PER_CASE.format(what="The diagonal preconditioner"))
         total, trace, slopes = vector.zeros(), 0.0, 0.0
         for i, weight in enumerate(self._operator.weights):
             if not weight:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_hf import _checks
+from torch_hf import _messages, _step_checks
 from torch_hf.cases import Cases, shares_of
 from torch_hf.closure_runs import NO_BATCH, ClosureRuns
 from torch_hf.frozen import FrozenWorld
@@ -62,7 +62,7 @@ class Objective:
                 "curvature_batches was given without batches. Pass both, and a closure that "
                 "takes one batch: step(closure, batches=[batch], curvature_batches=[part])."
             )
-        _checks.takes_batch(closure, batches is not None)
+        _step_checks.takes_batch(closure, batches is not None)
         self.reducer = reducer
         self.space = space or space_of(reducer, vector)
         self.batches = self._listed("batches", batches) or [NO_BATCH]
@@ -89,7 +89,7 @@ class Objective:
     def _listed(self, name: str, batches: Iterable[Any] | None) -> list[Any]:
         if batches is None:
             return []
-        return self.reducer.attempt(lambda: _checks.listed(name, batches)) or []
+        return self.reducer.attempt(lambda: _step_checks.listed(name, batches)) or []
 
     # --- the first run: loss and gradient ---
 
@@ -114,7 +114,7 @@ class Objective:
             divisor = 1.0
         elif divisor <= 0:
             raise ValueError("The batches hold no case at all. Leave out empty batches.")
-        _checks.same_terms([row[3] for row in table if row[2]])
+        _step_checks.same_terms([row[3] for row in table if row[2]])
         self.shares, self.divisor = found.shares, divisor
         self.weights = [s / divisor for s in found.shares]
         if divisor != 1.0:
@@ -160,7 +160,7 @@ class Objective:
         keep = len(self.batches) == 1 and not self.own_curvature_batches
         inside, share = (share, 1.0) if self.vector.sums else (1.0, share)
         found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, inside)], keep)
-        _checks.gradients(found)
+        _step_checks.gradients(found)
         self.kept = graph if keep else None
         for i, g in enumerate(found):
             if g is not None:
@@ -212,7 +212,7 @@ class Objective:
 
     def _own_variance(self) -> float:
         if self.vector.sums:
-            raise RuntimeError(_checks.PER_CASE.format(what="VarianceGrowth"))
+            raise RuntimeError(_messages.PER_CASE.format(what="VarianceGrowth"))
         total = 0.0
         shared = self.kept is not None and not self.own_curvature_batches
         for i, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):

@@ -13,7 +13,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from torch_hf import _checks, _foreign
+from torch_hf import _checks, _foreign, _messages, _step_checks
 from torch_hf.cg import CGResult, conjugate_gradients
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
@@ -141,7 +141,7 @@ class HFOptimizer(FlatStateOptimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by ``torch.amp.GradScaler``, which no step can be taken under."""
-        raise RuntimeError(_checks.GRADIENT_SCALER)
+        raise RuntimeError(_messages.GRADIENT_SCALER)
 
     @torch.no_grad()
     def step(
@@ -175,14 +175,14 @@ class HFOptimizer(FlatStateOptimizer):
         attempt = self._attempt(closure, batches, curvature_batches, vector)
         with attempt as objective, objective.world.arithmetic():
             with clock.part("gradient"):
-                here = objective.value(lambda: _checks.accumulated(before, self._left))
+                here = objective.value(lambda: _step_checks.accumulated(before, self._left))
             outcome = self._decide(objective, here, clock)
         self._commit(vector, objective.space, here, outcome)
         objective.world.settle(counts=math.isfinite(here.loss))
         state = self.param_groups[0]
         self.last_report = outcome.report(state["steps"], objective, here, clock, self._requests)
         if state["rejections"] and state["rejections"] % PATIENCE == 0:
-            message = _checks.rejected(state["rejections"], outcome.move.reason)
+            message = _messages.rejected(state["rejections"], outcome.move.reason)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
         return here.returned
 
@@ -224,14 +224,14 @@ class HFOptimizer(FlatStateOptimizer):
             move = search(loss_along, candidates, length, here.loss, damping, space)
             if doubtful(move) and not repeats(loss_along, solution.last.vector):
                 reason = f"{move.reason}. " if move.reason else ""
-                move = move._replace(reason=reason + _checks.NOT_DETERMINISTIC)
+                move = move._replace(reason=reason + _messages.NOT_DETERMINISTIC)
         return Outcome(move, damping, solution, curvature, variance, same_data=same_data)
 
     def _no_step(self, here: Value) -> str:
         """Why there is nothing to solve; empty where there is."""
         if not math.isfinite(here.loss):
             if not self.param_groups[0]["steps"]:  # nothing has ever worked: that is bad input
-                raise RuntimeError(_checks.not_finite(here.loss, here.where))
+                raise RuntimeError(_messages.not_finite(here.loss, here.where))
             return f"the loss before the step is {here.loss}{here.where}"
         if here.gradient_norm == 0.0:
             return "the gradient is zero"

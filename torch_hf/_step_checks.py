@@ -1,0 +1,182 @@
+"""Checks of what a user hands to a step: batches, and a closure with what it returns."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def listed(name: str, batches: Any) -> list[Any]:
+    """Batches as a list; an iterator is read once."""
+    single = isinstance(batches, (Tensor, Mapping, str, bytes)) or hasattr(batches, "__array__")
+    if single or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} must be a list (or another iterable) of batches, got "
+            f"{type(batches).__name__}. Wrap a single batch: {name}=[batch], or cut it: "
+            f"{name}=split_batch(batch, size)."
+        )
+    found = list(batches)
+    if not found:
+        raise ValueError(f"{name} is empty: give at least one batch, {name}=[batch].")
+    return found
+
+
+def no_closure(params: Sequence[Tensor], rates: Sequence[float]) -> None:
+    """A step without a closure is for making state: nothing could move in it."""
+    if any(rates) or any(p.grad is not None and torch.any(p.grad) for p in params):
+        raise RuntimeError(
+            "HFOptimizer.step() needs a closure that computes the loss, since it evaluates "
+            "the loss several times a step: optimizer.step(closure), as torch.optim.LBFGS. Where "
+            "a framework calls step() for you, docs/frameworks.md has the lines to add."
+        )
+
+
+def closure(value: Any) -> None:
+    """Something to call."""
+    if not callable(value):
+        raise TypeError(
+            f"step() expects a closure that computes the loss, got a {type(value).__name__}. "
+            "Write def closure(): ...; return loss, and call optimizer.step(closure)."
+        )
+
+
+def accumulated(before: Sequence[Tensor | None], left: Sequence[Any]) -> None:
+    """Gradients at the start of a step are those that the last step left, or none.
+
+    Args:
+        before: Gradients before the closure ran, which did not clear them.
+        left: Weak references to those that the last step left.
+    """
+    ours = {id(g) for ref in left if (g := ref()) is not None}
+    if any(g is not None and id(g) not in ours and torch.any(g) for g in before):
+        raise RuntimeError(
+            "There are gradients from a backward() outside of the closure, and the closure did "
+            "not clear them. They are no part of the step, so gradients cannot be accumulated "
+            "over batches. Hand the batches to one step, optimizer.step(closure, batches=[...]), "
+            "or take larger batches (accumulate_grad_batches=1 in Lightning); or begin the "
+            "closure with optimizer.zero_grad() if these gradients are of no use."
+        )
+
+
+def accumulates(batches: Any) -> None:
+    """Accelerate leaves out the steps between, and with them their batches."""
+    if batches is not None or "accelerate.optimizer" not in sys.modules:
+        return
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") != "accelerate.optimizer":
+        frame = frame.f_back
+    state = getattr(frame.f_locals.get("self"), "gradient_state", None)
+    if state is not None and state.num_steps > 1:
+        raise RuntimeError(
+            f"Accelerate was asked to accumulate gradients over {state.num_steps} batches, but "
+            "it calls the closure for the last of them only. Leave gradient_accumulation_steps "
+            "at 1 and hand the batches to one step: "
+            "optimizer.optimizer.step(closure, batches=[...])."
+        )
+
+
+def takes_batch(closure: Callable[..., Any], batch: bool) -> None:
+    """Whether a closure can be called with one batch, or with nothing."""
+    try:
+        signature = inspect.signature(closure)
+    except (TypeError, ValueError):  # some callables do not tell
+        return
+    try:
+        signature.bind(*[None] * batch)
+    except TypeError:
+        if batch:
+            message = (
+                "The closure does not take exactly one argument, but with `batches` it is called "
+                "with one batch at a time. Write def closure(batch): ... and use that batch."
+            )
+        else:
+            message = (
+                "The closure requires an argument, but without `batches` it is called with none. "
+                "Write def closure(): ..., or pass optimizer.step(closure, batches=[batch])."
+            )
+        raise TypeError(message) from None
+
+
+def scalar(loss: Any) -> Tensor:
+    """A loss as a tensor without dimensions."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"The closure's loss must be a tensor, got {type(loss).__name__}. Return the loss "
+            "itself, without item() or float(), or call loss.backward() before you return."
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"The closure's loss must have one element, got shape {tuple(loss.shape)}. "
+            "Reduce it, for instance with loss.mean()."
+        )
+    return loss.reshape(())
+
+
+def returned(value: Any) -> tuple[Any, tuple[Tensor, ...], float | None]:
+    """What a closure returned, as (loss, outputs, cases)."""
+    if value is None:
+        raise TypeError(
+            "The closure returned None, but the loss was expected. End it with `return loss`."
+        )
+    if not isinstance(value, (tuple, list)):
+        return value, (), None
+    if len(value) not in (2, 3):
+        raise TypeError(
+            f"The closure returned a {type(value).__name__} of {len(value)}. Return the loss, "
+            "`return loss`, or with the network's outputs, `return loss, outputs` or "
+            "`return loss, outputs, cases`."
+        )
+    outputs = (value[1],) if isinstance(value[1], Tensor) else value[1]
+    if not isinstance(outputs, (tuple, list)) or not all(isinstance(z, Tensor) for z in outputs):
+        raise TypeError(
+            "The closure returned (loss, outputs) where outputs is neither a tensor nor a tuple "
+            "of tensors. Return the tensors that the loss was computed from."
+        )
+    if torch.is_grad_enabled() and not any(z.requires_grad for z in outputs):
+        raise RuntimeError(
+            "The outputs that the closure returned are not connected to the loss: none requires "
+            "a gradient. Return the very tensors that the loss was computed from, not detached."
+        )
+    return value[0], tuple(outputs), None if len(value) == 2 else _cases(value[2])
+
+
+def _cases(value: Any) -> float:
+    hint = "They are the weight of this batch: `return loss, outputs, len(x)`."
+    try:
+        cases = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        name = type(value).__name__
+        raise TypeError(f"The closure's cases must be a number, got {name}. {hint}") from None
+    if not (math.isfinite(cases) and cases > 0):
+        raise ValueError(f"The closure's cases must be positive, got {cases:g}. {hint}")
+    return cases
+
+
+def gradients(found: Sequence[Tensor | None]) -> None:
+    """Some parameter has a gradient, and none a sparse one."""
+    if all(g is None for g in found):
+        raise RuntimeError(
+            "The closure's loss does not depend on any parameter of this optimizer. Give it "
+            "those of the model that the closure calls: HFOptimizer(model.parameters())."
+        )
+    if any(g is not None and g.is_sparse for g in found):
+        raise RuntimeError(
+            "A parameter has a sparse gradient, which cannot be differentiated again. "
+            "Make its layer with sparse=False, as in torch.nn.Embedding(n, d, sparse=False)."
+        )
+
+
+def same_terms(found: Sequence[float]) -> None:
+    """All ranks average the terms of their losses alike."""
+    if any(not math.isclose(x, found[0], rel_tol=1e-6) for x in found):
+        raise ValueError(
+            "The losses of several ranks are averaged by number of cases, but the terms of this "
+            "loss have no number of cases in common over the ranks. Return the weight of each "
+            "batch with its loss: `return loss, outputs, cases`."
+        )
