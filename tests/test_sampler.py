@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 from torch_hf.batches import head
+from torch_hf.growth import GeometricGrowth, Growth, VarianceGrowth
 from torch_hf.report import StepReport, Stop
-from torch_hf.sampler import GeometricGrowth, GrowingBatchSampler, Growth, VarianceGrowth
+from torch_hf.sampler import GrowingBatchSampler
 
 
 def report(variance=None, norm=1.0, cases=8):

@@ -30,6 +30,15 @@ def count(name: str, value: Any, *, low: int, hint: str) -> None:
         raise ValueError(f"{name} must be at least {low}, got {value}. {hint}")
 
 
+def between(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> None:
+    """A finite number of ``low``'s type from ``low`` to ``high``; ``hint`` says what these are."""
+    if isinstance(value, bool) or not isinstance(value, (int, type(low))):
+        raise TypeError(f"{name} must be of type {type(low).__name__}, but is {value!r}")
+    if not (low <= value <= high and value < math.inf):
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {limits}{hint and f' ({hint})'}, but is {value!r}")
+
+
 def flag(name: str, value: Any) -> None:
     """True or False."""
     if not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Batches that grow while a model learns, and the rules that say how fast."""
+"""Batches that grow while a model learns."""
 
 from __future__ import annotations
 
@@ -10,59 +10,9 @@ from typing import Any, cast
 
 import torch.utils.data
 
-from .report import StepReport
-
-
-class Growth:
-    """A growth rule; it keeps no state. The larger of its two answers is the size."""
-
-    def scheduled(self, initial: int, times: int) -> float:
-        """Return the size after ``times`` epochs (or steps); the sampler rounds it."""
-        return initial
-
-    def measured(self, report: StepReport, size: int) -> float:
-        """Return the size a step asks for; ``size`` is the largest asked for so far."""
-        return size
-
-
-@dataclass(frozen=True)
-class GeometricGrowth(Growth):
-    """Sizes ``initial * factor**k``, factor >= 1: a linear rate (Friedlander & Schmidt 2012)."""
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        _check("growth, unless it is a Growth,", self.factor, 1.0)
-
-    def scheduled(self, initial: int, times: int) -> float:
-        """Return ``initial * factor**times``."""
-        overflows = times * math.log(self.factor) > 700
-        return math.inf if overflows else initial * float(self.factor) ** times
-
-
-@dataclass(frozen=True)
-class VarianceGrowth(Growth):
-    """The norm test of Byrd, Chin, Nocedal & Wu (2012): grow where noise drowns the gradient.
-
-    Where ``||Var||_1 / |S| > theta**2 * ||grad||**2`` (Var over the cases of the batch S), ask
-    for the size that passes, from the next epoch (or batch drawn) on. ``theta`` is positive.
-    """
-
-    theta: float = 0.25
-
-    def __post_init__(self) -> None:
-        _check("theta", self.theta, 1e-9)
-
-    def measured(self, report: StepReport, size: int) -> float:
-        """Return ``||Var||_1 / (theta**2 * ||grad||**2)``; ask for Var if it was not measured."""
-        variance = report.gradient_variance
-        if variance is None:
-            report.requests.gradient_variance = True
-            return size
-        allowed = self.theta * self.theta * report.gradient_norm * report.gradient_norm
-        if not math.isfinite(variance) or not variance > allowed * report.batch_cases:
-            return size
-        return variance / allowed if allowed > 0 else math.inf
+from torch_hf import _checks
+from torch_hf.growth import GeometricGrowth, Growth
+from torch_hf.report import StepReport
 
 
 class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
@@ -128,14 +78,18 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         by_step, ranks = grow_every == "step", 1 if num_replicas is None else num_replicas
         cap = cases if max_batch_size is None else max_batch_size
         curvature = batch_size if curvature_batch_size is None else curvature_batch_size
-        _check("data_source (its length, or itself)", cases, 1)
-        _check("num_replicas", ranks, 1)
-        _check("rank", rank or 0, 0, ranks - 1, "num_replicas - 1")
-        _check("batch_size", batch_size, ranks, cases, "num_replicas to the number of cases")
-        _check("max_batch_size", cap, batch_size, hint="batch_size")
-        _check("curvature_batch_size", curvature, ranks, batch_size, "num_replicas to batch_size")
-        _check("curvature_growth", curvature_growth, 1.0)
-        _check("seed", seed, -(2**63))
+        _checks.between("data_source (its length, or itself)", cases, 1)
+        _checks.between("num_replicas", ranks, 1)
+        _checks.between("rank", rank or 0, 0, ranks - 1, "num_replicas - 1")
+        _checks.between(
+            "batch_size", batch_size, ranks, cases, "num_replicas to the number of cases"
+        )
+        _checks.between("max_batch_size", cap, batch_size, hint="batch_size")
+        _checks.between(
+            "curvature_batch_size", curvature, ranks, batch_size, "num_replicas to batch_size"
+        )
+        _checks.between("curvature_growth", curvature_growth, 1.0)
+        _checks.between("seed", seed, -(2**63))
         self.growth = growth if isinstance(growth, Growth) else GeometricGrowth(growth)
         self.curvature_growth = GeometricGrowth(curvature_growth)
         self.cases, self.seed, self.num_replicas, self.rank = cases, seed, ranks, rank or 0
@@ -168,7 +122,7 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Make ``epoch`` the current one, to be walked from its start unless it is already."""
-        _check("epoch", epoch, 0)
+        _checks.between("epoch", epoch, 0)
         self._asked_epoch = epoch
         if epoch != self.epoch:
             self._walk, self.measured_before = self._walk.following(epoch), self.measured
@@ -295,11 +249,3 @@ class _Walk(Iterator[list[int]]):
             sampler._walk.primed = not sampler._walk.done
         vars(self).update(vars(sampler._walk))
         sampler._walk = self
-
-
-def _check(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, type(low))):
-        raise TypeError(f"{name} must be of type {type(low).__name__}, but is {value!r}")
-    if not (low <= value <= high and value < math.inf):
-        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {limits}{hint and f' ({hint})'}, but is {value!r}")

@@ -12,23 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
-from torch_hf.capture import Call, Record
+from torch_hf.call_heads import make_head
+from torch_hf.capture import Record
 from torch_hf.cases import Term, edge_of, linear_terms, under
-from torch_hf.heads import (
-    DiagonalHead,
-    ElementwiseHead,
-    GraphHead,
-    Head,
-    NormHead,
-    Piece,
-    SoftmaxHead,
-    entropy_weights,
-)
+from torch_hf.heads import GraphHead, Head
 from torch_hf.names import LOSSES, kind
 
 EXPLICIT_FORM = """return the network's outputs beside the loss:
@@ -160,112 +150,6 @@ def _check_separate(outputs: tuple[Tensor, ...]) -> None:
                 "so the loss would be counted twice. Return only the tensors that the loss "
                 "function itself takes."
             )
-
-
-# --- which head a call makes ----------------------------------------------------------------
-
-
-def make_head(call: Call, weight: Tensor, record: Record) -> Head | None:
-    """The head of a call seen; None where it has no convex curvature in its argument.
-
-    Args:
-        call: A term of the loss.
-        weight: The derivative of the loss in the call's result.
-        record: What else was seen: log-probabilities and norms are followed to their makers.
-    """
-    piece = (call.edge, weight, call.inputs)
-    match call.name:
-        case "cross_entropy":
-            logits = call.inputs[0]
-            dim = 1 if logits.ndim > 1 else 0
-            return SoftmaxHead(piece, entropy_weights(logits, call.settings, weight), dim)
-        case "nll_loss" | "kl_div" | "log_softmax" | "log":
-            return _log_probability_head(call, weight, record)
-        case "binary_cross_entropy":
-            return _bernoulli_head(call, weight, record)
-        case "gaussian_nll_loss":
-            return GraphHead(*piece)
-        case "norm":
-            convex = bool((weight >= 0).all())
-            return NormHead(piece, *_norm_weight(call, weight)) if convex else None
-        case "pow" | "square" | "mul" | "dot":
-            return _square_head(call, weight, record)
-        case "softmax" | "sigmoid" | "l1_loss":
-            return None
-    if len(call.inputs) == 2:
-        return _difference_head(piece)
-    return ElementwiseHead(*piece)
-
-
-def _square_head(call: Call, weight: Tensor, record: Record) -> Head:
-    """``sum(c * r**2)``, also where it was written as the square of a norm."""
-    norm = record.maker(call.inputs[0], "norm")
-    if norm is None or call.name == "dot":
-        return DiagonalHead((call.edge, weight, call.inputs), 2 * weight)
-    pulled = _pulled(weight, call.inputs[0], norm.edge)
-    return DiagonalHead((call.edge, weight, norm.inputs), 2 * _norm_weight(norm, pulled)[0])
-
-
-def _norm_weight(norm: Call, weight: Tensor) -> tuple[Tensor, Any]:
-    """A weight on norms in a shape that broadcasts to their argument, and their dimensions."""
-    dim = norm.settings["dim"]
-    dims = [dim] if isinstance(dim, int) else dim
-    if dims is not None and not norm.settings["keepdim"]:
-        for d in sorted(d % norm.inputs[0].ndim for d in dims):
-            weight = weight.unsqueeze(d)
-    return weight, dim
-
-
-def _log_probability_head(call: Call, weight: Tensor, record: Record) -> Head | None:
-    """Walks log-probabilities back to logits: cut at the former, the curvature is zero."""
-    link = call
-    if call.name in LOSSES:
-        found = record.maker(call.inputs[0], "log_softmax", "log")
-        if found is None:
-            return None
-        link = found
-    slope = weight if link is call else _pulled(weight, call.edge, link.edge)
-    logits, dim = link.inputs[0], link.settings.get("dim")
-    if link.name == "log":
-        soft = record.maker(logits, "softmax")
-        if soft is None:
-            convex = bool((slope <= 0).all())
-            return ElementwiseHead(link.edge, slope, link.inputs) if convex else None
-        slope = _pulled(slope, logits, soft.edge)
-        logits, dim = soft.inputs[0], soft.settings["dim"]
-    axis = dim if isinstance(dim, int) else (0 if logits.ndim in (0, 1, 3) else 1)
-    return SoftmaxHead((call.edge, weight, (logits,)), -slope.sum(axis, keepdim=True), axis)
-
-
-def _bernoulli_head(call: Call, weight: Tensor, record: Record) -> Head:
-    """Walks probabilities back to logits z, where the second derivative is ``p (1 - p)``.
-
-    Double backward through p loses it to rounding where p is close to 0 or 1.
-    """
-    p, settings = call.inputs[0], call.settings
-    link = record.maker(p, "sigmoid")
-    if link is None:
-        return ElementwiseHead(call.edge, weight, call.inputs)
-    entries = weight / p.numel() if settings["reduction"] == "mean" else weight
-    if settings["weight"] is not None:
-        entries = entries * settings["weight"]
-    z = link.inputs[0]
-    q = torch.sigmoid(z.detach())
-    pulled = _pulled(entries.expand_as(p), p, link.edge)
-    return DiagonalHead((call.edge, weight, link.inputs), pulled * q * (1 - q))
-
-
-def _difference_head(piece: Piece) -> Head:
-    """Of two outputs, one of which may depend on the other, that one comes first."""
-    result, weight, (a, b) = piece
-    if a.shape != b.shape:
-        return GraphHead(*piece)
-    (through,) = grad(b, a, torch.zeros_like(b), retain_graph=True, allow_unused=True)
-    return ElementwiseHead(result, weight, (a, b) if through is None else (b, a))
-
-
-def _pulled(weight: Tensor, result: Any, back_to: GradientEdge) -> Tensor:
-    return grad([result], [back_to], [weight], retain_graph=True)[0]
 
 
 # --- where there is none --------------------------------------------------------------------
