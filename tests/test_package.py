@@ -40,7 +40,7 @@ def test_an_import_brings_nothing_but_the_package():
 
 
 def test_what_is_optional_is_imported_where_it_is_used():
-    optional = ["torch_hf.plotting", "torch_hf.kronecker", "torch_hf.__main__"]
+    optional = ["torch_hf.plotting", "torch_hf.panels", "torch_hf.kronecker", "torch_hf.__main__"]
     optional += ["torchvision", "matplotlib", "pandas", "lightning", "transformers", "tqdm"]
     found = fresh(
         "import sys, torch\n"
@@ -154,7 +154,8 @@ FLOORS = [
     ("torch_hf.sampler", GROUND | {"torch_hf.growth"}),
     ("torch_hf.batches", LOW),
     ("torch_hf.tracking", GROUND),
-    ("torch_hf.plotting", GROUND | {"torch_hf.tracking"}),
+    ("torch_hf.panels", GROUND | {"torch_hf.tracking"}),
+    ("torch_hf.plotting", GROUND | {"torch_hf.tracking", "torch_hf.panels"}),
     ("torch_hf.checkpoint", LOW),
 ]
 
