@@ -80,6 +80,7 @@ class _Solve:
     kept: list[Iterate] = field(default_factory=list)
 
     def keep(self, iteration: int) -> None:
+        """Copies d as the iterate after so many iterations."""
         slope = self.space.dot(self.g, self.d)
         self.kept.append(Iterate(iteration, self.values[-1], slope, self.d.clone()))
 
@@ -115,6 +116,7 @@ def conjugate_gradients(
         The kept iterates, each a copy, and why the solve stopped.
 
     Example:
+        >>> import torch
         >>> A = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
         >>> result = conjugate_gradients(lambda v: A @ v, torch.tensor([2.0, 4.0]), tol=0)
         >>> result.last.vector, round(result.last.value, 6)

@@ -24,6 +24,8 @@ def save_atomically(obj: Any, path: str | os.PathLike[str]) -> None:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> import torch
         >>> path = Path(tempfile.mkdtemp()) / "checkpoint.pt"
         >>> save_atomically({"step": 3}, path)
         >>> torch.load(path, weights_only=True)

@@ -103,14 +103,18 @@ def _backward(go: Tensor, x: Tensor, weight: Tensor, mask: Any, *geometry: Any) 
 
 
 class _Convolution(torch.autograd.Function):
+    """A convolution whose backward is a function with the rule above."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+        """The convolution."""
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
         return _forward(x, weight, bias, *geometry)
 
     @staticmethod
     def backward(ctx: Any, go: Tensor) -> Any:
+        """Gradients of x, weight and bias, with a graph where one is asked for."""
         x, weight = ctx.saved_tensors
         mask = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
@@ -125,6 +129,7 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, go: Tensor, x: Tensor, weight: Tensor, mask: Any, *geometry: Any) -> Any:
+        """Gradients of x, weight and bias under the cotangent ``go``."""
         ctx.save_for_backward(go, x, weight)
         ctx.set_materialize_grads(False)
         ctx.mask, ctx.geometry = mask, geometry
@@ -132,6 +137,7 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, tx: Tensor | None, tweight: Tensor | None, tbias: Tensor | None) -> Any:
+        """Their derivative along tangents: in ``go`` alone, or in x and weight too."""
         if _tangents_only:
             _, x, weight = ctx.saved_tensors
             found = (_tangent(x, weight, (tx, tweight, tbias), ctx.geometry), None, None)

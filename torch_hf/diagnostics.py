@@ -129,6 +129,7 @@ def diagnose(
         TypeError: Neither a model nor a closure with its parameters was given.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.EmbeddingBag(10, 4), torch.nn.Linear(4, 2))
         >>> found = diagnose(model, torch.tensor([[1, 2, 3]]))
         >>> found.ok, found.engine, found.findings[0].module

@@ -61,12 +61,14 @@ class _Piece:
         self.outputs = outputs
 
     def gradient(self) -> tuple[Tensor, ...]:
+        """See :class:`Head`."""
         found = grad(
             self.result, self.outputs, self.coefficient, retain_graph=True, allow_unused=True
         )
         return filled(found, self.outputs)
 
     def trace(self) -> Tensor:
+        """See :class:`Head`."""
         raise NotImplementedError
 
     def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:

@@ -72,6 +72,7 @@ class HFOptimizer(FlatStateOptimizer):
         TypeError, ValueError: An argument is not what is said above; the message says which.
 
     Example:
+        >>> import torch
         >>> _ = torch.manual_seed(0)
         >>> x = torch.randn(50, 3, dtype=torch.float64)
         >>> y = x @ torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)

@@ -172,6 +172,7 @@ class LBFGSPreconditioner:
 
     @space.setter
     def space(self, space: Space) -> None:
+        """Tells the base too."""
         self._space = self._base.space = space
 
     @property

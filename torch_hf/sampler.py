@@ -204,9 +204,11 @@ class _Walk(Iterator[list[int]]):
     order: torch.Tensor | None = None
 
     def clock(self, number: int) -> int:
+        """How often batches have grown when this walk's batch ``number``, from 0, is drawn."""
         return self.steps + self.batches + number if self.sampler.by_step else self.epoch
 
     def draw(self) -> slice | None:
+        """This rank's places in the order of the next batch, None where the epoch ends."""
         sampler, ranks, drawn = self.sampler, self.sampler.num_replicas, len(self.ends)
         size = self.ahead[drawn] if drawn < len(self.ahead) else sampler._size(self.clock(drawn))
         start = self.ends[-1] if self.ends else self.position
@@ -230,18 +232,22 @@ class _Walk(Iterator[list[int]]):
         return cast("list[int]", self.order[share].tolist())
 
     def rest(self, consumed: int) -> _Walk:
+        """What is left of the epoch after so many batches of this walk."""
         start, *ends = [self.position, *self.ends][consumed:]
         sizes = [b - a for a, b in pairwise((start, *ends))]
         ahead = sizes + self.ahead[len(self.ends) :] if self.sampler.by_step else []
         return _Walk(self.sampler, self.epoch, self.steps, self.batches + consumed, start, ahead)
 
     def following(self, epoch: int) -> _Walk:
+        """The walk over a whole epoch that comes after this one."""
         return _Walk(self.sampler, epoch, self.steps + self.batches + self.consumed)
 
     def state_dict(self) -> dict[str, Any]:
+        """Asked by ``StatefulDataLoader``, of which each batch drawn is one consumed."""
         return self.sampler._state(self.rest(len(self.ends)))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Called by ``StatefulDataLoader``; the sampler stands there too."""
         (sampler := self.sampler).load_state_dict(state)
         if not len(sampler):  # StatefulDataLoader loads late: it would undo a set_epoch
             sampler._walk.done = True

@@ -20,6 +20,7 @@ def case_signs(z: Tensor, data: Tensor, salt: int) -> Tensor:
     Where the two do not have the same cases, a case is known by its place.
 
     Example:
+        >>> import torch
         >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
         >>> signs = case_signs(x, x, salt=0)
         >>> bool((case_signs(x[1:], x[1:], salt=0) == signs[1:]).all()), signs.shape

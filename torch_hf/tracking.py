@@ -37,6 +37,7 @@ class CSVLogger:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> path = Path(tempfile.mkdtemp()) / "run.csv"
         >>> with CSVLogger(path) as logger:
         ...     logger.log({"step": 1, "loss": 0.5})
@@ -143,11 +144,11 @@ def log_report(logger: logging.Logger, report: StepReport, level: int = logging.
         level: Of steps that were accepted.
 
     Example:
-        >>> import sys
+        >>> import logging, sys
         >>> logger = logging.getLogger("doctest")
         >>> logger.addHandler(logging.StreamHandler(sys.stdout))
         >>> logger.setLevel(logging.INFO)
-        >>> from torch_hf.report import Stop
+        >>> from torch_hf.report import StepReport, Stop
         >>> log_report(logger, StepReport(1, 2.0, 1.5, True, 0.9, 1e-2, 0.5, 1.0, 12,
         ...            Stop.PROGRESS, 13, 2, 64, 64, "double_backward"))
         step 1: loss 2 -> 1.5, batch 64, λ 0.01, ρ 0.90, CG 12 (relative progress below cg_tol)
@@ -201,7 +202,7 @@ def progress_postfix(report: StepReport) -> dict[str, str]:
         ratio, CG iterations, and the reason where the step was rejected.
 
     Example:
-        >>> from torch_hf.report import Stop
+        >>> from torch_hf.report import StepReport, Stop
         >>> report = StepReport(1, 2.0, 1.5, True, 0.9, 1e-2, 0.5, 1.0, 12, Stop.PROGRESS,
         ...                     13, 2, 64, 64, "double_backward")
         >>> progress_postfix(report)

@@ -15,6 +15,7 @@ class RowGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, values: Tensor, samples: Tensor) -> Tensor:
+        """The values ``(B, m)`` as they are, of data points ``samples`` ``(B,)``."""
         ctx.save_for_backward(samples)
         ctx.shape = parameter.shape
         return values.view_as(values)
@@ -22,6 +23,7 @@ class RowGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient ``(B, m)`` as B rows of a sparse ``(n, m)``."""
         (samples,) = ctx.saved_tensors
         place = samples[None]
         return _sparse(place, gradient, ctx.shape), None, None
@@ -34,6 +36,7 @@ class EntryGradient(torch.autograd.Function):
     def forward(
         ctx: Any, parameter: Tensor, values: Tensor, samples: Tensor, neurons: Tensor
     ) -> Tensor:
+        """The values ``(k,)`` as they are, each of a data point and a neuron, ``(k,)`` both."""
         ctx.save_for_backward(samples, neurons)
         ctx.shape = parameter.shape
         return values.view_as(values)
@@ -41,6 +44,7 @@ class EntryGradient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient ``(k,)`` as entries of a sparse ``(n, m)``."""
         place = torch.stack(ctx.saved_tensors)
         return _sparse(place, gradient, ctx.shape), None, None, None
 

@@ -22,17 +22,25 @@ class Factor:
         return len(self.table if self.index is None else self.index)
 
     def places(self, rows: Tensor | None) -> Tensor | None:
+        """Rows of the table that rows of the matrix stand for; None for all, in order."""
         if self.index is None:
             return rows
         return self.index if rows is None else self.index[rows]
 
     def rows(self) -> Tensor:
+        """The matrix itself, ``(n, p)``."""
         return self.table if self.index is None else self.table[self.index]
 
     def select(self, rows: Tensor | None) -> Factor:
+        """Some rows as a factor of their own; the table is shared where there is an index."""
         if self.index is not None:
             return Factor(self.table, self.places(rows))
         return self if rows is None else Factor(self.table[rows])
+
+    def to(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Factor:
+        """The same matrix elsewhere or in another precision."""
+        index = None if self.index is None else self.index.to(device)
+        return Factor(self.table.to(device, dtype), index)
 
     def inner(self, rows: Tensor | None, other: Factor, columns: Tensor | None) -> Tensor:
         """Inner products of rows; where a table is the shorter, its own, spread."""
@@ -107,6 +115,7 @@ def mapped(terms: tuple[Term, ...], change: Callable[[Factor], Factor]) -> tuple
 
 
 def with_constant(terms: tuple[Term, ...], constant: bool) -> tuple[Term, ...]:
+    """Each factor with a column of ones at its end, if that is wanted."""
     _checks.flag("constant", constant)
     if not constant:
         return terms
@@ -140,7 +149,17 @@ def equal(left: tuple[Term, ...], right: tuple[Term, ...]) -> bool:
     return all(map(torch.equal, ours, theirs))
 
 
-def groups(terms: tuple[Term, ...]) -> Tensor:
+def duplicates(terms: tuple[Term, ...]) -> Tensor:
+    """Points that repeat an earlier one, and the first that each repeats: ``(k, 2)``."""
+    group = _groups(terms)
+    points = len(group)
+    number = torch.arange(points, device=group.device)
+    first = number.new_full((points,), points).scatter_reduce(0, group, number, "amin")
+    again = first[group] != number
+    return torch.stack([number[again], first[group][again]], 1)
+
+
+def _groups(terms: tuple[Term, ...]) -> Tensor:
     """For each point a number, the same where all factors are equal."""
     codes = []
     for factor in dict.fromkeys(f for term in terms for f in term):

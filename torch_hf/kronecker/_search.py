@@ -36,6 +36,19 @@ class NeuronSearch:
     def find(
         self, span: Span, weights: Slot, gram: Gram, samples: Tensor, threshold: float, search: str
     ) -> Entries:
+        """The pre-activations of data points ``samples`` ``(B,)`` above a threshold.
+
+        Args:
+            span: What is outstanding for the weights.
+            weights: Of the layer.
+            gram: Inner products of data points.
+            samples: Which points; ``Entries.row`` is the place among them.
+            threshold: In units of a pre-activation.
+            search: ``"scan"``, ``"tree"``, or ``"auto"`` for what is the faster.
+
+        Raises:
+            RuntimeError: A tree is asked for while there is momentum.
+        """
         scale = span.mixing[0][0]
         served = span.velocity is None and scale > 0.0
         if search == "tree" and not served:

@@ -22,6 +22,11 @@ SEEDED_BELOW = 2
 def check_arguments(
     factors: Any, out_features: Any, init: Any, std: Any, gram: Any, keep_initial: Any
 ) -> None:
+    """Those of :class:`~torch_hf.kronecker.KroneckerLinear`.
+
+    Raises:
+        TypeError, ValueError: One is wrong; the message says which.
+    """
     if not isinstance(factors, KroneckerFactors):
         raise TypeError(
             f"factors must be KroneckerFactors, got {type(factors).__name__}. Make them of the "
@@ -53,6 +58,7 @@ def kind(init: str | Tensor, factors: KroneckerFactors) -> str:
 
 
 def keeps_gram(factors: KroneckerFactors, gram: str) -> bool:
+    """Whether the whole Gram matrix is kept."""
     if gram == "auto":
         return len(factors) ** 2 * factors.dtype.itemsize <= GRAM_BYTES
     return gram == "full"

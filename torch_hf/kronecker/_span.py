@@ -44,12 +44,21 @@ class Outstanding:
         self.sparse: list[Entries] = []
 
     def has_room(self, gradient: Tensor | Entries, rows: int, capacity: int) -> bool:
+        """Whether rows may join: none are held, or of the same kind and not too many in all."""
         alike = isinstance(gradient, Entries) == bool(self.sparse)
         return not self.worth or (alike and len(self.worth) + rows <= capacity)
 
     def add(
         self, samples: Tensor, gradient: Tensor | Entries, worth: list[float], capacity: int
     ) -> None:
+        """Holds back the gradient rows of data points ``samples``.
+
+        Args:
+            samples: ``(B,)``.
+            gradient: ``(B, m)``, or its entries.
+            worth: The rows' factor in each slot.
+            capacity: Rows to make room for.
+        """
         first, rows = len(self.worth), len(samples)
         if not rows:
             return  # no neuron was active
@@ -72,12 +81,15 @@ class Outstanding:
             self.dense = gradient.new_empty(shape)
 
     def clear(self) -> None:
+        """Nothing is outstanding now; the room stays."""
         self.samples, self.worth, self.sparse = [], [], []
 
     def index(self) -> Tensor:
+        """The data point of each row, ``(rows,)``."""
         return self.samples[0] if len(self.samples) == 1 else torch.cat(self.samples)
 
     def gradient(self) -> Tensor | Entries:
+        """All rows, ``(rows, m)``, or their entries."""
         if self.sparse:
             return Entries(*(torch.cat(parts) for parts in zip(*self.sparse, strict=True)))
         assert self.dense is not None
@@ -104,6 +116,7 @@ class Span:
         self.rescaled = 0
 
     def slots(self, weights: Slot) -> list[Slot]:
+        """The weights, and the velocity if there is one."""
         return [weights] if self.velocity is None else [weights, self.velocity]
 
     def attach(self, velocity: Slot, anchor: float) -> None:

@@ -38,6 +38,7 @@ class KroneckerFactors:
             normalised is zero.
 
     Example:
+        >>> import torch
         >>> a, b = torch.randn(5, 3), torch.randn(5, 4)
         >>> x = KroneckerFactors(a, b)
         >>> len(x), x.features
@@ -101,6 +102,7 @@ class KroneckerFactors:
             TypeError, ValueError: As the class; or an index is out of range.
 
         Example:
+            >>> import torch
             >>> drugs, targets = torch.randn(3, 2), torch.randn(4, 5)
             >>> pairs = KroneckerFactors.from_pairs(drugs, targets, [0, 2, 2], [3, 0, 1])
             >>> len(pairs), pairs.features
@@ -260,13 +262,9 @@ class KroneckerFactors:
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> KroneckerFactors:
         """The same points elsewhere or in another precision; lengths of 1 are kept as they are."""
-
-        def moved(factor: Factor) -> Factor:
-            index = None if factor.index is None else factor.index.to(device)
-            return Factor(factor.table.to(device, dtype), index)
-
+        terms = _blocks.mapped(self._terms, lambda f: f.to(device, dtype))
         scale = None if self._scale is None else self._scale.to(device, dtype)
-        return _made(_blocks.mapped(self._terms, moved), scale)
+        return _made(terms, scale)
 
     def same_as(self, other: KroneckerFactors) -> bool:
         """Whether these are the same points, given by the same factors in the same order."""
@@ -282,15 +280,12 @@ class KroneckerFactors:
         Gram matrix singular, and the initial draw of a layer slower.
 
         Example:
+            >>> import torch
             >>> a = torch.tensor([[1.0], [2.0], [1.0]])
             >>> KroneckerFactors(a, a).duplicates()
             tensor([[2, 0]])
         """
-        group = _blocks.groups(self._terms)
-        number = torch.arange(len(self), device=self.device)
-        first = number.new_full((len(self),), len(self)).scatter_reduce(0, group, number, "amin")
-        again = first[group] != number
-        return torch.stack([number[again], first[group][again]], 1)
+        return _blocks.duplicates(self._terms)
 
 
 def _made(terms: tuple[Term, ...], scale: Tensor | None) -> KroneckerFactors:

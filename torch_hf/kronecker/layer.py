@@ -62,7 +62,8 @@ class KroneckerLinear(ImplicitWeights):
         MemoryError: What the layer keeps would not fit; the message says how much, and what helps.
 
     Example:
-        >>> from torch_hf.kronecker import KroneckerSGD
+        >>> import torch
+        >>> from torch_hf.kronecker import KroneckerFactors, KroneckerSGD
         >>> _ = torch.manual_seed(0)
         >>> data = KroneckerFactors(torch.randn(6, 100), torch.randn(6, 200))
         >>> layer = KroneckerLinear(data, 3)

@@ -30,7 +30,8 @@ class TwoLayerNetwork(nn.Module):
         TypeError, ValueError: An argument is wrong.
 
     Example:
-        >>> from torch_hf.kronecker import KroneckerSGD
+        >>> import torch
+        >>> from torch_hf.kronecker import KroneckerFactors, KroneckerSGD
         >>> _ = torch.manual_seed(0)
         >>> data = KroneckerFactors.power(torch.randn(20, 30), normalize=True)
         >>> network, targets = TwoLayerNetwork(data, 256), torch.randn(20)

@@ -49,7 +49,8 @@ class KroneckerSGD(torch.optim.Optimizer):
         ValueError: An option is out of range, or there is no Kronecker layer.
 
     Example:
-        >>> from torch_hf.kronecker import KroneckerLinear, KroneckerFactors
+        >>> import torch
+        >>> from torch_hf.kronecker import KroneckerFactors, KroneckerLinear
         >>> _ = torch.manual_seed(0)
         >>> data = KroneckerFactors(torch.randn(8, 30), torch.randn(8, 40))
         >>> model = torch.nn.Sequential(KroneckerLinear(data, 16), torch.nn.Tanh(),

@@ -43,6 +43,7 @@ class CorrelationTree:
         TypeError, ValueError: An argument is wrong.
 
     Example:
+        >>> import torch
         >>> tree = CorrelationTree(torch.tensor([[0.1, 2.0], [3.0, -1.0], [0.5, 1.5]]))
         >>> tree.query([0, 1], threshold=1.0)
         Found(positions=tensor([0, 1, 1]), neurons=tensor([1, 0, 2]), visited=8)
