@@ -26,11 +26,10 @@ import torch
 from common import RESULTS, environment, write_json
 from scaling_model import (
     FLOAT,
-    FULLY,
-    GATHER,
+    KINDS,
+    MODES,
     REDUCE,
     REPLICATED,
-    SCATTER,
     SHARDED,
     Hardware,
     Link,
@@ -42,7 +41,6 @@ from scaling_model import (
 )
 
 Row = dict[str, Any]
-KINDS, MODES = (REDUCE, SCATTER, GATHER), (REPLICATED, SHARDED, FULLY)
 MEASURED = "collectives", "alone", "steps", "overlap"
 MODELS = (1e7, 1e8, 1e9, 1e10)
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)

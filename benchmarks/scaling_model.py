@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-REDUCE, SCATTER, GATHER = "all-reduce", "reduce-scatter", "all-gather"
-REPLICATED, SHARDED, FULLY = "data parallel", "shard_state", "fully_shard"
+KINDS = REDUCE, SCATTER, GATHER = "all-reduce", "reduce-scatter", "all-gather"
+MODES = REPLICATED, SHARDED, FULLY = "data parallel", "shard_state", "fully_shard"
 FLOAT = 4
 #: A product through the kept graph, in gradients (benchmarks/products.py, linear layers).
 PRODUCT = 1.37
@@ -160,10 +160,7 @@ class Hardware:
         passes = work.iterations * (4 * work.pairs + PASSES)
         own = numel if mode == REPLICATED else numel / ranks
         sent = collectives(mode, work)
-        large = sum(
-            sent[kind] * self.collective(kind, FLOAT * numel, ranks)
-            for kind in (REDUCE, SCATTER, GATHER)
-        )
+        large = sum(sent[kind] * self.collective(kind, FLOAT * numel, ranks) for kind in KINDS)
         return {
             "compute": gradients * gradient,
             "vectors": passes * FLOAT * own / (self.bandwidth * self.reached),

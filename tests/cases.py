@@ -16,6 +16,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from basics import normal
 from reference import dense_gauss_newton, dense_hessian
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -102,18 +103,13 @@ def _as_tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 # Data. Each call has a seed of its own, so that a new case leaves the others alone.
 
 
-def _normal(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
-
-
 def _classes(seed: int, n_classes: int, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(n_classes, shape, generator=generator)
 
 
 def _probabilities(seed: int, *shape: int) -> Tensor:
-    return _normal(seed, *shape).softmax(-1)
+    return normal(seed, *shape).softmax(-1)
 
 
 # Networks
@@ -272,7 +268,7 @@ def _classifier(name: str, criterion: Callable[..., Tensor], **changes) -> Case:
     """A tanh network with three classes and ten cases."""
     fields = {
         "build": lambda: _mlp(4, 6, 3),
-        "inputs": (_normal(1, 10, 4),),
+        "inputs": (normal(1, 10, 4),),
         "targets": (_classes(2, 3, 10),),
         "denominator": 10,
     }
@@ -283,8 +279,8 @@ def _regression(name: str, criterion: Callable[..., Tensor], **changes) -> Case:
     """A tanh network with two values and ten cases, 20 numbers in the mean."""
     fields = {
         "build": lambda: _mlp(4, 6, 2),
-        "inputs": (_normal(3, 10, 4),),
-        "targets": (2 * _normal(4, 10, 2),),
+        "inputs": (normal(3, 10, 4),),
+        "targets": (2 * normal(4, 10, 2),),
         "denominator": 20,
     }
     return Case(name, criterion=criterion, **(fields | changes))
@@ -306,7 +302,7 @@ CASES: tuple[Case, ...] = (
         "cnn-cross_entropy",
         nn.CrossEntropyLoss(),
         build=_cnn,
-        inputs=(_normal(6, 8, 1, 6, 6),),
+        inputs=(normal(6, 8, 1, 6, 6),),
         targets=(_classes(7, 3, 8),),
         denominator=8,
     ),
@@ -314,7 +310,7 @@ CASES: tuple[Case, ...] = (
         "cnn_batch_norm-cross_entropy",
         F.cross_entropy,
         build=_cnn_batch_norm,
-        inputs=(_normal(6, 8, 1, 6, 6),),
+        inputs=(normal(6, 8, 1, 6, 6),),
         targets=(_classes(7, 3, 8),),
         denominator=8,
     ),
@@ -322,23 +318,23 @@ CASES: tuple[Case, ...] = (
         "rnn-mse",
         nn.MSELoss(),
         build=_Recurrent,
-        inputs=(_normal(8, 6, 5, 2),),
-        targets=(_normal(9, 6, 5, 1),),
+        inputs=(normal(8, 6, 5, 2),),
+        targets=(normal(9, 6, 5, 1),),
         denominator=30,
     ),
     _regression(
         "gru_loop-mse",
         F.mse_loss,
         build=_GRULoop,
-        inputs=(_normal(8, 6, 5, 2),),
-        targets=(_normal(9, 6, 2),),
+        inputs=(normal(8, 6, 5, 2),),
+        targets=(normal(9, 6, 2),),
         denominator=12,
     ),
     _classifier(
         "attention-cross_entropy",
         F.cross_entropy,
         build=_Attention,
-        inputs=(_normal(10, 6, 5, 4),),
+        inputs=(normal(10, 6, 5, 4),),
         targets=(_classes(11, 3, 6),),
         denominator=6,
         context=_math_attention,
@@ -347,8 +343,8 @@ CASES: tuple[Case, ...] = (
         "tied_autoencoder-mse",
         F.mse_loss,
         build=_TiedAutoencoder,
-        inputs=(_normal(12, 8, 6),),
-        targets=(_normal(12, 8, 6),),
+        inputs=(normal(12, 8, 6),),
+        targets=(normal(12, 8, 6),),
         denominator=48,
     ),
     _classifier(
@@ -371,7 +367,7 @@ CASES: tuple[Case, ...] = (
         "two_heads-cross_entropy+mse",
         _two_losses,
         build=_TwoHeads,
-        targets=(_classes(2, 3, 10), _normal(4, 10, 2)),
+        targets=(_classes(2, 3, 10), normal(4, 10, 2)),
         denominator=None,
         n_outputs=2,
     ),

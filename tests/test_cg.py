@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from basics import assert_same, normal
 from reference import kept_iterations, martens_stop, pcg
 from torch.testing import assert_close
 
@@ -10,24 +11,15 @@ from torch_hf.cg import conjugate_gradients, progress_is_small
 from torch_hf.report import Stop
 
 
-def _normal(seed, *shape):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
 def _with_eigenvalues(seed, values):
     values = torch.as_tensor(values, dtype=torch.float64)
-    basis = torch.linalg.qr(_normal(seed, len(values), len(values))).Q
+    basis = torch.linalg.qr(normal(seed, len(values), len(values))).Q
     return basis * values @ basis.T
 
 
 def _q(A, g, d):
     A, g, d = A.double(), g.double(), d.double()
     return (g @ d + d @ A @ d / 2).item()
-
-
-def assert_same(found, truth, rtol):
-    assert torch.linalg.norm(found - truth) <= rtol * torch.linalg.norm(truth)
 
 
 class Run:
@@ -73,13 +65,13 @@ every_system = pytest.mark.parametrize("A", SYSTEMS.values(), ids=SYSTEMS)
 
 
 def _start(seed, A):
-    return {"cold": None, "warm": _normal(seed, len(A))}
+    return {"cold": None, "warm": normal(seed, len(A))}
 
 
 def _preconditioners(A):
     n = len(A)
     dense = _with_eigenvalues(7, torch.linspace(0.2, 3, n))
-    diagonal = _normal(8, n).exp()
+    diagonal = normal(8, n).exp()
     inverse = torch.linalg.inv(A)
     return {
         "none": None,
@@ -102,7 +94,7 @@ every_preconditioner = pytest.mark.parametrize("M", _preconditioners(torch.eye(1
 @every_start
 @every_preconditioner
 def test_preconditioning_and_start_do_not_change_the_solution(A, start, M):
-    g = _normal(5, len(A))
+    g = normal(5, len(A))
     start = _start(6, A)[start]
     run = Run(A, g, start=start, preconditioner=_preconditioners(A)[M], tol=0.0, max_iter=500)
     assert_same(run.result.last.vector, -torch.linalg.solve(A, g), 1e-7)
@@ -110,7 +102,7 @@ def test_preconditioning_and_start_do_not_change_the_solution(A, start, M):
 
 @every_start
 def test_a_preconditioner_that_is_the_inverse_needs_one_iteration(start):
-    A, g = SYSTEMS["easy"], _normal(5, 12)
+    A, g = SYSTEMS["easy"], normal(5, 12)
     inverse = torch.linalg.inv(A)
     run = Run(A, g, start=_start(6, A)[start], preconditioner=lambda r: inverse @ r, tol=0.0)
     assert run.result.iterations == 1
@@ -118,20 +110,20 @@ def test_a_preconditioner_that_is_the_inverse_needs_one_iteration(start):
 
 @every_system
 def test_arguments_are_left_alone(A):
-    g, start = _normal(5, len(A)), _normal(6, len(A))
+    g, start = normal(5, len(A)), normal(6, len(A))
     copies = g.clone(), start.clone()
     conjugate_gradients(lambda v: A @ v, g, start=start)
     assert_close((g, start), copies, rtol=0, atol=0)
 
 
 def test_an_operator_and_a_preconditioner_may_return_their_argument():
-    g = _normal(5, 4)
+    g = normal(5, 4)
     result = conjugate_gradients(lambda v: v, g, preconditioner=lambda r: r, tol=0.0)
     assert_close(result.last.vector, -g, rtol=0, atol=0)
 
 
 def test_a_preconditioner_may_return_a_buffer_of_its_own():
-    A, g, buffer = SYSTEMS["easy"], _normal(5, 12), torch.empty(12, dtype=torch.float64)
+    A, g, buffer = SYSTEMS["easy"], normal(5, 12), torch.empty(12, dtype=torch.float64)
     result = conjugate_gradients(lambda v: A @ v, g, preconditioner=buffer.copy_, tol=0.0)
     assert_same(result.last.vector, -torch.linalg.solve(A, g), 1e-9)
 
@@ -143,7 +135,7 @@ def test_a_preconditioner_may_return_a_buffer_of_its_own():
 @every_start
 @pytest.mark.parametrize("M", ["none", "itself", "a view", "diagonal", "dense"])
 def test_directions_are_those_of_the_standard_form(A, start, M):
-    g, M = _normal(5, len(A)), _preconditioners(A)[M]
+    g, M = normal(5, len(A)), _preconditioners(A)[M]
     start = _start(6, A)[start]
     run = Run(A, g, start=start, preconditioner=M, tol=0.0, max_iter=3)
     identity = torch.eye(len(A), dtype=torch.float64)
@@ -156,8 +148,8 @@ def test_directions_are_those_of_the_standard_form(A, start, M):
 
 
 def test_directions_stay_conjugate_under_a_preconditioner_that_changes():
-    A, g = SYSTEMS["easy"], _normal(5, 12)
-    diagonals = _normal(8, 1000, 12).exp()
+    A, g = SYSTEMS["easy"], normal(5, 12)
+    diagonals = normal(8, 1000, 12).exp()
     calls = iter(diagonals)
     run = Run(A, g, preconditioner=lambda r: next(calls) * r, tol=0.0, max_iter=400)
     assert run.result.stop is Stop.RESIDUAL
@@ -170,7 +162,7 @@ def test_directions_stay_conjugate_under_a_preconditioner_that_changes():
 @pytest.mark.parametrize("M", ["none", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_quadratic_falls_at_every_iteration(A, start, M, dtype):
-    A, g = A.to(dtype), _normal(5, len(A)).to(dtype)
+    A, g = A.to(dtype), normal(5, len(A)).to(dtype)
     start = _start(6, A)[start]
     start = None if start is None else start.to(dtype)
     M = None if M == "none" else _with_eigenvalues(7, torch.linspace(0.2, 3, len(A))).to(dtype)
@@ -192,7 +184,7 @@ def test_the_quadratic_falls_at_every_iteration(A, start, M, dtype):
 @every_start
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float64, 1e-10), (torch.float32, 1e-3)])
 def test_each_kept_iterate_tells_its_value_and_slope(A, start, dtype, rtol):
-    g, start = _normal(5, len(A)).to(dtype), _start(6, A)[start]
+    g, start = normal(5, len(A)).to(dtype), _start(6, A)[start]
     start = None if start is None else start.to(dtype)
     result = Run(A.to(dtype), g, start=start, tol=0.0, max_iter=120).result
     lowest = abs(_q(A, g, -torch.linalg.solve(A, g.double())))
@@ -204,7 +196,7 @@ def test_each_kept_iterate_tells_its_value_and_slope(A, start, dtype, rtol):
 
 @pytest.mark.parametrize("last", [1, 2, 3, 9, 10, 11, 39, 40, 41])
 def test_iterates_are_kept_on_the_grid_and_at_the_end(last):
-    A, g = SYSTEMS["ill"], _normal(5, 40)
+    A, g = SYSTEMS["ill"], normal(5, 40)
     result = Run(A, g, tol=0.0, max_iter=last).result
     assert (result.stop, result.iterations) == (Stop.MAX_ITER, last)
     assert [i.iteration for i in result.iterates] == kept_iterations(last)
@@ -221,7 +213,7 @@ def test_iterates_are_kept_on_the_grid_and_at_the_end(last):
 @pytest.mark.parametrize("spectrum", [(-1, 1, 40), (-2, 2, 300), (-4, 1, 300)])
 def test_it_stops_by_martens_rule(tol, start, spectrum):
     A = torch.logspace(*spectrum, dtype=torch.float64).diag()
-    g = _normal(5, len(A))
+    g = normal(5, len(A))
     start = {**_start(6, A), "uphill": 30 * g}[start]
     run = Run(A, g, start=start, tol=tol, max_iter=600)
     assert run.result.stop is Stop.PROGRESS
@@ -230,7 +222,7 @@ def test_it_stops_by_martens_rule(tol, start, spectrum):
 
 def test_martens_window_grows_with_the_iterations():
     A = torch.logspace(-5, 1, 300, dtype=torch.float64).diag()
-    run = Run(A, _normal(5, 300), max_iter=600)
+    run = Run(A, normal(5, 300), max_iter=600)
     assert run.result.iterations > 110  # where k is no longer 10
     assert run.result.iterations == martens_stop(run.values())
 
@@ -246,7 +238,7 @@ def test_martens_rule_at_every_iteration(tol, steepness, first):
 
 @every_start
 def test_a_solution_at_hand_is_kept(start):
-    A, g = SYSTEMS["easy"], _normal(5, 12)
+    A, g = SYSTEMS["easy"], normal(5, 12)
     solution = -torch.linalg.solve(A, g) if start == "warm" else None
     g = g if start == "warm" else torch.zeros_like(g)
     run = Run(A, g, start=solution, tol=0.0)
@@ -263,7 +255,7 @@ def test_a_solution_at_hand_is_kept(start):
 @pytest.mark.parametrize("iterations", [1, 7, 49, 50, 99, 100, 120])
 def test_one_product_an_iteration_and_one_a_true_residual(start, iterations):
     A = torch.logspace(-6, 2, 300, dtype=torch.float64).diag()
-    g = _normal(5, 300)
+    g = normal(5, 300)
     start = None if start == "cold" else -1e-3 * g
     run = Run(A, g, start=start, tol=0.0, max_iter=iterations)
     assert run.numbers == list(range(1, iterations + 1))
@@ -275,7 +267,7 @@ def test_the_true_residual_mends_a_product_that_went_wrong(refresh, monkeypatch)
     if not refresh:  # without it the same solve ends elsewhere
         monkeypatch.setattr(torch_hf.cg, "REFRESH", 10**9)
     A = torch.logspace(-1, 1, 80, dtype=torch.float64).diag()
-    g, calls = _normal(5, 80), iter(range(10**6))
+    g, calls = normal(5, 80), iter(range(10**6))
 
     def operator(v):
         return A @ v * (1.01 if next(calls) == 7 else 1.0)
@@ -315,7 +307,7 @@ NOT_POSITIVE = {
 def test_a_direction_of_descent_is_at_hand_where_curvature_is_not_positive(
     operator, stop, start, M
 ):
-    g = _normal(5, 12)
+    g = normal(5, 12)
     start = {"cold": None, "down": -0.1 * g, "uphill": 0.1 * g}[start]
     preconditioner = _preconditioners(SYSTEMS["easy"])[M]
     result = conjugate_gradients(operator(), g, start=start, preconditioner=preconditioner, tol=0.0)
@@ -334,7 +326,7 @@ def test_zero_curvature_after_an_iteration():
 
 
 def test_what_was_found_before_negative_curvature_is_kept():
-    A, g = _with_eigenvalues(9, [-1e-3, *range(1, 12)]), _normal(5, 12)
+    A, g = _with_eigenvalues(9, [-1e-3, *range(1, 12)]), normal(5, 12)
     result = conjugate_gradients(lambda v: A @ v, g, tol=0.0)
     n = result.iterations
     assert result.stop is Stop.NEGATIVE_CURVATURE
@@ -354,7 +346,7 @@ def test_a_start_at_a_saddle_gives_a_direction_of_descent():
 
 
 def test_negative_curvature_along_the_gradient_goes_as_far_as_its_mirror_image():
-    g = _normal(5, 3)
+    g = normal(5, 3)
     result = conjugate_gradients(lambda v: -2 * v, g)
     assert_close(result.last.vector, -g / 2)
     assert result.last.value == pytest.approx((-0.75 * g @ g).item())

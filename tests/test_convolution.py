@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from basics import normal
 from reference import dense_gauss_newton, dense_hessian, flat
 from torch import nn
 from torch.autograd import grad
@@ -14,11 +15,6 @@ from torch.nn import functional as F
 from torch_hf.capture import Capture
 from torch_hf.convolution import convolve, has_rule, tangents_only
 from torch_hf.curvature import GaussNewtonOperator, HessianOperator
-
-
-def _normal(seed, *shape):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def assert_same(found, truth, rtol=1e-10):
@@ -41,9 +37,9 @@ class Geometry:
 
     def arguments(self):
         n_in, n_out = self.channels
-        x = _normal(1, 2, n_in, *self.size).requires_grad_()
-        weight = _normal(2, n_out, n_in // self.groups, *self.kernel).requires_grad_()
-        bias = _normal(3, n_out).requires_grad_() if self.bias else None
+        x = normal(1, 2, n_in, *self.size).requires_grad_()
+        weight = normal(2, n_out, n_in // self.groups, *self.kernel).requires_grad_()
+        bias = normal(3, n_out).requires_grad_() if self.bias else None
         return x, weight, bias
 
     def settings(self):
@@ -96,7 +92,7 @@ def _replaced(function, arguments, values):
 def test_output_and_gradient(geometry, frozen):
     arguments, active = _arguments(geometry, frozen)
     truth, found = geometry.truth(*arguments), geometry.ours(*arguments)
-    cotangent = _normal(4, *truth.shape)
+    cotangent = normal(4, *truth.shape)
     assert_same(found, truth)
     assert_same(grad(found, active, cotangent), grad(truth, active, cotangent))
 
@@ -108,9 +104,9 @@ def test_second_order_is_autograds(geometry, frozen):
     found = []
     for function in (geometry.truth, geometry.ours):
         out = function(*arguments)
-        cotangent = _normal(4, *out.shape).requires_grad_()
+        cotangent = normal(4, *out.shape).requires_grad_()
         slopes = grad(out, active, cotangent, create_graph=True)
-        weights = [_normal(5 + i, *t.shape) for i, t in enumerate(slopes)]
+        weights = [normal(5 + i, *t.shape) for i, t in enumerate(slopes)]
         curved = [(s, w) for s, w in zip(slopes, weights, strict=True) if s.requires_grad]
         inputs = [cotangent, *active]
         slopes, weights = zip(*curved, strict=True)
@@ -144,7 +140,7 @@ def test_third_order_is_autograds(geometry):
 @every_frozen
 def test_tangents_are_autograds(geometry, frozen):
     arguments, active = _arguments(geometry, frozen)
-    tangents = [_normal(5 + i, *t.shape) for i, t in enumerate(active)]
+    tangents = [normal(5 + i, *t.shape) for i, t in enumerate(active)]
     _, truth = torch.autograd.functional.jvp(
         lambda *values: _replaced(geometry.truth, arguments, values), tuple(active), tuple(tangents)
     )
@@ -194,8 +190,8 @@ class _Double(nn.Module):
 def _problem(dims):
     torch.manual_seed(0)
     model = _Double(dims).double()
-    x = _normal(1, 2, 1, *[3] * dims)
-    return model, x, _normal(2, *model(x).shape)
+    x = normal(1, 2, 1, *[3] * dims)
+    return model, x, normal(2, *model(x).shape)
 
 
 def _dense(operator, numel):
@@ -299,7 +295,7 @@ def test_every_way_to_call_a_convolution_gives_torchs_result(call):
     truth = call(x, weight)
     record = Capture([weight], fast_convolutions=True).run(lambda: call(x, weight))
     assert_same(record.returned, truth)
-    cotangent = _normal(4, *truth.shape)
+    cotangent = normal(4, *truth.shape)
     found = grad(record.returned, [x, weight], cotangent)
     assert_same(found, grad(truth, [x, weight], cotangent))
 

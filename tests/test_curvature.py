@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from basics import assert_same, trainable
 from cases import every_case
 
 from torch_hf.curvature import GaussNewtonOperator, HessianOperator
@@ -10,14 +11,6 @@ from torch_hf.curvature import GaussNewtonOperator, HessianOperator
 def dense(operator, numel):
     eye = torch.eye(numel, dtype=torch.float64)
     return torch.stack([operator(column) for column in eye], dim=1)
-
-
-def assert_same(found, truth, rtol=1e-10):
-    assert torch.linalg.norm(found - truth) <= rtol * torch.linalg.norm(truth)
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def lbfgs_closure(case, model):

@@ -32,6 +32,27 @@ def run_example(name, *arguments, cwd):
     )
 
 
+def drawn(folder, name):
+    """Whether a picture lies there."""
+    return (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def three_steps(name, *arguments, cwd, picture="training.png"):
+    """Run an example for so long: the process, and the columns of its CSV file."""
+    done = run_example(name, "--max-steps", 3, *arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    folder = cwd / "runs" / name
+    columns = read_csv(folder / "training.csv")
+    assert columns["step"] == [1, 2, 3]
+    assert drawn(folder, picture)
+    return done, columns
+
+
+def falls(columns):
+    """Whether no step of a run left a higher loss on its data."""
+    return all(new <= old for old, new in zip(columns["loss"], columns["new_loss"], strict=True))
+
+
 def write_idx(path, array):
     """The format of MNIST's files: unsigned bytes, dimensions big-endian."""
     header = struct.pack(f">HBB{array.dim()}I", 0, 8, array.dim(), *array.shape)
@@ -74,33 +95,21 @@ RUNS = [
 
 @pytest.mark.parametrize(("name", "optimizer", "score"), RUNS, ids=lambda value: value)
 def test_three_steps(name, optimizer, score, data_root, tmp_path):
-    arguments = ["--max-steps", 3, "--batch-size", 20, "--optimizer", optimizer, "--device", "cpu"]
+    arguments = ["--batch-size", 20, "--optimizer", optimizer, "--device", "cpu"]
     if name != "digits":
         arguments += ["--data-root", data_root]
     if name == "autoencoder":
         arguments += ["--split-size", 7]
-    done = run_example(name, *arguments, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done, columns = three_steps(name, *arguments, cwd=tmp_path)
     assert "cases/s" in done.stderr  # the progress bar
     assert score.replace("_", " ") in done.stdout
-
-    columns = read_csv(tmp_path / "runs" / name / "training.csv")
-    assert columns["step"] == [1, 2, 3]
     assert all(torch.tensor(columns["loss"]).isfinite())
     assert columns[score][-1] >= 0
-    assert (tmp_path / "runs" / name / "training.png").read_bytes().startswith(b"\x89PNG")
     if optimizer == "hf":
         assert "λ" in done.stdout
-        assert all(
-            new <= old for old, new in zip(columns["loss"], columns["new_loss"], strict=True)
-        )
+        assert falls(columns)
     if name == "autoencoder":
         assert columns["curvature_cases"][0] == 5
-
-
-def drawn(folder, name):
-    """Whether a picture lies there."""
-    return (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
 SCRIPTS = [
@@ -112,13 +121,9 @@ SCRIPTS = [
 
 @pytest.mark.parametrize(("name", "sizes", "score", "picture"), SCRIPTS, ids=lambda v: str(v))
 def test_scripts_with_their_own_loop(name, sizes, score, picture, tmp_path):
-    done = run_example(name, "--max-steps", 3, *sizes, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    columns = read_csv(tmp_path / "runs" / name / "training.csv")
-    assert columns["step"] == [1, 2, 3]
+    _, columns = three_steps(name, *sizes, cwd=tmp_path, picture=picture)
     assert columns["new_loss"][-1] < columns["loss"][0]
     assert all(torch.tensor(columns[score]).isfinite())
-    assert drawn(tmp_path / "runs" / name, picture)
 
 
 def speech():

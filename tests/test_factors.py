@@ -21,6 +21,8 @@ from torch_hf.signs import case_signs
 from torch_hf.split import split_by_calls
 from torch_hf.vector import ParameterVector
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 LOSSES = {
     "mse": (F.mse_loss, lambda n, k: torch.randn(n, k, dtype=torch.float64)),
     "bce": (
@@ -30,13 +32,6 @@ LOSSES = {
     "cross_entropy": (F.cross_entropy, lambda n, k: torch.randint(k, (n,))),
     "huber": (F.huber_loss, lambda n, k: torch.randn(n, k, dtype=torch.float64)),
 }
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 class Recurrent(nn.Module):

@@ -2,19 +2,14 @@
 
 import pytest
 import torch
+from basics import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from torch_hf.kronecker import KroneckerFactors
 
-
-def _normal(seed, *shape):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-A, B, C = _normal(1, 9, 3), _normal(2, 9, 4), _normal(3, 9, 2)
+A, B, C = normal(1, 9, 3), normal(2, 9, 4), normal(3, 9, 2)
 ROWS, COLS = [0, 8, 3, 3, 5, 0, 1], [4, 4, 0, 0, 2, 8, 7]
 
 
@@ -102,14 +97,14 @@ def test_against_the_dense_rows(factors, x):
     seed=st.integers(0, 999),
 )
 def test_any_number_of_factors(n, widths, seed):
-    factors = [_normal(seed + k, n, w) for k, w in enumerate(widths)]
+    factors = [normal(seed + k, n, w) for k, w in enumerate(widths)]
     x = _kron(*factors)
     assert_close(KroneckerFactors(*factors).dense(), x)
     assert_close(KroneckerFactors(*factors).gram(), x @ x.T)
 
 
 def test_dimensions_of_a_million_are_not_formed():
-    x = KroneckerFactors.power(_normal(0, 50, 100), 9)
+    x = KroneckerFactors.power(normal(0, 50, 100), 9)
     assert x.features == 10**18
     assert_close(x.gram(), (x._terms[0][0].table @ x._terms[0][0].table.T) ** 9)
 

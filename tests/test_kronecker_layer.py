@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from basics import normal
 from torch import nn
 from torch.testing import assert_close
 
@@ -19,13 +20,8 @@ from torch_hf.kronecker import (
 N, M = 20, 30
 
 
-def _normal(seed, *shape):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
 def _factors(seed=0, n=N, widths=(6, 7)):
-    parts = [_normal(seed + 10 * k, n, w) for k, w in enumerate(widths)]
+    parts = [normal(seed + 10 * k, n, w) for k, w in enumerate(widths)]
     return KroneckerFactors(*parts, normalize=True)
 
 
@@ -50,7 +46,7 @@ def _trained(layer, steps=5, **options):
 def test_gradcheck_of_the_weights(neurons):
     """The gradient of dense weights, from pre-activations of the layer with these weights."""
     factors, samples = _factors(n=4, widths=(2, 3)), [1, 3, 1]
-    target = _normal(3, 3, 5)
+    target = normal(3, 3, 5)
 
     class Loss(torch.autograd.Function):
         @staticmethod
@@ -73,7 +69,7 @@ def test_gradcheck_of_the_weights(neurons):
         def backward(ctx, gradient):
             return ctx.saved_tensors[0] * gradient
 
-    weight = _normal(4, 5, 6).requires_grad_()
+    weight = normal(4, 5, 6).requires_grad_()
     assert torch.autograd.gradcheck(Loss.apply, (weight,))
 
 
@@ -129,7 +125,7 @@ def test_500_steps_on_active_neurons_are_dense_sgd(search, weight_decay, defer):
     factors = _factors()
     network = TwoLayerNetwork(factors, M, search=search)
     weight = nn.Parameter(network.hidden.to_dense())
-    x, targets = factors.dense(), _normal(9, N)
+    x, targets = factors.dense(), normal(9, N)
     options = {"lr": 0.5, "weight_decay": weight_decay}
     optimizer = KroneckerSGD(network.parameters(), defer=defer, **options)
     truth = torch.optim.SGD([weight], **options)
@@ -220,7 +216,7 @@ def test_the_seed_is_torchs(init):
 
 
 def test_repeated_points_start_alike():
-    a, b = _normal(1, 12, 6), _normal(2, 12, 7)
+    a, b = normal(1, 12, 6), normal(2, 12, 7)
     a[7], b[7] = a[2], b[2]
     layer = _layer(factors=KroneckerFactors(a, b), init="joint")
     assert layer.factors.duplicates().tolist() == [[7, 2]]
@@ -235,7 +231,7 @@ def test_repeated_points_start_alike():
 @pytest.mark.parametrize("init", ["joint", "seeded", "given"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_prediction_at_the_data_itself(init, weight_decay):
-    given = _normal(5, M, 42)
+    given = normal(5, M, 42)
     layer = _layer(init=given if init == "given" else init)
     _trained(layer, weight_decay=weight_decay, momentum=0.5)
     points = layer.factors.select([4, 0])

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from basics import assert_same, normal
 from cases import CASES, case_named, every_case
 from reference import STABLE_SETTINGS, HessianFree, dense_gauss_newton, flat, hessian_free, unflat
 from torch import nn
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from torch_hf import HFOptimizer, LBFGSPreconditioner, Stop, head, split_batch
+
+pytestmark = pytest.mark.usefixtures("seeded")
 
 # Few CG iterations and much damping: rounding stays rounding (see reference.py).
 STABLE = {
@@ -23,22 +26,6 @@ STABLE = {
 }
 # Fewer still, for 20 steps.
 CALM = {"damping": 1.0, "history_size": 2, "cg_max_iter": 2, "weight_decay": 1e-2}
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def _normal(seed, *shape):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-def assert_same(found, truth, rtol):
-    assert torch.linalg.norm(found - truth) <= rtol * torch.linalg.norm(truth)
 
 
 def theta(model):
@@ -119,7 +106,7 @@ class Training:
 
 
 def _least_squares(rows=30, columns=6, outputs=1):
-    return _normal(1, rows, columns), _normal(2, rows, outputs)
+    return normal(1, rows, columns), normal(2, rows, outputs)
 
 
 @pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal", "none"])
@@ -443,7 +430,7 @@ def _walled(model, walls):
 def test_a_rejected_step_leaves_the_bits_and_raises_the_damping(dtype):
     model = nn.Linear(3, 2).to(dtype)
     walls = [p.detach().clone() for p in model.parameters()]
-    x, y = _normal(1, 5, 3).to(dtype), _normal(2, 5, 2).to(dtype)
+    x, y = normal(1, 5, 3).to(dtype), normal(2, 5, 2).to(dtype)
     optimizer = HFOptimizer(model.parameters(), damping=2.0)
     for damping in (2.0, 3.0, 4.5):
         optimizer.step(lambda: F.mse_loss(model(x), y) + _walled(model, walls))
@@ -473,7 +460,7 @@ def test_after_a_rejection_the_solve_starts_at_zero():
 
 
 def test_a_zero_gradient_ends_the_step_at_once():
-    x = _normal(1, 5, 3)
+    x = normal(1, 5, 3)
     model = nn.Linear(3, 2).double()
     y = model(x).detach()
     optimizer = HFOptimizer(model.parameters(), damping=2.0)
@@ -496,7 +483,7 @@ def test_a_zero_gradient_ends_the_step_at_once():
 
 @pytest.mark.parametrize("damping", [None, 2.0])
 def test_a_gradient_that_is_not_finite_moves_nothing_and_does_not_break_the_next_step(damping):
-    model, x = nn.Linear(3, 1).double(), _normal(1, 5, 3)
+    model, x = nn.Linear(3, 1).double(), normal(1, 5, 3)
     y = model(x).detach()
     optimizer = HFOptimizer(model.parameters(), damping=damping)
     before = theta(model)
@@ -641,7 +628,7 @@ def _wall_once(model, x, y):
 @pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal"])
 def test_a_group_may_be_added_between_steps(rejected, preconditioner):
     model, optimizer = _wide_training(["first"], preconditioner=preconditioner)
-    x, y = _normal(1, 10, 4), _normal(2, 10, 2)
+    x, y = normal(1, 10, 4), normal(2, 10, 2)
 
     def closure():
         return F.mse_loss(model(x), y)
@@ -664,7 +651,7 @@ def test_a_group_may_be_added_between_steps(rejected, preconditioner):
 def test_directions_of_parameters_frozen_in_turn_are_not_mixed_up():
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
-    x, y = _normal(1, 10, 4), _normal(2, 10, 4)
+    x, y = normal(1, 10, 4), normal(2, 10, 4)
     optimizer = HFOptimizer(model.parameters(), cg_max_iter=250)
     for i in (0, 2, 0, 2):
         model[0].requires_grad_(i == 0)
@@ -694,7 +681,7 @@ def _noisy():
 @pytest.mark.parametrize("size", [None, 4])
 @pytest.mark.parametrize("preconditioner", ["kronecker-lbfgs", "lbfgs", "diagonal"])
 def test_every_evaluation_sees_the_same_noise(form, size, preconditioner):
-    model, x, y = _noisy(), _normal(1, 10, 4), _normal(2, 10, 2)
+    model, x, y = _noisy(), normal(1, 10, 4), normal(2, 10, 2)
     optimizer = HFOptimizer(model.parameters(), preconditioner=preconditioner)
     masks = []
 
@@ -730,7 +717,7 @@ def test_every_evaluation_sees_the_same_noise(form, size, preconditioner):
 @pytest.mark.parametrize("lr", [1.0, 0.0])
 def test_statistics_and_generators_are_as_after_one_run(form, size, preconditioner, lr):
     numpy = pytest.importorskip("numpy")
-    x, y = _normal(1, 10, 4), _normal(2, 10, 2)
+    x, y = normal(1, 10, 4), normal(2, 10, 2)
     batches = [(x, y)] if size is None else split_batch((x, y), size)
 
     def criterion(model, batch):
@@ -925,8 +912,8 @@ def test_a_restored_run_goes_on_bit_by_bit(preconditioner, dtype, through, steps
 
 @pytest.mark.parametrize("shapes", [[()], [(3,)], [(), (3,)], [(4,), (2, 2), ()]])
 def test_state_of_parameters_of_any_shape_is_restored(shapes):
-    starts = [_normal(i, *shape) for i, shape in enumerate(shapes)]
-    A = _normal(9, 12, sum(s.numel() for s in starts))
+    starts = [normal(i, *shape) for i, shape in enumerate(shapes)]
+    A = normal(9, 12, sum(s.numel() for s in starts))
 
     def start():
         params = [nn.Parameter(s.clone()) for s in starts]
@@ -979,7 +966,7 @@ def test_step_without_a_closure_is_an_error_in_training():
 
 
 def test_a_failed_step_leaves_everything():
-    model, x, y = _noisy(), _normal(1, 10, 4), _normal(2, 10, 2)
+    model, x, y = _noisy(), normal(1, 10, 4), normal(2, 10, 2)
     optimizer = HFOptimizer(model.parameters())
     countdown = [-1]
 

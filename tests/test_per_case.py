@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from basics import assert_same, normal, trainable
 from cases import case_named
 from torch import nn
 from torch.nn import functional as F
@@ -16,27 +17,9 @@ from torch_hf.reduce import Reducer
 from torch_hf.split import split_by_calls
 from torch_hf.vector import ParameterVector
 
+pytestmark = pytest.mark.usefixtures("seeded")
+
 CASES, DRAWS = 7, 400
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-def _normal(seed, *shape):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-def assert_same(found, truth, rtol=1e-10):
-    assert torch.linalg.norm(found - truth) <= rtol * torch.linalg.norm(truth)
-
-
-def trainable(model):
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 class Problem:
@@ -44,7 +27,7 @@ class Problem:
 
     def __init__(self, build, shape, criterion, target, per_case=1.0):
         torch.manual_seed(1)
-        self.model, self.x, self.y = build().double(), _normal(2, *shape), target
+        self.model, self.x, self.y = build().double(), normal(2, *shape), target
         self.criterion, self.share = criterion, per_case / len(self.x)
 
     def closure(self):
@@ -163,7 +146,7 @@ def _two_losses(z, y):
 
 
 CLASSES = torch.tensor([0, 2, 1, 1, 0, 2, 2])
-VALUES = _normal(3, CASES, 3)
+VALUES = normal(3, CASES, 3)
 
 
 def _classifier(build, shape=(CASES, 3)):
@@ -212,8 +195,8 @@ def test_a_penalty_on_parameters_is_no_case():
 
 
 def test_positions_of_a_sequence_count_as_cases():
-    problem = Problem(_mlp, (CASES, 4, 3), F.mse_loss, _normal(3, CASES, 4, 3))
-    flat = Problem(_mlp, (CASES * 4, 3), F.mse_loss, _normal(3, CASES, 4, 3).reshape(-1, 3))
+    problem = Problem(_mlp, (CASES, 4, 3), F.mse_loss, normal(3, CASES, 4, 3))
+    flat = Problem(_mlp, (CASES * 4, 3), F.mse_loss, normal(3, CASES, 4, 3).reshape(-1, 3))
     flat.x = problem.x.reshape(-1, 3)
     assert_same(problem.estimate(), flat.rows().square().sum(0))
 

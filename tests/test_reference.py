@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import reference
 import torch
+from basics import normal, positive_definite
 from cases import CASES, case_named, every_case
 from reference import (
     STABLE_SETTINGS,
@@ -27,17 +28,6 @@ from reference import (
 from torch.func import grad, vjp
 from torch.nn import functional as F
 from torch.testing import assert_close
-
-
-def _normal(seed, *shape):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, dtype=torch.float64, generator=generator)
-
-
-def _positive_definite(seed, n):
-    root = _normal(seed, n, n)
-    return root @ root.T + torch.eye(n)
-
 
 # The cases
 
@@ -78,7 +68,7 @@ def test_functional_form_equals_closure(case):
 def test_gauss_newton_product_by_jvp_and_vjp(case):
     model = case.model()
     params, output_fn = case.params(model), case.output_fn(model)
-    v = _normal(0, flat(params).numel())
+    v = normal(0, flat(params).numel())
     with case.context():
         outputs, pullback = vjp(output_fn, params)
         # Jv by reverse mode twice: the pullback is linear, its own pullback is J.
@@ -100,7 +90,7 @@ def test_hessian_product_by_central_differences(case):
     params = case.params(model)
     theta, loss_fn = flat(params), case.loss_fn(model)
     gradient = grad(lambda w: loss_fn(unflat(w, params)))
-    v, eps = _normal(0, len(theta)), 1e-6
+    v, eps = normal(0, len(theta)), 1e-6
     H = case.hessian(model)
     differences = (gradient(theta + eps * v) - gradient(theta - eps * v)) / (2 * eps)
     assert_close(H @ v, differences, rtol=1e-5, atol=1e-6)
@@ -111,23 +101,23 @@ def test_hessian_product_by_central_differences(case):
 
 
 def test_flat_and_unflat_are_inverse():
-    tensors = [_normal(1, 2, 3), _normal(2), _normal(3, 4)]
+    tensors = [normal(1, 2, 3), normal(2), normal(3, 4)]
     assert_close(unflat(flat(tensors), tensors), tensors)
     assert_close(unflat(flat(tensors[0]), tensors[0]), tensors[0])
 
 
 def test_hessian_of_a_quadratic_is_its_matrix():
-    A, b = _positive_definite(1, 5), _normal(2, 5)
+    A, b = positive_definite(1, 5), normal(2, 5)
 
     def loss_fn(params):
         x = flat(params)
         return x @ A @ x / 2 + b @ x
 
-    assert_close(dense_hessian(loss_fn, [_normal(3, 2), _normal(4, 3, 1)]), A)
+    assert_close(dense_hessian(loss_fn, [normal(3, 2), normal(4, 3, 1)]), A)
 
 
 def test_gauss_newton_of_linear_softmax_in_closed_form():
-    X, y, W = _normal(1, 7, 3), torch.tensor([0, 1, 2, 2, 1, 0, 1]), _normal(2, 4, 3)
+    X, y, W = normal(1, 7, 3), torch.tensor([0, 1, 2, 2, 1, 0, 1]), normal(2, 4, 3)
     G = dense_gauss_newton(lambda w: X @ w.T, lambda z: F.cross_entropy(z, y), W)
     expected = torch.zeros(12, 12, dtype=torch.float64)
     for x in X:
@@ -139,7 +129,7 @@ def test_gauss_newton_of_linear_softmax_in_closed_form():
 
 
 def test_gauss_newton_sees_the_coupling_of_outputs():
-    x, w = _normal(1, 3), [_normal(2, 3), _normal(3, 3)]
+    x, w = normal(1, 3), [normal(2, 3), normal(3, 3)]
 
     def output_fn(params):
         return params[0] @ x, params[1] @ x
@@ -155,7 +145,7 @@ def test_gauss_newton_sees_the_coupling_of_outputs():
 
 
 def test_cg_solves_with_conjugate_directions():
-    A, b, x0 = _positive_definite(1, 8), _normal(2, 8), _normal(3, 8)
+    A, b, x0 = positive_definite(1, 8), normal(2, 8), normal(3, 8)
     iterates, directions, products = cg(A, b, x0, 8)
     assert_close(iterates[-1], torch.linalg.solve(A, b))
     P = torch.stack(directions)
@@ -166,14 +156,14 @@ def test_cg_solves_with_conjugate_directions():
 
 
 def test_cg_ends_at_a_zero_residual():
-    A, b = _positive_definite(1, 4), torch.zeros(4, dtype=torch.float64)
+    A, b = positive_definite(1, 4), torch.zeros(4, dtype=torch.float64)
     assert len(cg(A, b, b, 5).iterates) == 1
     assert len(pcg(A, b, b, A, 5).iterates) == 1
 
 
 def test_pcg_is_cg_in_other_coordinates():
-    A, b, x0 = _positive_definite(1, 8), _normal(2, 8), _normal(3, 8)
-    M_inv = _positive_definite(4, 8)
+    A, b, x0 = positive_definite(1, 8), normal(2, 8), normal(3, 8)
+    M_inv = positive_definite(4, 8)
     root = torch.linalg.cholesky(M_inv)
     transformed = cg(root.T @ A @ root, root.T @ b, torch.linalg.solve(root, x0), 5)
     expected = [root @ x for x in transformed.iterates]
@@ -210,9 +200,9 @@ def test_martens_rule_in_its_details():
 
 
 def test_bfgs_inverse_is_the_two_loop_recursion():
-    A = _positive_definite(1, 6)
-    pairs = [(s, A @ s) for s in _normal(2, 4, 6)]
-    H0, r = _positive_definite(3, 6), _normal(4, 6)
+    A = positive_definite(1, 6)
+    pairs = [(s, A @ s) for s in normal(2, 4, 6)]
+    H0, r = positive_definite(3, 6), normal(4, 6)
     H = bfgs_inverse(pairs, H0)
     assert_close(H @ r, two_loop(pairs, lambda v: H0 @ v, r), rtol=1e-8, atol=1e-10)
     assert_close(H @ pairs[-1][1], pairs[-1][0], rtol=1e-8, atol=1e-10)
@@ -221,7 +211,7 @@ def test_bfgs_inverse_is_the_two_loop_recursion():
 
 
 def test_bfgs_inverse_with_conjugate_pairs_maps_every_y_to_its_s():
-    A, b = _positive_definite(1, 6), _normal(2, 6)
+    A, b = positive_definite(1, 6), normal(2, 6)
     _, directions, products = cg(A, b, torch.zeros_like(b), 6)
     pairs = list(zip(directions, products, strict=True))
     H = bfgs_inverse(pairs[:4], torch.eye(6, dtype=torch.float64))
@@ -314,7 +304,7 @@ def test_armijo_takes_the_first_sufficient_step():
 
 @pytest.mark.parametrize("damped_rho", [True, False])
 def test_one_step_on_a_quadratic_is_newtons(damped_rho):
-    A, b, theta = _positive_definite(1, 6), _normal(2, 6), _normal(3, 6)
+    A, b, theta = positive_definite(1, 6), normal(2, 6), normal(3, 6)
     (step,) = hessian_free(
         lambda x: x @ A @ x / 2 - b @ x,
         lambda x: A,
@@ -339,7 +329,7 @@ def test_one_step_on_a_quadratic_is_newtons(damped_rho):
 
 
 def test_preconditioner_holds_the_pairs_of_another_damping_exactly():
-    G, b, theta = _positive_definite(1, 6), _normal(2, 6), _normal(3, 6)
+    G, b, theta = positive_definite(1, 6), normal(2, 6), normal(3, 6)
     run = HessianFree(theta, damping=0.5, tol=0.0, max_iter=6)
     run.step(lambda x: x @ G @ x / 2 - b @ x, lambda x: G)
     assert run.damping == 0.5 * 2 / 3
@@ -349,7 +339,7 @@ def test_preconditioner_holds_the_pairs_of_another_damping_exactly():
 
 
 def test_preconditioner_makes_the_second_solve_shorter():
-    G, theta = torch.diag(torch.logspace(0, 3, 30, dtype=torch.float64)), _normal(3, 30)
+    G, theta = torch.diag(torch.logspace(0, 3, 30, dtype=torch.float64)), normal(3, 30)
 
     def quartic(x):  # not quadratic, so that a second step is needed
         return x @ G @ x / 2 + (x**4).sum()
@@ -363,7 +353,7 @@ def test_preconditioner_makes_the_second_solve_shorter():
 
 
 def test_rejected_step_leaves_theta_and_raises_damping():
-    theta = _normal(1, 4)
+    theta = normal(1, 4)
     run = HessianFree(theta, damping=1.0)
     # Any move at all is a rise, while the gradient promises a fall.
     wall = theta.clone()
@@ -391,9 +381,9 @@ def test_zero_gradient_moves_nothing():
 
 
 def test_solve_starts_from_the_decayed_last_iterate():
-    A, g = _positive_definite(1, 5), _normal(2, 5)
+    A, g = positive_definite(1, 5), normal(2, 5)
     run = HessianFree(torch.zeros(5, dtype=torch.float64), decay=0.9)
-    run.last_iterate = _normal(3, 5)
+    run.last_iterate = normal(3, 5)
     trace = run._solve(A, g)
     assert_close(trace.iterates[0], 0.9 * run.last_iterate)
     assert_close(trace.iterates[-1], -torch.linalg.solve(A, g))
@@ -404,8 +394,8 @@ def test_solve_starts_from_the_decayed_last_iterate():
 
 @pytest.mark.parametrize("history_size", [0, 4, 20])
 def test_run_solves_a_convex_problem(history_size):
-    X, y = _normal(1, 20, 3), torch.arange(20) % 3
-    W = _normal(2, 3, 3)
+    X, y = normal(1, 20, 3), torch.arange(20) % 3
+    W = normal(2, 3, 3)
 
     def loss_fn(theta):
         return F.cross_entropy(X @ theta.reshape(3, 3).T, y)
@@ -452,7 +442,7 @@ def test_run_descends_and_moves_damping_by_its_rule(name):
 @every_case
 def test_stable_settings_keep_a_trajectory_from_rounding(case):
     loss_fn, gauss_newton_fn, theta = _case_problem(case)
-    nudge = 1e-14 * _normal(9, len(theta))
+    nudge = 1e-14 * normal(9, len(theta))
     with case.context():
         run, nudged = (
             hessian_free(loss_fn, gauss_newton_fn, start, 6, **STABLE_SETTINGS)

@@ -14,6 +14,8 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from scaling_model import (
     FULLY,
     GATHER,
+    KINDS,
+    MODES,
     REDUCE,
     REPLICATED,
     SCATTER,
@@ -28,8 +30,6 @@ from scaling_model import (
 )
 
 NAMES = {REDUCE: "all_reduce", SCATTER: "reduce_scatter_tensor", GATHER: "all_gather_into_tensor"}
-KINDS = tuple(NAMES)
-MODES = (REPLICATED, SHARDED, FULLY)
 
 
 @pytest.mark.parametrize("mode", [REPLICATED, SHARDED])
