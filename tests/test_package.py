@@ -134,7 +134,7 @@ GROUND = CHECKS | {f"torch_hf.{name}" for name in ("report", "clock", "_version"
 REDUCE = {name for name in NAMES if f"{name}.".startswith("torch_hf.reduce.")}
 LOW = GROUND | REDUCE | {"torch_hf.vector"}
 RECORDED = LOW | {
-    f"torch_hf.{name}" for name in ("capture", "cases", "convolution", "heads", "names")
+    f"torch_hf.{name}" for name in ("capture", "convolution", "heads", "names", "terms")
 }
 FACTORS = RECORDED | {f"torch_hf.{name}" for name in ("factors", "signs", "patches", "per_case")}
 FLOORS = [
@@ -142,6 +142,8 @@ FLOORS = [
     ("torch_hf.report", GROUND),
     ("torch_hf.vector", GROUND),
     ("torch_hf.names", set()),
+    ("torch_hf.terms", {"torch_hf.names"}),
+    ("torch_hf.heads", {"torch_hf.names", "torch_hf.terms"}),
     *((name, LOW) for name in sorted(REDUCE)),
     ("torch_hf.damping", LOW),
     ("torch_hf.cg", LOW),  # knows no network
@@ -174,6 +176,18 @@ def test_the_kronecker_wing_stands_on_the_lowest_floors():
     for name in wing:
         assert reach(name) <= wing | LOW, name
     assert [n for n in GRAPH if n not in wing and GRAPH[n] & wing] == []
+
+
+def test_the_architecture_names_every_file():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    inside = [path.relative_to(PACKAGE).parts for path in FILES]
+    rooms = {f"{first}/" if rest else first for first, *rest in inside}
+    assert {r for r in rooms if f"`{r}`" not in page} <= {"__init__.py", "_version.py"}
+
+
+def test_no_file_has_outgrown_the_house():
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    assert {name: length for name, length in lengths.items() if length > 300} == {}
 
 
 # --- said once ------------------------------------------------------------------------------

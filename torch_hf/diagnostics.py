@@ -18,7 +18,6 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from torch_hf import _checks, _messages
-from torch_hf.cases import under
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.frozen import FrozenWorld
 from torch_hf.line_search import same_loss
@@ -26,6 +25,7 @@ from torch_hf.names import kind
 from torch_hf.objective import Objective
 from torch_hf.owners import attributed
 from torch_hf.reduce import Reducer
+from torch_hf.terms import under
 from torch_hf.vector import ParameterVector
 
 #: What to write instead, by the beginning of autograd's name.

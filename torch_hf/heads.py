@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from torch_hf.cases import edge_of
 from torch_hf.names import kind
+from torch_hf.terms import edge_of
 
 #: Second derivatives that are zero although autograd has an edge for them, and which edge.
 FLAT = {

@@ -54,7 +54,8 @@ class StepReport:
         evaluations: Loss evaluations at trial points.
         batch_cases: Cases the loss and gradient were averaged over.
         curvature_cases: Cases the products were averaged over.
-        engine: How products were taken (``"double_backward"``, ``"tangent_rules"``).
+        engine: How products were taken (``"double_backward"``, ``"tangent_rules"``,
+            ``"finite_differences"``); empty where none was.
         reason: Why the step was rejected or shortened; empty otherwise.
         gradient_variance: L1 norm of the variance over cases of the per-case
             gradient (Byrd et al. 2012), where a growth rule asked for it.

@@ -39,7 +39,6 @@ class ParameterVector:
         for p in self.params:
             dtype = torch.promote_types(dtype, p.dtype)
         self.dtype = dtype
-        self.mixed = any(p.dtype != dtype for p in self.params)
 
     def zeros(self) -> Tensor:
         """A vector ``(P,)`` of zeros."""
