@@ -264,9 +264,8 @@ def entropy_weights(logits: Tensor, settings: Mapping[str, Any], coefficient: Te
     mean = settings.get("reduction", "mean") == "mean"
     dim = 1 if logits.ndim > 1 else 0
     classes = logits.shape[dim]
-    dtype = torch.promote_types(
-        logits.dtype, torch.float32
-    )  # bfloat16 counts to 256 and no further
+    # bfloat16 counts to 256 and no further
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     w = logits.new_ones(classes, dtype=dtype) if weight is None else weight.to(dtype)
     if target.is_floating_point():
         shape = [1] * logits.ndim

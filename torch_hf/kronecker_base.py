@@ -78,12 +78,12 @@ class KroneckerPreconditioner:
     """
 
     def __init__(self) -> None:
+        self.space: Space = LOCAL  # where the vectors live, as the optimizer says
         self._known = Known()
         self._before = self._known
-        self._inverses: list[Inverse] = []
         self._count = 0  # of this run's iterations
         self._sizes: list[int] = []
-        self.space: Space = LOCAL  # where the vectors live, as the optimizer says
+        self._inverses: list[Inverse] = []
         self._rest: list[float] = []  # what parameters of no layer are divided by
 
     @property

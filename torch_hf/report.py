@@ -61,6 +61,8 @@ class StepReport:
             gradient (Byrd et al. 2012), where a growth rule asked for it.
         seconds: Wall-clock seconds: ``"total"`` and by part (``"gradient"``,
             ``"products"``, ``"preconditioner"``, ``"evaluations"``, ``"other"``).
+        requests: Where a reader, such as a growth rule, asks for what is to be measured from
+            the next step on.
     """
 
     step: int
