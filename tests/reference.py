@@ -225,7 +225,7 @@ class HessianFree:
     max_iter: int = 250
     tol: float = 5e-4
     residual_tol: float = 0.0
-    decay: float = 0.95
+    decay: float = 0.85
     pair_eps: float = 1e-10
     damped_rho: bool = True
 
@@ -254,8 +254,10 @@ class HessianFree:
         A = G + damping * identity
 
         run = self._solve(A, g)
-        d, loss_at_d = _walk_back(lambda d: objective(theta + d).item(), run)
         quadratic = A if self.damped_rho else G
+        promised = _q(G, g, run.iterates[-1])
+        enough = loss + 3 / 4 * promised if promised < 0 else -math.inf
+        d, loss_at_d = _walk_back(lambda d: objective(theta + d).item(), run, enough)
         rho = (loss_at_d - loss) / _q(quadratic, g, d)
         alpha = _armijo(lambda v: objective(v).item(), theta, loss, d, (g @ d).item())
 
@@ -382,10 +384,17 @@ def kept_iterations(last: int) -> list[int]:
     return sorted({*takewhile(lambda number: number <= last, powers), last})
 
 
-def _walk_back(loss_at: Callable[[Tensor], float], run: _CGRun) -> tuple[Tensor, float]:
-    """The iterate reached by going back from the last while the loss improves."""
+def _walk_back(
+    loss_at: Callable[[Tensor], float], run: _CGRun, enough: float = -math.inf
+) -> tuple[Tensor, float]:
+    """The iterate reached by going back from the last while the loss improves.
+
+    The last is taken as it is where the loss there is at most `enough`.
+    """
     *earlier, last = kept_iterations(len(run.directions))
     best, best_loss = run.iterates[last], loss_at(run.iterates[last])
+    if best_loss <= enough:
+        return best, best_loss
     for i in reversed(earlier):
         if run.q_values[i] >= 0:
             continue

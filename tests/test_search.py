@@ -132,6 +132,29 @@ def test_backtracking_evaluates_no_further_than_the_first_rise():
     assert seen == [6, 5, 4]
 
 
+def test_backtracking_looks_no_further_than_a_loss_that_is_low_enough():
+    losses = {6: 3.0, 5: 2.0, 4: 2.5}
+    for enough, reached in ((3.0, 3.0), (2.9, 2.0), (float("nan"), 2.0)):
+        chosen = backtrack(lambda d, length: losses[int(d)], _iterates([-1] * 7), 1.0, enough)
+        assert chosen.loss == reached
+
+
+def test_a_search_trusts_three_quarters_of_what_was_promised():
+    seen = []
+
+    def loss_along(direction, length):
+        seen.append(int(direction))
+        return losses[int(direction)]
+
+    iterates = _iterates([-1.0] * 7)  # of slope -1 as well: the quadratic promises -1
+    losses = {6: -0.76, 5: -0.9, 4: 0.0}
+    assert search(loss_along, iterates, 1.0, 0.0, damping=0.0).loss == -0.76
+    assert seen == [6]
+    losses[6] = -0.74
+    assert search(loss_along, iterates, 1.0, 0.0, damping=0.0).loss == -0.9
+    assert seen == [6, 6, 5, 4]
+
+
 # Armijo's rule
 
 

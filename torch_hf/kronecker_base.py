@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 #: Steps from one measurement of the factors to the next, unless CG made more iterations than
 #: ``LONG`` (then a measurement is cheap beside it), and the weight of what was known before.
-EVERY, LONG, MEMORY = 3, 10, 0.95
+EVERY, LONG, MEMORY = 3, 10, 0.8
 #: Factors are inverted anew when their damping has changed by this factor.
 MOVED = 2.0
 #: Where an inversion fails, damping grows tenfold so many times.

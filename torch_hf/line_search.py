@@ -16,6 +16,9 @@ from torch_hf.reduce import LOCAL, Space
 #: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
 SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
 
+#: Where the loss falls by so much of what the quadratic promised, no earlier iterate is tried.
+TRUSTED = 0.75
+
 #: Beyond it a ratio says less about the model than about the closure.
 ABSURD_RATIO = 10.0
 
@@ -79,7 +82,9 @@ def search(
         return Move(None, 0.0, start_loss, reason="lr is 0")
     if not candidates[-1].slope < 0:
         return Move(None, 0.0, start_loss, reason="CG found no direction of descent")
-    chosen, loss = backtrack(loss_along, candidates, length)
+    promised, _ = predict(candidates[-1], length, damping, space)
+    enough = start_loss + TRUSTED * promised if promised < 0 else -math.inf
+    chosen, loss = backtrack(loss_along, candidates, length, enough)
     step = armijo(
         loss_along,
         chosen.vector,
@@ -169,7 +174,12 @@ def predict(
     return length * chosen.slope + length**2 * undamped, floor
 
 
-def backtrack(loss_along: LossAlong, iterates: Sequence[Iterate], length: float) -> Backtracked:
+def backtrack(
+    loss_along: LossAlong,
+    iterates: Sequence[Iterate],
+    length: float,
+    enough: float = -math.inf,
+) -> Backtracked:
     """Walks back over CG's iterates while the loss falls (Martens 2010, section 4.6).
 
     Args:
@@ -177,9 +187,12 @@ def backtrack(loss_along: LossAlong, iterates: Sequence[Iterate], length: float)
         iterates: In the order of the solve; those where q or its slope is not below 0
             are passed over.
         length: The factor on each iterate, ``lr``.
+        enough: A loss at the last iterate up to which no other is tried.
     """
     last, *earlier = reversed(iterates)
     best = Backtracked(last, loss_along(last.vector, length))
+    if best.loss <= enough:
+        return best
     for iterate in earlier:
         if not (iterate.value < 0 and iterate.slope < 0):
             continue

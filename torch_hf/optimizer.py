@@ -23,7 +23,12 @@ from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.line_search import Move, doubtful, repeats, same_value, scaled, search
 from torch_hf.objective import Objective
 from torch_hf.outcome import Outcome
-from torch_hf.preconditioner import Preconditioner, make_preconditioner, most_iterations
+from torch_hf.preconditioner import (
+    Preconditioner,
+    make_preconditioner,
+    most_iterations,
+    worth_observing,
+)
 from torch_hf.reduce import Space, check_group
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import pack
@@ -61,7 +66,7 @@ class HFOptimizer(FlatStateOptimizer):
         cg_tol: Relative progress per iteration at which CG stops (Martens 2010, section 4.4);
             0 leaves only the residual test.
         cg_decay: beta, the factor on the last step's CG solution where the next CG starts (Martens
-            2010, section 4.8; 0.95 in Martens & Sutskever 2012). 0 starts at zero.
+            2010, section 4.8). 0 starts at zero.
         maximize: Maximise the closure's objective.
         process_group: A ``torch.distributed`` group over which loss, gradient and products are
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
@@ -101,7 +106,7 @@ class HFOptimizer(FlatStateOptimizer):
         history_size: int = 20,
         cg_max_iter: int | None = None,
         cg_tol: float = 5e-4,
-        cg_decay: float = 0.95,
+        cg_decay: float = 0.85,
         maximize: bool = False,
         process_group: Any = None,
         shard_state: bool = False,
@@ -253,6 +258,8 @@ class HFOptimizer(FlatStateOptimizer):
         options = self.param_groups[0]
         with clock.part("preconditioner"):
             self.preconditioner.begin(damping, LayerStatistics(curvature))
+        most = options["cg_max_iter"] or most_iterations(self.preconditioner, same_data)
+        observe = clock.timed("preconditioner", self.preconditioner.observe)
         return conjugate_gradients(
             clock.timed("products", damped),
             here.gradient,
@@ -260,8 +267,8 @@ class HFOptimizer(FlatStateOptimizer):
             decay=options["cg_decay"],
             preconditioner=clock.timed("preconditioner", self.preconditioner.apply),
             tol=options["cg_tol"],
-            max_iter=options["cg_max_iter"] or most_iterations(self.preconditioner, same_data),
-            observe=clock.timed("preconditioner", self.preconditioner.observe),
+            max_iter=most,
+            observe=observe if worth_observing(self.preconditioner, most) else None,
             space=curvature.objective.space,
         )
 

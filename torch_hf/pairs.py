@@ -27,12 +27,10 @@ class PairSelection:
     Args:
         size: M, even.
         damping: Lambda of the operator the pairs come from.
-        room: Rows to begin with, where the run is likely to be short; all at the next pair.
     """
 
-    def __init__(self, size: int, damping: float, room: int | None = None) -> None:
+    def __init__(self, size: int, damping: float) -> None:
         self.size = size
-        self.room = min(size, room or size)
         self.damping = damping
         self.rows: dict[int, int] = {}  # iteration -> row of the stores
         self._s: Tensor | None = None
@@ -45,11 +43,8 @@ class PairSelection:
     def offer(self, iteration: int, s: Tensor, y: Tensor) -> None:
         """Pair number ``iteration``, from 1 without a gap."""
         if self._s is None or self._y is None:
-            self._s = s.new_empty(self.room, s.numel())
+            self._s = s.new_empty(self.size, s.numel())  # a row untouched is a row not there
             self._y = torch.empty_like(self._s)
-        elif iteration == self.room + 1 <= self.size:
-            more = s.new_empty(self.size - self.room, s.numel())
-            self._s, self._y = torch.cat([self._s, more]), torch.cat([self._y, more])
         self._length = iteration
         if iteration <= self.size:
             self._store(iteration, iteration - 1, s, y)

@@ -189,7 +189,7 @@ class LBFGSPreconditioner:
         """Builds the inverse for ``G + damping I`` from the last run's pairs."""
         self._base.begin(damping, curvature)
         self._count = 0
-        self._observed = PairSelection(self.history_size, damping, STRONG if self.strong else None)
+        self._observed = PairSelection(self.history_size, damping)
         if self._pairs is None:
             self._inverse = self._base.apply
         else:
@@ -261,6 +261,11 @@ def most_iterations(preconditioner: Preconditioner, same_data: bool) -> int:
     if same_data:
         return FULL
     return STRONG if getattr(preconditioner, "strong", False) else WEAK
+
+
+def worth_observing(preconditioner: Preconditioner, most: int) -> bool:
+    """Whether a run of at most so many iterations can teach anything: see ``end`` of the pairs."""
+    return most > LONG or not getattr(preconditioner, "strong", False)
 
 
 def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Preconditioner:
