@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv train test test-all lint format docs dist bench bench-report bench-products bench-step bench-kronecker bench-scaling clean
+.PHONY: help venv train test test-all lint format docs dist bench bench-report bench-cg bench-products bench-step bench-kronecker bench-scaling clean
 .SECONDARY:
 
 help: ## list the targets
@@ -57,6 +57,9 @@ dist: $(VENV)/.with-dist ## build wheel and sdist, check them, and run the READM
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/python -m twine check --strict dist/*
 	.ci/try-dist $(PYTHON) dist build/empty
+
+bench-cg: $(VENV)/.with-benchmarks ## print what the pairs are worth to CG, product by product; plot
+	$(BIN)/python benchmarks/cg_work.py --data-root $(DATA)
 
 bench-products: $(VENV)/.with-benchmarks ## print the cost of a curvature product beside other packages'
 	$(BIN)/python benchmarks/products.py

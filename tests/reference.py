@@ -225,12 +225,13 @@ class HessianFree:
     max_iter: int = 250
     tol: float = 5e-4
     residual_tol: float = 0.0
-    decay: float = 0.85
+    decay: float = 0.9
     pair_eps: float = 1e-10
     damped_rho: bool = True
 
     last_iterate: Tensor | None = field(default=None, init=False)
     last_loss: float | None = field(default=None, init=False)
+    last_rho: float = field(default=1.0, init=False)
     pairs: list[Pair] = field(default_factory=list, init=False)
     pairs_damping: float = field(default=0.0, init=False)
 
@@ -267,7 +268,7 @@ class HessianFree:
         self.last_iterate = run.iterates[-1] if accepted else None
         self._remember_pairs(run)
         self._move_damping(rho, accepted, self._knows(loss), self._solved(run, A, g))
-        self.last_loss = new_loss
+        self.last_loss, self.last_rho = new_loss, rho
         return Step(
             theta=self.theta,
             loss=loss,
@@ -303,7 +304,7 @@ class HessianFree:
         """Minimise q(d) = g.d + d.A d / 2 by flexible preconditioned CG."""
         start = torch.zeros_like(g)
         if self.last_iterate is not None:
-            start = self.decay * self.last_iterate
+            start = self.decay * min(1.0, max(0.0, self.last_rho) * 4 / 3) * self.last_iterate
         run = _CGRun([start], [_q(A, g, start)], [], [])
         if (g + A @ start).norm() <= self.residual_tol * g.norm():
             return run

@@ -115,7 +115,7 @@ BAD_OPTIONS = (
     BadOption("tol-large", {"cg_tol": 2.0}, ValueError, ("cg_tol must be", "5e-4 is usual")),
     BadOption("tol-none", {"cg_tol": None}, TypeError, ("cg_tol " + _NUMBER, "5e-4 is usual")),
     BadOption("decay-large", {"cg_decay": 1.1}, ValueError, ("cg_decay must be", "from 0 to 1")),
-    BadOption("decay-nan", {"cg_decay": float("nan")}, ValueError, ("cg_decay must be", "0.85")),
+    BadOption("decay-nan", {"cg_decay": float("nan")}, ValueError, ("cg_decay must be", "None")),
     BadOption("curvature", {"curvature": "gn"}, ValueError, ("'ggn', 'hessian'", "'gn'")),
     BadOption("curvature-none", {"curvature": None}, ValueError, ("'ggn', 'hessian'", "None")),
     BadOption(

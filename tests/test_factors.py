@@ -16,6 +16,7 @@ from torch_hf.kronecker_base import KroneckerPreconditioner
 from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.objective import Objective
 from torch_hf.patches import PATCHES, input_rows
+from torch_hf.preconditioner import LBFGSPreconditioner
 from torch_hf.reduce import Reducer
 from torch_hf.signs import case_signs
 from torch_hf.split import split_by_calls
@@ -325,6 +326,25 @@ class TestInverse:
         assert before.keys() == after.keys()
         for key, value in before.items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[key])), key
+
+    def test_only_runs_that_may_be_long_are_observed(self, monkeypatch):
+        seen = []
+        observe = LBFGSPreconditioner.observe
+
+        def watched(self, *args):
+            seen.append(args[0])
+            observe(self, *args)
+
+        monkeypatch.setattr(LBFGSPreconditioner, "observe", watched)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        optimizer = HFOptimizer(model.parameters())
+        for _ in range(3):  # new data, three iterations
+            x, y = torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,))
+            optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
+            assert optimizer.last_report.cg_iterations == 3
+        assert not seen
+        optimizer.step(lambda: F.cross_entropy(model(x), y))  # the same again
+        assert seen == list(range(1, 1 + optimizer.last_report.cg_iterations)) and len(seen) > 3
 
 
 # --- whole trajectories ---

@@ -210,7 +210,7 @@ options = st.fixed_dictionaries(
         "preconditioner": st.sampled_from(["lbfgs", "diagonal", "none"]),
         "history_size": st.sampled_from([2, 4, 20]),
         "cg_max_iter": st.integers(1, 12),
-        "cg_decay": st.sampled_from([0.0, 0.85, 1.0]),
+        "cg_decay": st.sampled_from([None, 0.0, 0.95, 1.0]),
         "lr": st.sampled_from([0.1, 1.0, 3.0]),
     }
 )

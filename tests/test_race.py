@@ -352,3 +352,53 @@ def test_the_documentation_has_a_place_for_the_tables(race):
     assert "TABLES" in race.report.placed(page, "TABLES")
     for name in [*race.tasks.TASKS, *race.contenders.OURS, *race.peers.PEERS]:
         assert f"`{name}`" in page, f"docs/benchmarks.md does not say what {name} is"
+
+
+# --- what the pairs are worth to CG ---
+
+
+@pytest.fixture
+def work(race):
+    return import_module("benchmarks.cg_work")
+
+
+def test_curves_are_compared_at_equal_products(work):
+    row = {
+        "with": {"curve": [(1, -2.0), (3, -4.0)], "seconds": 3.0},
+        "without": {"curve": [(1, -1.0), (3, -2.0), (6, -3.0)], "seconds": 2.0},
+    }
+    assert work.ratios_at([row], 1) == [2.0]
+    assert work.ratios_at([row], 2) == [2.0]  # what was kept last
+    assert work.ratios_at([row], 3) == [2.0]
+    assert work.ratios_at([row], 6) == [pytest.approx(4 / 3)]  # what has ended keeps its value
+    assert work.ratios_at([row], 7) == []
+    products, seconds = work.to_match(row)
+    assert products == pytest.approx(3 / 6)
+    assert seconds == pytest.approx(3.0 / 2.0)
+
+
+def test_a_solve_that_never_gets_there_is_infinitely_late(work):
+    row = {
+        "with": {"curve": [(1, -2.0)], "seconds": 3.0},
+        "without": {"curve": [(1, -1.0), (3, -4.0)], "seconds": 2.0},
+    }
+    assert work.to_match(row) == (math.inf, math.inf)
+    assert work.text(math.inf) == "never"
+
+
+def test_the_comparison_leaves_the_run_as_it_is(race, work):
+    import torch_hf.optimizer
+
+    before = torch_hf.optimizer.conjugate_gradients
+    setting = race.task.Setting()
+    rows = work.compare("regression", setting, 3)
+    assert torch_hf.optimizer.conjugate_gradients is before
+    assert len(rows) == 2 and all(len(r["with"]["curve"]) > 1 for r in rows)
+    figures = work.summary(rows)
+    assert figures["steps"] == 2 and figures["deeper"][1] > 0
+    task = race.tasks.TASKS["regression"](setting)
+    torch.manual_seed(0)
+    alone = race.contenders.HF(task, task.make_model(), 0, work.WITH_PAIRS)
+    for _ in range(3):
+        alone.step(0.0)
+    assert alone.optimizer.last_report.cg_iterations == rows[-1]["with"]["curve"][-1][0]

@@ -21,12 +21,12 @@ from torch_hf.damping import initial_damping
 from torch_hf.flat_state import FlatStateOptimizer
 from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.line_search import Move, doubtful, repeats, same_value, scaled, search
+from torch_hf.new_data import most_iterations, start_factor
 from torch_hf.objective import Objective
 from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import (
     Preconditioner,
     make_preconditioner,
-    most_iterations,
     worth_observing,
 )
 from torch_hf.reduce import Space, check_group
@@ -66,7 +66,8 @@ class HFOptimizer(FlatStateOptimizer):
         cg_tol: Relative progress per iteration at which CG stops (Martens 2010, section 4.4);
             0 leaves only the residual test.
         cg_decay: beta, the factor on the last step's CG solution where the next CG starts (Martens
-            2010, section 4.8). 0 starts at zero.
+            2010, section 4.8). None is 0.9, and less where the last step's loss fell by less than
+            3/4 of what the quadratic promised. 0 starts at zero.
         maximize: Maximise the closure's objective.
         process_group: A ``torch.distributed`` group over which loss, gradient and products are
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
@@ -106,7 +107,7 @@ class HFOptimizer(FlatStateOptimizer):
         history_size: int = 20,
         cg_max_iter: int | None = None,
         cg_tol: float = 5e-4,
-        cg_decay: float = 0.85,
+        cg_decay: float | None = None,
         maximize: bool = False,
         process_group: Any = None,
         shard_state: bool = False,
@@ -125,6 +126,7 @@ class HFOptimizer(FlatStateOptimizer):
             "steps": 0,
             "rejections": 0,
             "last_loss": None,
+            "last_ratio": None,
             "curvature": curvature,
         }
         _checks.options(defaults)
@@ -259,12 +261,15 @@ class HFOptimizer(FlatStateOptimizer):
         with clock.part("preconditioner"):
             self.preconditioner.begin(damping, LayerStatistics(curvature))
         most = options["cg_max_iter"] or most_iterations(self.preconditioner, same_data)
+        decay = options["cg_decay"]
+        if decay is None:
+            decay = start_factor(options["last_ratio"])
         observe = clock.timed("preconditioner", self.preconditioner.observe)
         return conjugate_gradients(
             clock.timed("products", damped),
             here.gradient,
-            start=self._start if options["cg_decay"] else None,
-            decay=options["cg_decay"],
+            start=self._start if decay else None,
+            decay=decay,
             preconditioner=clock.timed("preconditioner", self.preconditioner.apply),
             tol=options["cg_tol"],
             max_iter=most,
@@ -284,7 +289,7 @@ class HFOptimizer(FlatStateOptimizer):
         if not outcome.idle:
             self._start = solution.last.vector if outcome.accepted and solution else None
             state["rejections"] = 0 if outcome.accepted else state["rejections"] + 1
-            state["last_loss"] = move.loss
+            state["last_loss"], state["last_ratio"] = move.loss, move.ratio
         for group in self.param_groups:
             group["damping"] = outcome.next_damping()
         state["steps"] += 1

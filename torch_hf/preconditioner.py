@@ -252,17 +252,6 @@ BASES: dict[str, Callable[[], NoPreconditioner | KroneckerPreconditioner]] = {
 _BASE = "base_"
 
 
-#: Most iterations of CG: on the data of the step before; on new data, on a strong base or none.
-FULL, STRONG, WEAK = 250, 3, 20
-
-
-def most_iterations(preconditioner: Preconditioner, same_data: bool) -> int:
-    """How far CG may go: all the way on data that stay, before it fits the sample on new ones."""
-    if same_data:
-        return FULL
-    return STRONG if getattr(preconditioner, "strong", False) else WEAK
-
-
 def worth_observing(preconditioner: Preconditioner, most: int) -> bool:
     """Whether a run of at most so many iterations can teach anything: see ``end`` of the pairs."""
     return most > LONG or not getattr(preconditioner, "strong", False)

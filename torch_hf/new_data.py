@@ -1,0 +1,38 @@
+"""What CG is asked for: how far it goes, and from where, on new data and on data that stay."""
+
+from __future__ import annotations
+
+import math
+
+from torch_hf.preconditioner import Preconditioner
+
+#: Most iterations of CG: on the data of the step before; on new data, on a strong base or none.
+FULL, STRONG, WEAK = 250, 3, 20
+#: What the next solve begins with of CG's last solution, and the ratio from which on it is so much.
+KEPT, TRUSTED = 0.9, 0.75
+
+
+def most_iterations(preconditioner: Preconditioner, same_data: bool) -> int:
+    """How far CG may go: all the way on data that stay, before it fits the sample on new ones."""
+    if same_data:
+        return FULL
+    return STRONG if getattr(preconditioner, "strong", False) else WEAK
+
+
+def start_factor(ratio: float | None) -> float:
+    """The factor on CG's last solution where the next solve begins: 0.9 if it kept its promise.
+
+    Few iterations from much of the last solution are a momentum, and where the loss falls short of
+    what the quadratic promised, as on small samples of noisy data, that carries noise along
+    (``docs/design.md`` has the figures). Below a ratio of 3/4 the factor goes down with it.
+
+    Args:
+        ratio: Actual over predicted change in the last step, if there was one.
+
+    Example:
+        >>> start_factor(0.8), start_factor(0.375), start_factor(-3.0), start_factor(None)
+        (0.9, 0.45, 0.0, 0.9)
+    """
+    if ratio is None or math.isnan(ratio):
+        return KEPT
+    return KEPT * min(max(ratio, 0.0) / TRUSTED, 1.0)
