@@ -346,6 +346,28 @@ class TestInverse:
         optimizer.step(lambda: F.cross_entropy(model(x), y))  # the same again
         assert seen == list(range(1, 1 + optimizer.last_report.cg_iterations)) and len(seen) > 3
 
+    def test_short_runs_on_the_gradient_s_own_new_cases_start_at_zero(self):
+        """A start costs a product: three iterations take three without it, and four with it."""
+        model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        optimizer = HFOptimizer(model.parameters())
+
+        def closure(batch):
+            return F.cross_entropy(model(batch[0]), batch[1])
+
+        products = []
+        for i in range(6):
+            x, y = torch.randn(60, 4, dtype=torch.float64), torch.randint(3, (60,))
+            parts = {"curvature_batches": [(x[:30], y[:30])]} if i % 2 else {}
+            before = optimizer.param_groups[0]["last_ratio"]
+            optimizer.step(closure, batches=[(x, y)], **parts)
+            assert optimizer.last_report.cg_iterations == 3
+            started = bool(parts) and before > 0 and optimizer.last_report.accepted
+            products.append((optimizer.last_report.products, 4 if started else 3))
+        first, *others = products
+        assert first == (4, 3)  # one for the first lambda
+        assert all(made == expected for made, expected in others), products
+        assert (4, 4) in others
+
 
 # --- whole trajectories ---
 

@@ -19,7 +19,7 @@ def most_iterations(preconditioner: Preconditioner, same_data: bool) -> int:
     return STRONG if getattr(preconditioner, "strong", False) else WEAK
 
 
-def start_factor(ratio: float | None) -> float:
+def start_factor(ratio: float | None, most: int, blind: bool) -> float:
     """The factor on CG's last solution where the next solve begins: 0.9 if it kept its promise.
 
     Few iterations from much of the last solution are a momentum, and where the loss falls short of
@@ -28,11 +28,18 @@ def start_factor(ratio: float | None) -> float:
 
     Args:
         ratio: Actual over predicted change in the last step, if there was one.
+        most: How many iterations CG may make.
+        blind: Whether products are taken on the gradient's very cases, and these are new: then the
+            ratio does not see noise, and few iterations begin at zero.
 
     Example:
-        >>> start_factor(0.8), start_factor(0.375), start_factor(-3.0), start_factor(None)
-        (0.9, 0.45, 0.0, 0.9)
+        >>> start_factor(0.8, 3, False), start_factor(0.375, 3, False), start_factor(-3.0, 3, False)
+        (0.9, 0.45, 0.0)
+        >>> start_factor(1.0, 3, True), start_factor(None, 20, True)
+        (0.0, 0.9)
     """
+    if blind and most <= STRONG:
+        return 0.0
     if ratio is None or math.isnan(ratio):
         return KEPT
     return KEPT * min(max(ratio, 0.0) / TRUSTED, 1.0)

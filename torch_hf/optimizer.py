@@ -66,8 +66,8 @@ class HFOptimizer(FlatStateOptimizer):
         cg_tol: Relative progress per iteration at which CG stops (Martens 2010, section 4.4);
             0 leaves only the residual test.
         cg_decay: beta, the factor on the last step's CG solution where the next CG starts (Martens
-            2010, section 4.8). None is 0.9, and less where the last step's loss fell by less than
-            3/4 of what the quadratic promised. 0 starts at zero.
+            2010, section 4.8); 0 starts at zero. None is 0.9, less after a step that kept less than
+            3/4 of its promise, 0 for few iterations on new data without ``curvature_batches``.
         maximize: Maximise the closure's objective.
         process_group: A ``torch.distributed`` group over which loss, gradient and products are
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
@@ -263,7 +263,8 @@ class HFOptimizer(FlatStateOptimizer):
         most = options["cg_max_iter"] or most_iterations(self.preconditioner, same_data)
         decay = options["cg_decay"]
         if decay is None:
-            decay = start_factor(options["last_ratio"])
+            blind = not same_data and not curvature.objective.own_curvature_batches
+            decay = start_factor(options["last_ratio"], most, blind)
         observe = clock.timed("preconditioner", self.preconditioner.observe)
         return conjugate_gradients(
             clock.timed("products", damped),
