@@ -259,7 +259,8 @@ class HessianFree:
         promised = _q(G, g, run.iterates[-1])
         enough = loss + 3 / 4 * promised if promised < 0 else -math.inf
         d, loss_at_d = _walk_back(lambda d: objective(theta + d).item(), run, enough)
-        rho = (loss_at_d - loss) / _q(quadratic, g, d)
+        predicted = _q(quadratic, g, d)
+        rho = (loss_at_d - loss) / predicted if predicted < 0 else math.nan
         alpha = _armijo(lambda v: objective(v).item(), theta, loss, d, (g @ d).item())
 
         accepted = alpha > 0
@@ -293,7 +294,7 @@ class HessianFree:
     def _move_damping(self, rho: float, accepted: bool, same_data: bool, solved: bool) -> None:
         """Martens' rule; more is asked of new data, and lambda falls fast where it rules."""
         low, high = (1 / 4, 3 / 4) if same_data else (1 / 2, 9 / 10)
-        if rho < low or not accepted:
+        if not rho >= low or not accepted:
             self.damping *= 3 / 2
         elif solved and 9 / 10 <= rho <= 11 / 10:
             self.damping /= 10

@@ -217,7 +217,7 @@ def test_a_run_is_the_textbooks_step_by_step(name, preconditioner, weight_decay)
             report.step_length,
         ]
         expected = [truth.loss, truth.new_loss, truth.rho, truth.damping, truth.step_length]
-        assert found == pytest.approx(expected, rel=1e-6)
+        assert found == pytest.approx(expected, rel=1e-6, nan_ok=True)
 
 
 def test_curvature_batches_are_a_sample_of_their_own():

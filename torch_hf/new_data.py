@@ -40,6 +40,7 @@ def start_factor(ratio: float | None, most: int, blind: bool) -> float:
     """
     if blind and most <= STRONG:
         return 0.0
-    if ratio is None or math.isnan(ratio):
+    if ratio is None:
         return KEPT
-    return KEPT * min(max(ratio, 0.0) / TRUSTED, 1.0)
+    kept = 0.0 if math.isnan(ratio) else max(ratio, 0.0)  # undefined: nothing was promised
+    return KEPT * min(kept / TRUSTED, 1.0)
