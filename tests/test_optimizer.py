@@ -735,7 +735,7 @@ def test_statistics_and_generators_are_as_after_one_run(form, size, precondition
             closure = form(optimizer, model, criterion)
             optimizer.step(closure, batches)
             assert optimizer.last_report.accepted == (lr > 0)
-            assert (optimizer.last_report.evaluations > 1) == (lr > 0)
+            assert (optimizer.last_report.evaluations > 0) == (lr > 0)
         else:
             for batch in batches:
                 criterion(model, batch)
@@ -977,7 +977,7 @@ def test_a_failed_step_leaves_everything():
         return F.mse_loss(model(x), y)
 
     optimizer.step(closure)
-    for run in (1, 2, 3):
+    for run in (1, 2):  # the first run, and an evaluation
         countdown[0] = run
         state = [theta(model), [b.clone() for b in model.buffers()], torch.get_rng_state()]
         saved = optimizer.state_dict()["state"]

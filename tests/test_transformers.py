@@ -79,7 +79,7 @@ def trainer(example, tmp_path):
                 **arguments,
             ),
             train_dataset=make_data(),
-            optimizer_cls_and_kwargs=(optimizer, {"cg_max_iter": 5}),
+            optimizer_cls_and_kwargs=(optimizer, {"cg_max_iter": 5, "cg_decay": 0.5}),
         )
         made.seen = Reports()
         made.add_callback(made.seen)
@@ -112,6 +112,7 @@ def test_two_groups_and_the_run_of_a_plain_loop(trainer):
             {"params": [p for n, p in named if n not in decaying]},
         ],
         cg_max_iter=5,
+        cg_decay=0.5,
     )
     tokens = torch.stack([case["input_ids"] for case in data])
     labels = torch.stack([case["labels"] for case in data])

@@ -82,8 +82,8 @@ def search(
         return Move(None, 0.0, start_loss, reason="lr is 0")
     if not candidates[-1].slope < 0:
         return Move(None, 0.0, start_loss, reason="CG found no direction of descent")
-    promised, _ = predict(candidates[-1], length, damping, space)
-    enough = start_loss + TRUSTED * promised if promised < 0 else -math.inf
+    predicted, floor = predict(candidates[-1], length, damping, space)
+    enough = start_loss + TRUSTED * predicted if predicted < 0 else -math.inf
     chosen, loss = backtrack(loss_along, candidates, length, enough)
     step = armijo(
         loss_along,
@@ -93,7 +93,8 @@ def search(
         length=length,
         first_loss=loss,
     )
-    predicted, floor = predict(chosen, length, damping, space)
+    if chosen is not candidates[-1]:
+        predicted, floor = predict(chosen, length, damping, space)
     ratio = reduction_ratio(start_loss, loss, predicted)
     if step.length == 0.0:
         reason = f"no decrease of the loss along the direction in {MAX_TRIES} tries"
