@@ -143,7 +143,7 @@ def test_a_rank_holds_its_part_of_pairs_and_iterate():
 
 
 def peak(rank, group):
-    """The most that is alive at once in a step, in units of P; the model is not counted."""
+    """The most that is alive at once in each step, in units of P; the model is not counted."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(60, 200), nn.Tanh(), nn.Linear(200, 200), nn.Tanh())
@@ -160,19 +160,26 @@ def peak(rank, group):
         cg_tol=0.0,
     )
     ranks = dist.get_world_size(group)
+    peaks = []
     with LiveMemory() as memory:
-        for _ in range(2):
+        for _ in range(9):
+            memory.peak = memory.now
             optimizer.step(lambda: F.cross_entropy(model(x[rank::ranks]), y[rank::ranks]))
+            peaks.append(memory.peak / (8 * flat(model).numel()))
     assert optimizer.last_report.cg_iterations == 12
-    return memory.peak / (8 * flat(model).numel())
+    return peaks[1:]  # the first has no pairs yet
 
 
 def test_the_peak_of_a_step_is_as_promised():
-    """P (4 M + kept iterates + 6) / N + 3 P beyond the model; 9 of 12 iterates are kept."""
+    """P (4 M + kept iterates + 6) / N + 3 P beyond the model; 9 of 12 iterates are kept.
+
+    Gloo's worker may hold a collective's vectors a moment after it has ended: in some steps, by
+    chance, up to 1.5 P more are alive than the step itself holds, which is what all have.
+    """
     for found in launch(2, peak):
         promised = (4 * 6 + 9 + 6) / 2 + 3
-        # a gathered vector may be alive a moment longer: 23.6 P at times, 24.1 on torch 2.11
-        assert 0.96 * promised <= found <= 1.08 * promised
+        assert 0.96 * promised <= min(found) <= 1.04 * promised
+        assert max(found) <= 1.04 * promised + 1.5
 
 
 # --- arguments ------------------------------------------------------------------------------
