@@ -268,7 +268,8 @@ class HessianFree:
         new_loss = objective(self.theta).item()
         self.last_iterate = run.iterates[-1] if accepted else None
         self._remember_pairs(run)
-        self._move_damping(rho, accepted, self._knows(loss), self._solved(run, A, g))
+        same_data = self._knows(loss)
+        self._move_damping(rho, accepted, same_data, same_data and self._solved(run, A, g))
         self.last_loss, self.last_rho = new_loss, rho
         return Step(
             theta=self.theta,
@@ -286,10 +287,13 @@ class HessianFree:
         return self.last_loss is not None and math.isclose(loss, self.last_loss, rel_tol=1e-12)
 
     def _solved(self, run: _CGRun, A: Tensor, g: Tensor) -> bool:
-        """Whether a few iterations of CG passed the residual test."""
+        """Whether a few iterations of CG passed the residual test or Martens' rule."""
+        if len(run.directions) > 20:
+            return False
         residual = g + A @ run.iterates[-1]
-        few = len(run.directions) <= 10
-        return few and bool(residual.norm() <= self.residual_tol * g.norm())
+        if residual.norm() <= self.residual_tol * g.norm():
+            return True
+        return self.tol > 0 and martens_stop(run.q_values, self.tol) is not None
 
     def _move_damping(self, rho: float, accepted: bool, same_data: bool, solved: bool) -> None:
         """Martens' rule; more is asked of new data, and lambda falls fast where it rules."""
@@ -297,7 +301,7 @@ class HessianFree:
         if not rho >= low or not accepted:
             self.damping *= 3 / 2
         elif solved and 9 / 10 <= rho <= 11 / 10:
-            self.damping /= 10
+            self.damping /= 4
         elif rho > high:
             self.damping *= 2 / 3
 

@@ -53,7 +53,7 @@ def options(group: Mapping[str, Any]) -> None:
         number("damping", group["damping"], low=0.0, hint="damping=None chooses one.")
     if group["cg_max_iter"] is not None:
         count("cg_max_iter", group["cg_max_iter"], low=1, hint="cg_max_iter=None chooses.")
-    number("cg_tol", group["cg_tol"], low=0.0, high=1.0, hint="cg_tol=5e-4 is usual.")
+    number("cg_tol", group["cg_tol"], low=0.0, high=1.0, hint="cg_tol=5e-3 is usual.")
     if group["cg_decay"] is not None:
         number("cg_decay", group["cg_decay"], low=0.0, high=1.0, hint="cg_decay=None chooses.")
     flag("maximize", group["maximize"])

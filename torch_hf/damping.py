@@ -15,8 +15,8 @@ FACTOR = 1.5
 ON_SAME_DATA = 0.25, 0.75
 #: A sample flatters the step that was fitted to it: on new data more is asked of it.
 ON_NEW_DATA = 0.5, 0.9
-#: Where lambda outweighs the curvature it falls by this factor.
-EASY = 10.0
+#: Where CG ends by itself after so few iterations lambda rules: it falls by this factor.
+EASY, EASY_ITERATIONS = 4.0, 20
 
 
 def initial_damping(gradient: Tensor, product: Tensor, space: Space = LOCAL) -> float:
@@ -71,8 +71,8 @@ def next_damping(
         accepted: Whether the parameters moved.
         floor: The lambda that rounding swallows.
         thresholds: 1/4 and 3/4 (Martens 2010); higher on new data.
-        easy: CG solved the system to rounding in a few iterations: lambda outweighs the
-            curvature, and falls by 10 where the ratio is within 1/10 of 1.
+        easy: CG ended by itself after a few iterations: lambda outweighs the curvature, and falls
+            by 4 where the ratio is within 1/10 of 1.
 
     Example:
         >>> next_damping(3.0, 0.9, True, 1e-8), next_damping(2.0, 0.5, True, 1e-8)

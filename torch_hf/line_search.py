@@ -154,11 +154,6 @@ def same_loss(first: float, second: float, dtype: torch.dtype) -> bool:
     return abs(first - second) <= allowed
 
 
-def same_value(first: float, second: float, dtype: torch.dtype) -> bool:
-    """Whether two losses are one number but for rounding: those of another batch never are."""
-    return abs(first - second) <= 100 * torch.finfo(dtype).eps * max(abs(first), abs(second))
-
-
 def predict(
     chosen: Iterate, length: float, damping: float, space: Space = LOCAL
 ) -> tuple[float, float]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 
 from torch_hf.preconditioner import Preconditioner
 
@@ -10,6 +14,33 @@ from torch_hf.preconditioner import Preconditioner
 FULL, STRONG, WEAK = 250, 3, 20
 #: What the next solve begins with of CG's last solution, and the ratio from which on it is so much.
 KEPT, TRUSTED = 0.9, 0.75
+
+
+#: By how many units of rounding the loss at the same parameters and data may differ.
+SAME_ULPS = 10
+
+
+def data_stay(last: Mapping[str, Any], loss: float, cases: float, dtype: torch.dtype) -> bool:
+    """Whether a step sees the data of the one before: as many cases, and the loss it ended with.
+
+    Args:
+        last: ``last_loss`` and ``last_cases`` of the step before.
+        loss: Where this one begins.
+        cases: How many this one sees.
+        dtype: Of the parameters.
+
+    Example:
+        >>> last = {"last_loss": 2.0, "last_cases": 500.0}
+        >>> data_stay(last, 2.0, 500.0, torch.float32), data_stay(last, 2.0, 505.0, torch.float32)
+        (True, False)
+        >>> data_stay(last, 2.00001, 500.0, torch.float32)  # another batch may come as near
+        False
+    """
+    before = last.get("last_loss")
+    if before is None or last.get("last_cases") != cases:
+        return False
+    allowed = SAME_ULPS * torch.finfo(dtype).eps * max(abs(before), abs(loss))
+    return bool(abs(before - loss) <= allowed)
 
 
 def most_iterations(preconditioner: Preconditioner, same_data: bool) -> int:

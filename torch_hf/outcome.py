@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch_hf.cg import CGResult
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
-from torch_hf.damping import ON_NEW_DATA, ON_SAME_DATA, next_damping
+from torch_hf.damping import EASY_ITERATIONS, ON_NEW_DATA, ON_SAME_DATA, next_damping
 from torch_hf.line_search import Move
 from torch_hf.objective import Objective
 from torch_hf.report import Requests, StepReport, Stop
@@ -45,17 +45,21 @@ class Outcome(NamedTuple):
         """Lambda for the next step."""
         if self.damping is None or self.idle:
             return self.damping
-        solution = self.solution
         return next_damping(
             self.damping,
             self.move.ratio,
             self.accepted,
             self.move.floor,
             thresholds=ON_SAME_DATA if self.same_data else ON_NEW_DATA,
-            easy=solution is not None
-            and solution.stop is Stop.RESIDUAL
-            and solution.iterations <= 10,
+            easy=self.same_data and self._soon_solved(),
         )
+
+    def _soon_solved(self) -> bool:
+        """Whether a few iterations of CG passed one of its tests."""
+        solved = self.solution
+        if solved is None or solved.iterations > EASY_ITERATIONS:
+            return False
+        return solved.stop in (Stop.RESIDUAL, Stop.PROGRESS)
 
     def report(
         self, step: int, objective: Objective, here: Value, clock: Clock, requests: Requests
