@@ -409,6 +409,19 @@ def test_reports_follow_the_rules(name, curvature):
     assert any(r.reduction_ratio > 0.75 for r in reports)
 
 
+def test_data_are_the_same_only_with_as_many_cases():
+    """The mean loss of the same cases twice over is the same: other data that come as near."""
+    x, y = _least_squares()
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    optimizer = HFOptimizer(model.parameters(), cg_tol=0.0)
+    counts = []
+    for times in (1, 1, 2, 2):
+        optimizer.step(lambda n=times: F.mse_loss(model(x.repeat(n, 1)), y.repeat(n, 1)))
+        counts.append(optimizer.last_report.cg_iterations)
+    assert counts[0] == counts[2] == 3  # new data on factors
+    assert min(counts[1], counts[3]) > 3
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
 def test_the_first_damping_is_the_curvature_along_the_gradient(scale):
     x, y = _least_squares()

@@ -214,6 +214,38 @@ def test_a_first_step_longer_than_the_budget_does_not_count(race):
     assert result["curve"]["steps"][-1] == 0 and result["curve"]["seconds"][-1] == 0.0
 
 
+def test_a_long_step_beyond_the_budget_does_not_count(race):
+    """Nothing tells of it in advance, so the last point on the curve stands."""
+    task = race.small.regression(race.task.Setting())
+    model, lengths = task.make_model(), iter([0.1, 0.1, 0.1, 5.0])
+
+    class Slow:
+        seconds = 0.0
+
+        def time(self, contender, progress):
+            with torch.no_grad():
+                model[0].weight += 1.0
+            passed = next(lengths)
+            self.seconds += passed
+            return passed
+
+        def notes(self):
+            return {}
+
+    rows = []
+    watch = Slow()
+    race.runner._train(task, model, watch, watch, 1.0, 20, rows)
+    assert rows[-1] == rows[-2]
+    assert rows[-1]["steps"] == 3 and rows[-1]["seconds"] == pytest.approx(0.3)
+
+
+def test_the_best_on_a_curve_and_the_last(race):
+    curve = {"test_error": [0.9, 0.5, None, 0.7]}
+    assert race.record.final({"curve": curve}, "test_error") == 0.7
+    assert race.record.best({"curve": curve}, "test_error") == 0.5
+    assert race.record.best({"curve": curve, "error": "no"}, "test_error") is None
+
+
 def test_adam_hands_over_to_lbfgs_and_cosine_ends_at_zero(race):
     task = race.small.regression(race.task.Setting())
     for name in ("adam-lbfgs", "adam-cosine"):

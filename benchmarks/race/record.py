@@ -103,6 +103,7 @@ def summary(record: Record) -> list[dict[str, Any]]:
             values = [final(r, metric) for r in runs]
             row[metric] = median(values)
             row[f"{metric}_range"] = _range(values)
+        row["best_test"] = median(best(r, about["test_metric"]) for r in runs)
         row["seconds_to"] = {
             f"{metric} {value:g}": median(seconds_to(r, metric, value) for r in runs)
             for metric, value in targets
@@ -120,6 +121,12 @@ def final(run: Run, metric: str) -> float | None:
     """The value at the budget; None if the run had an error, or there is no number."""
     column = run["curve"].get(metric) or [None]
     return None if "error" in run else column[-1]
+
+
+def best(run: Run, metric: str) -> float | None:
+    """The least value on the curve, where one would have stopped who watched it."""
+    values = [value for value in run["curve"].get(metric, []) if value is not None]
+    return None if "error" in run else min(values, default=None)
 
 
 def seconds_to(run: Run, metric: str, target: float) -> float | None:

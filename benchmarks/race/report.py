@@ -22,6 +22,7 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
     ends = list(rows[0]["seconds_to_end_of"]) if rows else []
     targets = [key for key in rows[0]["seconds_to"] if _reached(rows, key)] if rows else []
     header = ["optimizer", "seeds", "steps", *(_words(m) for m in (train, test))]
+    header.append(f"best {_words(test)}")
     header += [f"s to {_words(key)}" for key in targets] + [f"s to {name}'s end" for name in ends]
     cells = []
     for row in rows:
@@ -29,7 +30,7 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
             cells.append([row["optimizer"], str(row["seeds"]), *["–"] * (len(header) - 2)])
             continue
         line = [row["optimizer"], str(row["seeds"]), _number(row["steps"], whole=True)]
-        line += [_number(row[train]), _number(row[test])]
+        line += [_number(row[key]) for key in (train, test, "best_test")]
         line += [_number(row["seconds_to"][key]) for key in targets]
         cells.append(line + [_number(row["seconds_to_end_of"][name]) for name in ends])
     return header, cells

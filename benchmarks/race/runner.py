@@ -118,6 +118,9 @@ def _train(
             rows.append(_row(task, model, contender, watch.seconds, steps))
             due = [t for t in due if t > watch.seconds] or [budget]
     notes, seconds = contender.notes(), watch.seconds
+    if before is None and watch.seconds > budget and rows:
+        rows.append(rows[-1])  # a step longer than any before: the last point stands
+        return
     if before is not None and watch.seconds > budget:
         state, seconds, notes = before
         model.load_state_dict(state)
