@@ -338,7 +338,9 @@ def test_minibatches_grow_for_ours_alone(race):
     task = race.task.supervised(
         *("tiny", "tiny", race.small.regression_model, (x, y), (x, y)),
         *(torch.nn.functional.mse_loss, {}),
-        batches=race.task.Batches(16, growth=2.0, curvature_fraction=0.5, split_size=10),
+        batches=race.task.Batches(
+            16, growth=2.0, curvature_fraction=0.5, gradient_split=10, split_size=5
+        ),
         peer_batch=8,
     )
     sizes = []

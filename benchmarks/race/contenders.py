@@ -72,10 +72,10 @@ class HF:
         else:
             batch = next(self.drawn)
             first = head(batch, self.sampler.curvature_batch_size)
-            size = self.batches.split_size or len(batch[0])
+            size = self.batches.split_size or len(first[0])
             self.optimizer.step(
                 lambda part: self.task.loss(self.model, part),
-                batches=split_batch(batch, size),
+                batches=split_batch(batch, self.batches.gradient_split or len(batch[0])),
                 curvature_batches=split_batch(first, size),
             )
         report = self.optimizer.last_report

@@ -50,7 +50,9 @@ class Batches:
         curvature_fraction: Part of the gradient sample that products are taken on.
         curvature_growth: Factor of the curvature sample; ``growth`` if None.
         max_batch_size: Where the growth ends; at all cases if None.
-        split_size: Cases in memory at once; the whole sample if None.
+        gradient_split: Cases of the gradient sample at once; the whole of it if None.
+        split_size: Cases of the curvature sample at once; the whole of it, which keeps its graph
+            from product to product, if None.
     """
 
     batch_size: int
@@ -59,6 +61,7 @@ class Batches:
     curvature_fraction: float = 1.0
     curvature_growth: float | None = None
     max_batch_size: int | None = None
+    gradient_split: int | None = None
     split_size: int | None = None
 
 
