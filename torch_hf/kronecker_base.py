@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: Steps from one measurement of the factors to the next, unless CG made more iterations than
 #: ``LONG`` (then a measurement is cheap beside it), and the weight of what was known before.
 EVERY, LONG, MEMORY = 3, 10, 0.8
+#: The part of the mean curvature that damps the factors: it holds what a sample cannot know.
+HELD = 0.5
 #: Factors are inverted anew when their damping has changed by this factor.
 MOVED = 2.0
 #: Where an inversion fails, damping grows tenfold so many times.
@@ -41,7 +43,7 @@ class Known(NamedTuple):
         measured: How often they were.
         age: Steps since the last time.
         iterations: Of the last run of CG.
-        damping: Lambda and mean curvature that the inverses were made with.
+        damping: Lambda and half the mean curvature that the inverses were made with.
     """
 
     blocks: Sequence[Block] = ()
@@ -66,9 +68,9 @@ class Known(NamedTuple):
 class KroneckerPreconditioner:
     """The inverses of the layers' blocks, ``(A + pi e I)^-1 (x) (S + e/pi I)^-1``.
 
-    ``e^2 = lambda + weight decay + mean curvature``, the mean over all parameters of layers: what
-    lies below it a small sample cannot tell from noise. ``pi^2 = mean A / mean S``. Parameters of
-    no layer are divided by twice the mean curvature, lambda and weight decay. Where layers hold
+    ``e^2 = lambda + weight decay + half the mean curvature``, the mean over all parameters of
+    layers: what lies below it a small sample cannot tell from noise. ``pi^2 = mean A / mean S``.
+    Parameters of no layer are divided by mean curvature, lambda and weight decay. Where layers hold
     less than half of the parameters it is the identity.
 
     Memory is that of the factors and of their inverses, O^2 + I^2 numbers each a layer.
@@ -104,14 +106,14 @@ class KroneckerPreconditioner:
         self._sizes = curvature.vector.sizes
         fresh = self.wants_layers
         known = self._measure(curvature) if fresh else self._known
-        mean = mean_curvature(known.blocks, self._sizes)
-        total = damping + mean
+        held = HELD * mean_curvature(known.blocks, self._sizes)
+        total = damping + held
         if fresh or not known.damping or not 1 / MOVED < total / known.damping < MOVED:
             known, self._inverses = known._replace(damping=total), []
         if not self._inverses:
             decays = curvature.decays
             self._inverses = [invert(b, known.damping + decays[b.weight]) for b in known.blocks]
-            self._rest = [known.damping + mean + decay for decay in decays]
+            self._rest = [known.damping + held + decay for decay in decays]
         self._known = known
 
     def apply(self, r: Tensor) -> Tensor:
