@@ -41,7 +41,7 @@ from benchmarks.race.tasks import TASKS  # noqa: E402
 from torch_hf.cg import CGResult, conjugate_gradients  # noqa: E402
 
 #: The method with pairs and growing batches; on full batches there is nothing to grow.
-WITH_PAIRS: Options = {**OURS["hf-both"], "preconditioner": "lbfgs"}
+WITH_PAIRS: Options = OURS["hf-both"]
 PRODUCTS = (1, 3, 5, 9, 20, 44, 96, 162)  # of the numbers that are kept
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torch_hf import HFOptimizer, Stop
+from torch_hf.new_data import data_stay
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -77,6 +79,42 @@ def test_a_transformer_layer(training):
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True).train(training)
     x, y = torch.randn(10, 5, 8), torch.randn(10, 5, 8)
     train(layer, lambda: F.mse_loss(layer(x), y))
+
+
+class Last(nn.Module):
+    def __init__(self, recurrent):
+        super().__init__()
+        self.recurrent = recurrent
+
+    def forward(self, x):
+        return self.recurrent(x)[0][:, -1]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Attention,
+        lambda: Last(nn.LSTM(8, 3, batch_first=True)),
+        lambda: Last(nn.GRU(8, 3, batch_first=True)),
+        lambda: nn.Sequential(
+            nn.Conv1d(5, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(24, 3)
+        ),
+        lambda: nn.Sequential(
+            nn.Conv1d(5, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(24, 3)
+        ),
+    ],
+)
+def test_data_that_stay_are_known_in_float32(module):
+    """With and without a graph kernels may differ; the loss must not, beyond a few roundings."""
+    model, x, y = module(), torch.randn(200, 5, 8), torch.randint(3, (200,))
+    optimizer = HFOptimizer(model.parameters())
+    reports = []
+    for _ in range(4):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+        reports.append(optimizer.last_report)
+    for before, after in pairwise(reports):
+        last = {"last_loss": before.new_loss, "last_cases": before.batch_cases}
+        assert data_stay(last, after.loss, after.batch_cases, torch.float32)
 
 
 @pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU, nn.RNN])

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
+from torch_hf.line_search import TRUSTED
 from torch_hf.preconditioner import Preconditioner
 
 #: Most iterations of CG: on the data of the step before; on new data, on a strong base or none.
 FULL, STRONG, WEAK = 250, 3, 20
-#: What the next solve begins with of CG's last solution, and the ratio from which on it is so much.
-KEPT, TRUSTED = 0.9, 0.75
-
-
+#: What the next solve begins with of CG's last solution, from the ratio that is trusted on.
+KEPT = 0.9
 #: By how many units of rounding the loss at the same parameters and data may differ.
 SAME_ULPS = 10
 

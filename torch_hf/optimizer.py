@@ -61,7 +61,7 @@ class HFOptimizer(FlatStateOptimizer):
             with the methods of :class:`torch_hf.preconditioner.Preconditioner`.
         history_size: M, how many pairs are kept, an even number.
         cg_max_iter: The most CG iterations. None is 250 (Martens & Sutskever 2012) where the loss
-            begins at the value that the last step ended with, so the data are the same, and few
+            begins where the last step left it, on as many cases (so the data are the same), few
             on new data, where CG would fit the sample: 3 on a Kronecker base, else 20.
         cg_tol: Relative progress per iteration at which CG stops (Martens 2010, section 4.4, with
             5e-4, which solves further than a step earns); 0 leaves only the residual test.
