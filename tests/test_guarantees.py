@@ -335,7 +335,7 @@ def spoilt(state):
         (spoilt, {}, "cg_max_iter must be at least 1"),
         (None, {"curvature": "hessian"}, "curvature is 'ggn', this optimizer's 'hessian'"),
         (None, {"preconditioner": "none"}, "preconditioner is 'LBFGSPreconditioner'"),
-        (None, {"history_size": 4}, "history_size is 10, this optimizer's 4"),
+        (None, {"history_size": 6}, "history_size is 4, this optimizer's 6"),
     ],
 )
 def test_a_state_that_does_not_fit_is_named(change, options, says):

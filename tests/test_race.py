@@ -371,6 +371,38 @@ def test_time_to_a_target_is_interpolated(race, target, seconds):
     assert found == (None if seconds is None else pytest.approx(seconds))
 
 
+@pytest.mark.parametrize(
+    ("seconds", "value"), [(0.5, 0.8), (1.0, 0.8), (1.25, 0.7), (3.0, 0.475), (None, None)]
+)
+def test_a_metric_between_two_points(race, seconds, value):
+    run = {"curve": {"seconds": [1.0, 2.0, 2.5, 4.0], "error": [0.8, 0.4, None, 0.55]}}
+    found = race.record.value_at(run, "error", seconds)
+    assert found == (None if value is None else pytest.approx(value))
+
+
+def test_the_test_metric_where_plain_hf_ends(race, tmp_path):
+    record = race.record.Record(tmp_path / "race.json")
+    record.about = {"train_metric": "loss", "test_metric": "error"}
+
+    def run(name, seconds, loss, error):
+        curve = {"seconds": seconds, "loss": loss, "error": error, "steps": [1, 2, 3]}
+        return {"optimizer": name, "seed": 0, "budget": 4.0, "curve": curve}
+
+    record.runs = [
+        run("hf-plain:growth=1", [0.0, 2.0, 4.0], [10.0, 4.0, 1.0], [0.9, 0.6, 0.5]),
+        run("hf", [0.0, 1.0, 4.0], [10.0, 1.0, 0.1], [0.9, 0.4, 0.45]),
+        run("sgd", [0.0, 2.0, 4.0], [10.0, 9.0, 8.0], [0.9, 0.8, 0.7]),
+    ]
+    record.sessions = [race.record.session("", "cpu", 1)]
+    found = {row["optimizer"]: row for row in race.record.summary(record)}
+    assert found["hf"]["seconds_to_end_of"] == {"hf-plain:growth=1": 1.0}
+    assert found["hf"]["test_at_end_of"] == {"hf-plain:growth=1": 0.4}
+    assert found["sgd"]["test_at_end_of"] == {"hf-plain:growth=1": None}
+    header, rows = race.report.table(record)
+    assert header[-2:] == ["s to hf-plain:growth=1's end", "error there"]
+    assert [row[-2:] for row in rows] == [["1", "0.4"], ["4", "0.5"], ["–", "–"]]
+
+
 def test_options_in_names(race):
     assert race.contenders.split_name("hf:growth=1.1:preconditioner=none") == (
         "hf",

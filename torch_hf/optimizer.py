@@ -104,7 +104,7 @@ class HFOptimizer(FlatStateOptimizer):
         damping: float | None = None,
         weight_decay: float = 0.0,
         preconditioner: str | Preconditioner = "kronecker-lbfgs",
-        history_size: int = 10,
+        history_size: int = 4,
         cg_max_iter: int | None = None,
         cg_tol: float = 5e-3,
         cg_decay: float | None = None,

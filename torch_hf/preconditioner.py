@@ -148,7 +148,7 @@ class LBFGSPreconditioner:
     limited memory quasi-Newton updating".
     """
 
-    def __init__(self, history_size: int = 10, base: str = "identity") -> None:
+    def __init__(self, history_size: int = 4, base: str = "identity") -> None:
         if not isinstance(history_size, int) or history_size < 2 or history_size % 2:
             raise ValueError(
                 f"history_size must be an even number of at least 2, got {history_size!r}. "

@@ -23,7 +23,9 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
     targets = [key for key in rows[0]["seconds_to"] if _reached(rows, key)] if rows else []
     header = ["optimizer", "seeds", "steps", *(_words(m) for m in (train, test))]
     header.append(f"best {_words(test)}")
-    header += [f"s to {_words(key)}" for key in targets] + [f"s to {name}'s end" for name in ends]
+    header += [f"s to {_words(key)}" for key in targets]
+    for name in ends:
+        header += [f"s to {name}'s end", f"{_words(test)} there"]
     cells = []
     for row in rows:
         if row["error"] is not None and row[train] is None:
@@ -32,7 +34,9 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
         line = [row["optimizer"], str(row["seeds"]), _number(row["steps"], whole=True)]
         line += [_number(row[key]) for key in (train, test, "best_test")]
         line += [_number(row["seconds_to"][key]) for key in targets]
-        cells.append(line + [_number(row["seconds_to_end_of"][name]) for name in ends])
+        for name in ends:
+            line += [_number(row[k][name]) for k in ("seconds_to_end_of", "test_at_end_of")]
+        cells.append(line)
     return header, cells
 
 
