@@ -180,7 +180,7 @@ def plot(found: dict[str, Any]) -> Path:
 def main() -> None:
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("--tasks", nargs="+", default=["autoencoder", "speech", "poisson"])
-    parser.add_argument("--steps", type=int, default=15, help="of each run")
+    parser.add_argument("--steps", type=int, default=40, help="of each run")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="of the data sets")
     args = parse(parser)
     found: dict[str, Any] = {}

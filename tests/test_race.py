@@ -372,7 +372,8 @@ def test_time_to_a_target_is_interpolated(race, target, seconds):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "value"), [(0.5, 0.8), (1.0, 0.8), (1.25, 0.7), (3.0, 0.475), (None, None)]
+    ("seconds", "value"),
+    [(0.5, 0.8), (1.0, 0.8), (1.25, 0.8 * 0.5**0.25), (3.0, 0.22**0.5), (None, None)],
 )
 def test_a_metric_between_two_points(race, seconds, value):
     run = {"curve": {"seconds": [1.0, 2.0, 2.5, 4.0], "error": [0.8, 0.4, None, 0.55]}}

@@ -158,16 +158,16 @@ def seconds_to(run: Run, metric: str, target: float) -> float | None:
 
 
 def value_at(run: Run, metric: str, seconds: float | None) -> float | None:
-    """The metric at that time, on the straight line between two points; None if never."""
+    """The metric at that time; its logarithm is a line between two points; None if never."""
     times, values = run["curve"].get("seconds", []), run["curve"].get(metric, [])
     before: tuple[float, float] | None = None
     for t, value in zip(times, values, strict=True):
         if seconds is None or value is None:
             continue
         if t >= seconds:
-            if before is None or t == before[0]:
+            if before is None or t == before[0] or min(value, before[1]) <= 0:
                 return value
-            return before[1] + (value - before[1]) * (seconds - before[0]) / (t - before[0])
+            return before[1] * (value / before[1]) ** ((seconds - before[0]) / (t - before[0]))
         before = (t, value)
     return None
 
