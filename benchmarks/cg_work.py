@@ -76,11 +76,13 @@ def curve(result: CGResult) -> list[tuple[int, float]]:
     return [(iterate.iteration, iterate.value) for iterate in result.iterates]
 
 
-def compare(name: str, setting: Setting, steps: int) -> list[dict[str, Any]]:
+def compare(
+    name: str, setting: Setting, steps: int, options: Options = WITH_PAIRS
+) -> list[dict[str, Any]]:
     """The solves of a run's steps but the first, which has no pairs yet."""
     task = TASKS[name](setting)
     torch.manual_seed(0)
-    contender = HF(task, task.make_model(), 0, WITH_PAIRS)
+    contender = HF(task, task.make_model(), 0, options)
     comparison = Comparison()
     try:
         torch_hf.optimizer.conjugate_gradients = comparison  # type: ignore[assignment]
@@ -181,12 +183,14 @@ def main() -> None:
     parser = make_parser(__doc__, rounds=1)
     parser.add_argument("--tasks", nargs="+", default=["autoencoder", "speech", "poisson"])
     parser.add_argument("--steps", type=int, default=40, help="of each run")
+    parser.add_argument("--pairs", type=int, help="kept, if not the default's number")
     parser.add_argument("--data-root", type=Path, default=Path("data"), help="of the data sets")
     args = parse(parser)
+    options = {**WITH_PAIRS, "history_size": args.pairs} if args.pairs else WITH_PAIRS
     found: dict[str, Any] = {}
     for name in args.tasks:
         try:
-            rows = compare(name, Setting(args.data_root), args.steps)
+            rows = compare(name, Setting(args.data_root), args.steps, options)
         except Missing as error:
             print(f"{name}: left out, {error}")
             continue

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..machine import processor, version
+from .contenders import split_name
 from .runner import Run
 
 PACKAGES = ("torch", "torch_hf", "pytorch-optimizer", "singd")
@@ -95,7 +96,8 @@ def summary(record: Record) -> list[dict[str, Any]]:
     about, rows = record.about, []
     train, test = about["train_metric"], about["test_metric"]
     targets = [*map(tuple, about.get("targets", []))]
-    ends = {name: _end(record, name) for name in record.optimizers if base(name) in REFERENCES}
+    named = [name for name in record.optimizers if split_name(name)[0] in REFERENCES]
+    ends = {name: _end(record, name) for name in named}
     for name in record.optimizers:
         runs = record.of(name)
         row: dict[str, Any] = {"optimizer": name, "seeds": len(runs)}
@@ -122,11 +124,6 @@ def summary(record: Record) -> list[dict[str, Any]]:
         }
         rows.append(row)
     return rows
-
-
-def base(name: str) -> str:
-    """An optimizer's name without the options behind its colons."""
-    return name.partition(":")[0]
 
 
 def final(run: Run, metric: str) -> float | None:
