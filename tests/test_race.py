@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from torch_hf.curvature import GaussNewtonOperator
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = {path.stem for path in (ROOT / "examples").glob("*.py")}
 MODULES = [path.stem for path in (ROOT / "benchmarks" / "race").glob("*.py")]
@@ -66,6 +68,41 @@ def test_adding_problem(race):
     assert torch.equal(marks[:, 15:].sum(dim=1), torch.ones(500))
     torch.testing.assert_close(sums[:, 0], (numbers * marks).sum(dim=1))
     assert float(sums.var()) == pytest.approx(1 / 6, rel=0.2)
+
+
+def test_structural_damping_adds_the_hidden_states_gauss_newton_matrix(race):
+    """Against dense Jacobians: loss and gradient stay, G gains mu J_h^T J_h, a mean over cases."""
+    torch.manual_seed(0)
+    model = race.small.Recurrent(2, 3).double()
+    batch = tuple(tensor.double() for tensor in race.small.adding_data(4, 5, seed=0))
+    params, mu = list(model.parameters()), 0.3
+    plain = torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+    damped = race.small.structurally_damped(model, batch, mu)
+    assert plain.item() == damped.item()
+    gradients = [torch.autograd.grad(loss, params) for loss in (plain, damped)]
+    torch.testing.assert_close(*gradients)
+
+    def jacobian(compute):  # (numbers, P), a row a number that the model computes
+        rows = [
+            torch.autograd.grad(y, params, retain_graph=True, materialize_grads=True)
+            for y in compute().flatten()
+        ]
+        return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+
+    outputs = jacobian(lambda: model(batch[0]))
+    hidden = jacobian(lambda: torch.stack(model.states(batch[0])))
+    dense = 2 / 4 * outputs.T @ outputs + mu / 4 * hidden.T @ hidden
+    operator = GaussNewtonOperator.from_closure(
+        lambda: race.small.structurally_damped(model, batch, mu), params
+    )
+    columns = [operator(e) for e in torch.eye(len(dense), dtype=torch.float64)]
+    torch.testing.assert_close(torch.stack(columns), dense)
+
+
+def test_structural_damping_needs_hidden_states(race):
+    task = race.tasks.TASKS["regression"](race.task.Setting())
+    with pytest.raises(ValueError, match="no hidden states"):
+        race.contenders.make_contender("hf:structural=0.1", task, task.make_model(), 0, {})
 
 
 def test_cole_hopf_solves_burgers_equation(race):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from torch_hf import GrowingBatchSampler, HFOptimizer, head, split_batch
@@ -55,6 +56,9 @@ class HF:
     def __init__(self, task: RaceTask, model: nn.Module, seed: int, options: Options) -> None:
         own = {key: value for key, value in options.items() if key not in SAMPLING}
         whole_gradient = own.pop("whole_gradient", False)
+        self.structural = own.pop("structural", 0.0)
+        if self.structural and task.structurally_damped is None:
+            raise ValueError(f"{task.name} has no hidden states for structural damping")
         self.task, self.model = task, model
         self.optimizer = HFOptimizer(model.parameters(), **own)
         self.sampler: GrowingBatchSampler | None = None
@@ -68,7 +72,7 @@ class HF:
 
     def step(self, progress: float) -> None:
         if self.sampler is None:
-            self.optimizer.step(lambda: self.task.loss(self.model, self.task.train))
+            self.optimizer.step(self._loss)
         else:
             batch = next(self.drawn)
             first = head(batch, self.sampler.curvature_batch_size)
@@ -85,6 +89,14 @@ class HF:
         self.work["rejections"] += not report.accepted
         for key, value in report.seconds.items():
             self.parts[key] = self.parts.get(key, 0.0) + value
+
+    def _loss(self) -> Any:
+        damping = self.optimizer.param_groups[0]["damping"]
+        if not self.structural or damping is None or not torch.is_grad_enabled():
+            return self.task.loss(self.model, self.task.train)
+        assert self.task.structurally_damped is not None
+        weight = self.structural * damping  # mu times lambda, as published
+        return self.task.structurally_damped(self.model, self.task.train, weight)
 
     def notes(self) -> dict[str, float]:
         report = self.optimizer.last_report

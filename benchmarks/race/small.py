@@ -27,6 +27,7 @@ def adding(setting: Setting) -> RaceTask:
         test_metric="test_error",
         targets=[("test_error", value) for value in (0.1, 0.01, 1e-3, 1e-4)],
         budget=120.0,
+        structurally_damped=structurally_damped,
     )
 
 
@@ -59,11 +60,29 @@ class Recurrent(nn.Module):
         nn.init.orthogonal_(self.again.weight)
 
     def forward(self, sequences: Tensor) -> Tensor:
-        entering = self.enter(sequences)
+        return self.read(self.states(sequences)[-1])
+
+    def states(self, sequences: Tensor) -> list[Tensor]:
+        """The hidden states after each step, ``(N, units)`` each."""
+        entering, states = self.enter(sequences), []
         state = entering.new_zeros(len(sequences), self.again.in_features)
         for t in range(sequences.shape[1]):
             state = torch.tanh(self.again(state) + entering[:, t])
-        return self.read(state)
+            states.append(state)
+        return states
+
+
+def structurally_damped(model: nn.Module, batch: Tensors, weight: float) -> Tensor:
+    """The loss, and ``weight`` times half the squared change of the hidden states.
+
+    Summed over steps and units, a mean over cases. Value and gradient of the second term are zero;
+    its Gauss-Newton matrix is that of structural damping (Martens & Sutskever 2011, section 3).
+    """
+    assert isinstance(model, Recurrent)
+    states = model.states(batch[0])
+    loss = F.mse_loss(model.read(states[-1]), batch[1])
+    every = torch.stack(states, dim=1).flatten(1)
+    return loss + weight * 0.5 * F.mse_loss(every, every.detach(), reduction="sum") / len(every)
 
 
 def regression(setting: Setting) -> RaceTask:

@@ -93,6 +93,8 @@ class RaceTask:
         lbfgs_batch: Cases of a step of torch's L-BFGS, which noise harms most.
         budget: Seconds that each run is given if the command line does not say.
         dtype: Of parameters and data.
+        structurally_damped: Model, batch and a weight to the loss with structural damping, where a
+            network has hidden states; ours takes it with the option ``structural``.
         dimensions: Whatever is worth a place in the record, like the number of cases.
     """
 
@@ -110,6 +112,7 @@ class RaceTask:
     lbfgs_batch: int = 5_000
     budget: float = 60.0
     dtype: torch.dtype = torch.float32
+    structurally_damped: Callable[[nn.Module, Tensors, float], Tensor] | None = None
     dimensions: dict[str, Any] = field(default_factory=dict)
 
     @property
