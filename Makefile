@@ -36,15 +36,16 @@ format: $(VENV)/.with-dev ## apply what lint would ask for
 	$(BIN)/ruff format .
 
 # All of it takes about 16 hours: three seeds of 16 optimizers on 11 tasks. `make bench
-# TASKS=regression` takes 15 minutes; RACE has further arguments, as in RACE="--optimizers hf adam"
-# or RACE=--resume after an interruption.
+# TASKS=regression MINUTES=10` shortens all runs so that the task fits; RACE has further arguments,
+# as in RACE="--optimizers hf adam" or RACE=--resume after an interruption.
 TASKS ?=
+MINUTES ?=
 SEEDS ?= 3
 DATA ?= data
 RACE ?=
 
 bench: $(VENV)/.with-benchmarks ## race all optimizers on equal wall-clock; TASKS="regression poisson" for some tasks
-	$(BIN)/python benchmarks/race.py --seeds $(SEEDS) --data-root $(DATA) $(if $(TASKS),--tasks $(TASKS)) $(RACE)
+	$(BIN)/python benchmarks/race.py --seeds $(SEEDS) --data-root $(DATA) $(if $(TASKS),--tasks $(TASKS)) $(if $(MINUTES),--minutes $(MINUTES)) $(RACE)
 
 bench-report: $(VENV)/.with-benchmarks ## put the races' tables into docs/benchmarks.md, draw their plots anew
 	$(BIN)/python benchmarks/race.py --report --into docs/benchmarks.md

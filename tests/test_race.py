@@ -276,6 +276,34 @@ def test_a_long_step_beyond_the_budget_does_not_count(race):
     assert rows[-1]["steps"] == 3 and rows[-1]["seconds"] == pytest.approx(0.3)
 
 
+def test_minutes_shorten_the_runs_until_all_fit(race, monkeypatch):
+    """Budgets, searches and evaluations add up to four fifths of the minutes, never to more."""
+    task = race.small.regression(race.task.Setting())
+    clock = iter(range(0, 1000))  # each evaluation takes a second
+    monkeypatch.setattr(race.schedule.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(race.schedule, "POINTS", 4)
+    budget = race.schedule.fitting(task, "cpu", runs=6, searches=2, minutes=5)
+    # 240 s less 6 runs' 5 evaluations, over 6 runs and 2 searches of 13 sixths of a run
+    assert budget == math.floor((240 - 6 * 5) / (6 + 2 * 13 / 6))
+    with pytest.raises(ValueError, match=r"60 runs .* do not fit in 5 minutes"):
+        race.schedule.fitting(task, "cpu", runs=60, searches=0, minutes=5)
+
+
+def test_minutes_on_the_command_line(race, tmp_path, capsys, monkeypatch):
+    """A rate by hand needs no search; a task's own budget is not exceeded."""
+    asked = []
+    monkeypatch.setattr(race.cli, "fitting", lambda task, *rest: asked.append(rest) or 1e9)
+    monkeypatch.setattr(race.cli, "run", lambda task, name, seed, budget, **_: asked.append(budget))
+    monkeypatch.setattr(race.cli.Record, "add", lambda *_: None)
+    monkeypatch.setattr(race.cli, "_line", lambda *_: "")
+    monkeypatch.setattr(race.cli, "warm_up", lambda *_, **__: None)
+    race.cli.main(arguments(tmp_path, "--optimizers", "hf", "adam:lr=0.1", "--minutes", "10"))
+    assert asked[0] == ("cpu", 2, 0, 10.0) and asked[1:] == [15.0, 15.0]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match=r"regression: 2 runs .* give more minutes"):
+        race.cli.main(arguments(tmp_path, "--optimizers", "hf", "adam:lr=0.1", "--minutes", "0.01"))
+
+
 def test_the_best_on_a_curve_and_the_last(race):
     curve = {"test_error": [0.9, 0.5, None, 0.7]}
     assert race.record.final({"curve": curve}, "test_error") == 0.7

@@ -15,6 +15,7 @@ from .rates import PART, PATH, Rates, search
 from .record import Record, session
 from .report import as_markdown, as_text, placed, plot
 from .runner import run, warm_up
+from .schedule import fitting
 from .task import Missing, RaceTask, Setting
 from .tasks import TASKS
 
@@ -46,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=3, help="runs of each, from seed 0 on")
     add("--first-seed", type=int, default=0, help="where the seeds begin")
     add("--budget", type=float, help="seconds of training a run, if not the task's own")
+    add("--minutes", type=float, help="shorter budgets, such that each task's race fits in so many")
     add("--data-root", type=Path, default=Path("data"), help="folder of the data sets")
     add("--download", action="store_true", help="fetch MNIST and CIFAR-10 if missing")
     add("--device", default="cpu", help="as in torch")
@@ -99,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> None:
     """All optimizers of the first seed, then of the next: what disturbs the machine hits all."""
     budget = args.budget or task.budget
+    if args.minutes:
+        budget = min(budget, _fitting(task, names, args))
     rates = _find_rates(task, names, budget, args)
     if args.search_only:
         return
@@ -152,6 +156,25 @@ def command(args: argparse.Namespace) -> str:
     return " ".join(words)
 
 
+def _fitting(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> float:
+    rates, setting = Rates(args.rates), _setting(args)
+    searches = sum(
+        args.search or rates.get(setting, task.name, peer, 0.0) is None for peer in _searched(names)
+    )
+    try:
+        budget = fitting(task, args.device, len(names) * args.seeds, searches, args.minutes)
+    except ValueError as error:
+        raise SystemExit(f"{task.name}: {error}") from error
+    print(f"{task.name}: {budget:g} s a run, to end within {args.minutes:g} minutes", flush=True)
+    return budget
+
+
+def _searched(names: dict[str, str]) -> list[str]:
+    """Peers whose rate is to be found; one given by hand is not."""
+    wanted = [base for name, base in names.items() if base in PEERS and ":lr=" not in name]
+    return list(dict.fromkeys(wanted))
+
+
 def _names(args: argparse.Namespace) -> dict[str, str]:
     """Each name's optimizer; options for all of ours become a part of their names."""
     bases = {name: split_name(name)[0] for name in args.optimizers}
@@ -164,8 +187,7 @@ def _find_rates(
     task: RaceTask, names: dict[str, str], budget: float, args: argparse.Namespace
 ) -> dict[str, Any]:
     rates, found = Rates(args.rates), {}
-    wanted = [base for name, base in names.items() if base in PEERS and ":lr=" not in name]
-    for peer in dict.fromkeys(wanted):  # a rate given by hand is not searched
+    for peer in _searched(names):
         seconds = args.search_budget or budget / PART
         known = None if args.search else rates.get(_setting(args), task.name, peer, seconds)
         if known is None:
