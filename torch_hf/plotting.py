@@ -103,7 +103,8 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_ylabel(panel.ylabel)
     _scale(axes, panel)
     if len(panel.curves) > 1 or panel.curves[0].label not in panel.ylabel:
-        axes.legend(frameon=False, fontsize=8.5)
+        # lines may pass beneath: a box lets the words be read there
+        axes.legend(framealpha=0.85, edgecolor="none", fontsize=8.5)
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

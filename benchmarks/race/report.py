@@ -99,7 +99,7 @@ def plot(record: Record, path: Path) -> None:
     from matplotlib import pyplot
 
     metric = record.about["train_metric"]
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     # the scales first: limits set on a linear axis would be wrong for a logarithmic one
     axes.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel=_words(metric))
     colours = pyplot.get_cmap("tab20").colors
@@ -119,7 +119,7 @@ def plot(record: Record, path: Path) -> None:
         axes.set_ylim(top=2 * start[0])  # what diverged would leave no room for the others
     axes.set_title(record.about["title"])
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, loc="lower left", ncols=2)
+    figure.legend(fontsize=8, loc="outside right upper")  # a dozen would hide lines
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
