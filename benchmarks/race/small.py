@@ -72,17 +72,23 @@ class Recurrent(nn.Module):
         return states
 
 
-def structurally_damped(model: nn.Module, batch: Tensors, weight: float) -> Tensor:
-    """The loss, and ``weight`` times half the squared change of the hidden states.
+def structurally_damped(
+    model: nn.Module, batch: Tensors, weight: float
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The loss with ``weight`` times half the squared change of the hidden states; all outputs.
 
     Summed over steps and units, a mean over cases. Value and gradient of the second term are zero;
     its Gauss-Newton matrix is that of structural damping (Martens & Sutskever 2011, section 3).
+    The states are outputs one by one: stacked, they make a product twice as dear.
     """
     assert isinstance(model, Recurrent)
     states = model.states(batch[0])
-    loss = F.mse_loss(model.read(states[-1]), batch[1])
-    every = torch.stack(states, dim=1).flatten(1)
-    return loss + weight * 0.5 * F.mse_loss(every, every.detach(), reduction="sum") / len(every)
+    outputs = model.read(states[-1])
+    loss = F.mse_loss(outputs, batch[1])
+    for state in states:
+        change = F.mse_loss(state, state.detach(), reduction="sum")
+        loss = loss + 0.5 * weight * change / len(state)
+    return loss, (outputs, *states)
 
 
 def regression(setting: Setting) -> RaceTask:

@@ -93,8 +93,9 @@ class RaceTask:
         lbfgs_batch: Cases of a step of torch's L-BFGS, which noise harms most.
         budget: Seconds that each run is given if the command line does not say.
         dtype: Of parameters and data.
-        structurally_damped: Model, batch and a weight to the loss with structural damping, where a
-            network has hidden states; ours takes it with the option ``structural``.
+        structurally_damped: Model, batch and a weight to the loss with structural damping and all
+            outputs, where a network has hidden states; ours takes it with the option
+            ``structural``.
         dimensions: Whatever is worth a place in the record, like the number of cases.
     """
 
@@ -112,7 +113,7 @@ class RaceTask:
     lbfgs_batch: int = 5_000
     budget: float = 60.0
     dtype: torch.dtype = torch.float32
-    structurally_damped: Callable[[nn.Module, Tensors, float], Tensor] | None = None
+    structurally_damped: Callable[[nn.Module, Tensors, float], tuple[Tensor, Any]] | None = None
     dimensions: dict[str, Any] = field(default_factory=dict)
 
     @property
