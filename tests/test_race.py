@@ -43,6 +43,7 @@ def test_curves_are_curves(race):
     images = race.images.curves(50)
     assert images.shape == (50, 784)
     assert images.min() >= 0 and images.max() <= 1
+    assert images[images > 0].min() > 1e-3  # subnormal numbers would be slow
     ink = images.sum(dim=1)
     assert ink.min() > 10 and ink.max() < 250  # neither blank nor a blot
     assert images.amax(dim=1).min() > 0.8
@@ -197,6 +198,7 @@ def test_race_leaves_record_table_and_plot(race, tmp_path, capsys):
     race.cli.main(arguments(tmp_path, *more, "--resume", "--first-seed", "1"))
     assert len(json.loads(path.read_text())["runs"]) == 4
     capsys.readouterr()
+    assert race.report.measured(race.record.Record(path)).count("race.py --tasks regression") == 2
     race.cli.main(arguments(tmp_path, "--report"))
     assert "| hf | 2 |" in capsys.readouterr().out
     page = tmp_path / "page.md"
@@ -346,6 +348,16 @@ def test_search_goes_on_beyond_an_end_that_wins(race, monkeypatch):
 def test_search_goes_down_where_all_diverge(race, monkeypatch):
     found = fake_search(race, monkeypatch, lambda lr, seconds: 1e9 if lr > -4.2 else 0.5)
     assert found["options"]["lr"] < 10**-4.2
+
+
+def test_search_goes_down_where_the_lowest_diverged(race, monkeypatch):
+    """A rate between that did not is no reason to stay: 1e-2 ends a little below the start."""
+
+    def loss(lr, seconds):
+        return 0.99 if abs(lr + 2) < 0.1 else 1e9 if lr > -3.2 else 0.5
+
+    found = fake_search(race, monkeypatch, loss)
+    assert found["options"]["lr"] < 10**-3.2
 
 
 def test_a_longer_final_decides(race, monkeypatch):

@@ -115,7 +115,7 @@ class Trials:
 
 
 def _climb(trials: Trials, rates: Sequence[float], variant: dict[str, Any], budget: float) -> None:
-    """Try these rates, and go on where an end is the best, or below if all have diverged."""
+    """Try these rates, and go on where an end is the best, or below if the lowest diverged."""
 
     def attempt(rate: float) -> float:
         return trials({"lr": float(f"{rate:.3g}"), **variant}, budget).value
@@ -125,8 +125,8 @@ def _climb(trials: Trials, rates: Sequence[float], variant: dict[str, Any], budg
         return
     for _ in range(EXTENSIONS):
         best = min(values, key=lambda rate: values[rate])
-        diverged = math.isinf(values[best])
-        if diverged or best == min(values):
+        # where the lowest diverged, a better one may have come to nothing by chance
+        if math.isinf(values[min(values)]) or best == min(values):
             rate = min(values) / FACTOR
         elif best == max(values):
             rate = best * FACTOR

@@ -60,11 +60,10 @@ def as_text(record: Record) -> str:
 def as_markdown(record: Record) -> str:
     """The same for a page of the documentation, with what it was measured on."""
     header, rows = table(record)
-    last = record.sessions[-1]
     lines = [
         f"### {title(record)}",
         "",
-        f"{last['device']}, {last['threads']} threads, torch {last['torch']}; `{last['command']}`",
+        measured(record),
         "",
         f"| {' | '.join(header)} |",
         f"| --- |{' ---: |' * (len(header) - 1)}",
@@ -75,6 +74,18 @@ def as_markdown(record: Record) -> str:
     if errors(record):
         lines += ["", "Could not run:", "", *(f"- {line}" for line in errors(record))]
     return "\n".join(lines) + "\n"
+
+
+def measured(record: Record) -> str:
+    """On what, and by which commands, the runs of the table were made."""
+    shown = (run for name in record.optimizers for run in record.of(name))
+    sessions = [record.sessions[i] for i in sorted({run["session"] for run in shown})]
+    places: dict[str, list[str]] = {}
+    for s in sessions:
+        place = f"{s['device']}, {s['threads']} threads, torch {s['torch']}"
+        places.setdefault(place, []).append(f"`{s['command']}`")
+    lines = [f"{place}; {', then '.join(dict.fromkeys(c))}" for place, c in places.items()]
+    return ". Then: ".join(lines)
 
 
 def placed(page: str, tables: str) -> str:
