@@ -130,7 +130,8 @@ def plot(record: Record, path: Path) -> None:
         axes.set_ylim(top=2 * start[0])  # what diverged would leave no room for the others
     axes.set_title(record.about["title"])
     axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right upper")  # a dozen would hide lines
+    if axes.lines:  # nobody may have been able to run
+        figure.legend(fontsize=8, loc="outside right upper")  # a dozen would hide lines
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
