@@ -80,7 +80,6 @@ def main() -> None:
         score_train=True,
         # Gradients on samples that grow to all the data; curvature, where most of the work is, on
         # the first quarter of each.
-        growth=1.01,
         curvature_fraction=0.25,
         split_size=args.split_size,
         weight_decay=2e-5,  # Martens (2010)

@@ -18,7 +18,8 @@ from data import Batch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from torch_hf import GrowingBatchSampler, HFOptimizer, head, split_batch
+from torch_hf import GrowingBatchSampler, HFOptimizer, RatioGrowth, head, split_batch
+from torch_hf.growth import Growth
 from torch_hf.plotting import plot_training
 from torch_hf.tracking import CSVLogger, progress_postfix
 
@@ -40,7 +41,7 @@ class Task:
         train: Inputs and targets of the training set.
         test: Inputs and targets held out.
         batch_sizes: The first batch size of each optimizer; only hf's grows.
-        growth: Factor by which it grows from step to step.
+        growth: Factor by which it grows from step to step, or a rule.
         max_batch_size: Where it ends; at all cases if None.
         curvature_fraction: Part of the batch that a step of hf takes curvature products on.
         split_size: Cases in memory at once, the whole batch if None: a step of hf averages over
@@ -58,7 +59,7 @@ class Task:
     train: Batch
     test: Batch
     batch_sizes: Mapping[str, int]
-    growth: float = 1.01
+    growth: float | Growth = field(default_factory=RatioGrowth)
     max_batch_size: int | None = None
     curvature_fraction: float = 0.25
     split_size: int | None = None
@@ -248,7 +249,7 @@ def make_sampler(task: Task, args: argparse.Namespace) -> GrowingBatchSampler:
         grow_every="step",
         max_batch_size=max(size, task.max_batch_size or cases),
         curvature_batch_size=max(1, round(task.curvature_fraction * size)),
-        curvature_growth=growth,
+        curvature_growth=None,  # the curvature sample keeps its part
         drop_last=True,  # a short batch at the end would make a noisy step
         seed=args.seed,
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
 from torch_hf.batches import head
-from torch_hf.growth import GeometricGrowth, Growth, VarianceGrowth
+from torch_hf.growth import GeometricGrowth, Growth, RatioGrowth, VarianceGrowth
 from torch_hf.report import StepReport, Stop
 from torch_hf.sampler import GrowingBatchSampler
 
@@ -230,6 +230,47 @@ def test_the_variance_is_asked_for_only_by_the_rule_that_reads_it():
         assert sampler.batch_size == 10
 
 
+RATIOS = {  # rho -> the factor on the size
+    "as promised": (1.0, 1.0025),
+    "more than promised": (1.7, 1.0025),
+    "half of it": (0.5, 1.015),
+    "worse": (-3.0, 1.0275),
+    "undefined": (float("nan"), 1.0275),
+}
+
+
+@pytest.mark.parametrize("ratio, factor", RATIOS.values(), ids=RATIOS.keys())
+def test_batches_grow_as_far_as_a_step_falls_short_of_its_promise(ratio, factor):
+    sampler = GrowingBatchSampler(10**6, 1000, RatioGrowth(), grow_every="step")
+    for k in range(300):
+        assert sampler.batch_size == pytest.approx(min(1000 * factor**k, 10**6), abs=0.501)
+        sampler.update(dataclasses.replace(report(), reduction_ratio=ratio))
+
+
+def test_a_small_batch_grows_by_fractions_of_a_case_and_ends_at_the_cap():
+    sampler = GrowingBatchSampler(
+        400, 20, RatioGrowth(least=0.0, rate=0.1), grow_every="step", max_batch_size=50
+    )
+    sizes = []
+    for _ in range(120):
+        sampler.update(dataclasses.replace(report(), reduction_ratio=0.9))
+        sizes.append(sampler.batch_size)
+    assert sizes == [min(round(20 * 1.01**k), 50) for k in range(1, 121)]
+
+
+def test_the_curvature_sample_keeps_its_part_of_the_batch():
+    options = {"growth": RatioGrowth(), "grow_every": "step", "curvature_growth": None}
+    ours = on_all_ranks(5000, 40, 3, curvature_batch_size=10, **options)
+    whole = GrowingBatchSampler(5000, 40, **options)
+    for _ in range(100):
+        for sampler in (*ours, whole):
+            sampler.update(dataclasses.replace(report(), reduction_ratio=0.0))
+        wanted = round(ours[0].batch_size / 4)
+        assert sum(sampler.curvature_batch_size for sampler in ours) == wanted
+        assert whole.curvature_batch_size == whole.batch_size
+    assert wanted > 80
+
+
 class Doubling(Growth):
     """A user's own rule: double whenever a step was not accepted."""
 
@@ -269,7 +310,7 @@ def test_a_size_never_shrinks_and_an_update_consumes_only_what_was_drawn():
 def saved(state):
     """The state as a checkpoint gives it back; it holds nothing but numbers and a list."""
     for value in state.values():
-        assert type(value) in (int, bool) or all(type(item) is int for item in value)
+        assert type(value) in (int, float, bool) or all(type(item) is int for item in value)
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -297,6 +338,7 @@ GROWTHS = {
     "step": {"growth": 1.2, "grow_every": "step"},
     "measured, epoch": {"growth": VarianceGrowth(), "grow_every": "epoch"},
     "measured, step": {"growth": VarianceGrowth(), "grow_every": "step"},
+    "measured by ratio": {"growth": RatioGrowth(0.05, 0.5), "grow_every": "step"},
     "dropped": {"growth": 1.1, "grow_every": "step", "drop_last": True},
 }
 
@@ -331,6 +373,15 @@ def test_resuming_at_every_point_goes_on_as_uninterrupted(growth, updates, ahead
     assert len({len(batch) for _, batch, *_ in whole}) > 2, "sizes did not grow"
     for cut, (epoch, _, state, _) in enumerate(whole):
         assert run(state, range(epoch, 3)) == whole[cut + 1 :]
+
+
+def test_a_state_with_measured_sizes_in_whole_numbers_is_taken():
+    sampler = GrowingBatchSampler(50, 3, RatioGrowth(0.5), grow_every="step")
+    sampler.update(report())
+    state = sampler.state_dict() | {"measured": 7, "measured_before": 3}
+    sampler.load_state_dict(state)
+    assert sampler.state_dict() == state
+    assert type(sampler.state_dict()["measured"]) is float
 
 
 @settings(max_examples=200, deadline=None)
@@ -562,6 +613,13 @@ def test_a_wrong_argument_is_named(options, error, message):
     with pytest.raises(error) as caught:
         GrowingBatchSampler(**TEN | options)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["least", "rate"])
+def test_parts_of_the_growth_are_not_negative(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least 0.0, but is"):
+        RatioGrowth(**{name: value})
 
 
 @pytest.mark.parametrize("theta", [0, -1.0, float("nan"), float("inf")])

@@ -4,7 +4,7 @@ from torch_hf._version import __version__
 from torch_hf.batches import head, split_batch
 from torch_hf.checkpoint import save_atomically
 from torch_hf.diagnostics import Diagnosis, diagnose
-from torch_hf.growth import GeometricGrowth, VarianceGrowth
+from torch_hf.growth import GeometricGrowth, RatioGrowth, VarianceGrowth
 from torch_hf.optimizer import HFOptimizer
 from torch_hf.preconditioner import LBFGSPreconditioner
 from torch_hf.reduce import PeerError, check_replicas
@@ -18,6 +18,7 @@ __all__ = [
     "HFOptimizer",
     "LBFGSPreconditioner",
     "PeerError",
+    "RatioGrowth",
     "StepReport",
     "Stop",
     "VarianceGrowth",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -36,7 +35,8 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         growth: Factor of :class:`GeometricGrowth`, or a :class:`Growth`.
         max_batch_size: Where growth ends, all cases if None. A joined tail comes on top.
         curvature_batch_size: Cases of the first curvature samples; None is the whole batch.
-        curvature_growth: Factor of the curvature sample, at least 1.
+        curvature_growth: Factor of the curvature sample, at least 1; None keeps its part of the
+            batch.
         grow_every: ``"epoch"``, or ``"step"``: with each batch consumed, over all epochs.
         shuffle: Draw the order from ``seed + epoch``, as ``DistributedSampler`` does.
         drop_last: Leave out a last batch that is not full.
@@ -62,7 +62,7 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         *,
         max_batch_size: int | None = None,
         curvature_batch_size: int | None = None,
-        curvature_growth: float = 1.3,
+        curvature_growth: float | None = 1.3,
         grow_every: str = "epoch",
         shuffle: bool = True,
         drop_last: bool = False,
@@ -88,15 +88,17 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         _checks.between(
             "curvature_batch_size", curvature, ranks, batch_size, "num_replicas to batch_size"
         )
-        _checks.between("curvature_growth", curvature_growth, 1.0)
+        if curvature_growth is not None:
+            _checks.between("curvature_growth", curvature_growth, 1.0)
         _checks.between("seed", seed, -(2**63))
         self.growth = growth if isinstance(growth, Growth) else GeometricGrowth(growth)
-        self.curvature_growth = GeometricGrowth(curvature_growth)
+        own = None if curvature_growth is None else GeometricGrowth(curvature_growth)
+        self.curvature_growth = own
         self.cases, self.seed, self.num_replicas, self.rank = cases, seed, ranks, rank or 0
         self.first_batch_size, self.max_batch_size = batch_size, min(cap, cases)
         self._first_curvature = cases if curvature_batch_size is None else curvature
         self.shuffle, self.drop_last, self.by_step = bool(shuffle), bool(drop_last), by_step
-        self.measured = self.measured_before = batch_size  # so far; before this epoch
+        self.measured = self.measured_before = float(batch_size)  # so far; before this epoch
         self.counts_updates, self._asked_epoch, self._walk = False, 0, _Walk(self)
 
     @property
@@ -117,7 +119,10 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
     @property
     def curvature_batch_size(self) -> int:
         """This rank's cases of the curvature sample: ``head(batch, curvature_batch_size)``."""
-        grown = self.curvature_growth.scheduled(self._first_curvature, self._clock())
+        if self.curvature_growth is None:
+            grown = self._first_curvature / self.first_batch_size * self.batch_size
+        else:
+            grown = self.curvature_growth.scheduled(self._first_curvature, self._clock())
         return len(range(self.rank, round(min(grown, self.batch_size)), self.num_replicas))
 
     def set_epoch(self, epoch: int) -> None:
@@ -131,8 +136,8 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         """Take note of one step: a batch is consumed, and the growth rule reads the report."""
         if not isinstance(report, StepReport):
             raise TypeError(f"update takes optimizer.last_report after a step, not {report!r}")
-        wanted = min(self.growth.measured(report, self.measured), self.max_batch_size)
-        self.measured = max(self.measured, math.ceil(wanted))
+        wanted = float(min(self.growth.measured(report, self.measured), self.max_batch_size))
+        self.measured = max(self.measured, wanted)
         before = self._walk.consumed if self.counts_updates else 0
         self._walk.consumed, self.counts_updates = min(before + 1, len(self._walk.ends)), True
 
@@ -161,11 +166,12 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
             raise TypeError(f"state must be what state_dict() returned, but is {state!r}")
         for name, own in self._state(self._walk).items():
             got, kind = state.get(name), type(own)
-            if not isinstance(got, kind) or (got != own if name in _FIXED else got < kind()):
+            got = float(got) if kind is float and type(got) is int else got
+            if not isinstance(got, kind) or (got != own if name in _FIXED else not got >= kind()):
                 problem = f"state entry {name!r} is {got!r}, but this sampler has {own!r}"
                 raise ValueError(f"{problem}: make it with the arguments of the one saved")
         self._walk = _Walk(self, *(state[name] for name in _PLACE))
-        vars(self).update({name: state[name] for name in _MEASURED})
+        vars(self).update({name: type(getattr(self, name))(state[name]) for name in _MEASURED})
 
     def _state(self, walk: _Walk) -> dict[str, Any]:
         mine = {name: getattr(self, name) for name in (*_FIXED, *_MEASURED)}

@@ -21,6 +21,8 @@ from .task import Batches, RaceTask, Tensors
 
 Options = dict[str, Any]
 SAMPLING = {field.name for field in fields(Batches)}
+#: Samples that grow by a factor, as in the paper.
+GEOMETRIC = {"growth": 1.01}
 #: Samples that do not grow, and twice the size that growing ones begin with.
 FIXED = {"growth": 1.0, "curvature_growth": 1.0, "batch_size": 2_000, "curvature_fraction": 0.5}
 #: The method of arXiv 1309.1508 without its preconditioner, CG's start and end as published.
@@ -31,8 +33,8 @@ OURS: dict[str, Options] = {
     "hf": {},
     "hf-plain": {**PLAIN, **FIXED},
     "hf-pairs": {**PLAIN, **FIXED, "preconditioner": "lbfgs"},
-    "hf-growing": PLAIN,
-    "hf-both": {**PLAIN, "preconditioner": "lbfgs"},
+    "hf-growing": {**PLAIN, **GEOMETRIC},
+    "hf-both": {**PLAIN, **GEOMETRIC, "preconditioner": "lbfgs"},
     # the gradient over all cases, products on a fixed sample (Kingsbury et al. 2012)
     "hf-kingsbury": {**PLAIN, **FIXED, "whole_gradient": True},
 }
@@ -84,6 +86,8 @@ class HF:
             )
         report = self.optimizer.last_report
         assert report is not None
+        if self.sampler is not None:
+            self.sampler.update(report)  # a rule that reads it may make the batches grow
         for key in ("cg_iterations", "products", "evaluations"):
             self.work[key] += getattr(report, key)
         self.work["rejections"] += not report.accepted
@@ -127,7 +131,7 @@ def make_sampler(
         grow_every=batches.grow_every,
         max_batch_size=cases if whole_gradient else max(size, batches.max_batch_size or cases),
         curvature_batch_size=curvature,
-        curvature_growth=batches.curvature_growth or batches.growth,
+        curvature_growth=batches.curvature_growth,
         drop_last=True,  # a short batch at the end would make a noisy step
         seed=seed,
     )

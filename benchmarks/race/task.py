@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torch_hf import RatioGrowth
+from torch_hf.growth import Growth
+
 Tensors = tuple[Tensor, ...]
 Metrics = dict[str, float]
 
@@ -45,10 +48,10 @@ class Batches:
 
     Attributes:
         batch_size: Cases of the first gradient samples; peers have their own size.
-        growth: Factor from epoch to epoch (or from step to step, see ``grow_every``).
+        growth: Factor from epoch to epoch (or from step to step, see ``grow_every``), or a rule.
         grow_every: As in ``GrowingBatchSampler``.
         curvature_fraction: Part of the gradient sample that products are taken on.
-        curvature_growth: Factor of the curvature sample; ``growth`` if None.
+        curvature_growth: Factor of the curvature sample; it keeps its part if None.
         max_batch_size: Where the growth ends; at all cases if None.
         gradient_split: Cases of the gradient sample at once; the whole of it if None.
         split_size: Cases of the curvature sample at once; the whole of it, which keeps its graph
@@ -56,7 +59,7 @@ class Batches:
     """
 
     batch_size: int
-    growth: float = 1.2
+    growth: float | Growth = 1.2
     grow_every: str = "epoch"
     curvature_fraction: float = 1.0
     curvature_growth: float | None = None
@@ -66,12 +69,12 @@ class Batches:
 
 
 def growing(setting: Setting) -> Batches:
-    """How ours are fed on every task with minibatches: 1,000 cases, one per cent more each step.
+    """How ours are fed on every task with minibatches: 1,000 cases, then as the ratio asks.
 
     Products are taken on the first quarter.
     """
     size = 4_000 if setting.large else 1_000
-    return Batches(size, growth=1.01, grow_every="step", curvature_fraction=0.25)
+    return Batches(size, growth=RatioGrowth(), grow_every="step", curvature_fraction=0.25)
 
 
 @dataclass
