@@ -437,6 +437,37 @@ def test_curvature_batches_are_averaged_likewise(row):
     assert_same(matrix_of(other), matrix_of(first) * scale, 1e-12)
 
 
+class Scaled(nn.Module):
+    """Multiplies by a buffer that every run edits in place: a graph that saved it is spoilt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.scale.mul_(1.5)
+        return z * self.scale
+
+
+@pytest.mark.parametrize("curvature_batches", [None, BATCHES[:1], BATCHES[:2]])
+@pytest.mark.parametrize("batches", [[BATCH], BATCHES])
+def test_the_variance_does_not_spoil_the_curvatures_graph(batches, curvature_batches):
+    def stepped(asks) -> Tensor:
+        model = network(
+            lambda: nn.Sequential(nn.Linear(3, 6), Scaled(), nn.Tanh(), nn.Linear(6, 2))
+        )
+        optimizer = HFOptimizer(model.parameters())
+        optimizer._requests.gradient_variance = asks
+        for _ in range(2):
+            optimizer.step(
+                lambda batch: F.mse_loss(model(batch[0]), batch[1]), batches, curvature_batches
+            )
+            assert (optimizer.last_report.gradient_variance is not None) is asks
+        return flat(model.parameters())
+
+    assert torch.equal(stepped(True), stepped(False))
+
+
 def test_outputs_count_the_cases_of_a_loss_that_does_not_tell():
     model = network()
 

@@ -204,9 +204,9 @@ class HFOptimizer(FlatStateOptimizer):
             idle = math.isfinite(here.loss) and math.isfinite(here.gradient_norm)
             return Outcome(move, self.param_groups[0]["damping"], idle=idle)
         with clock.part("gradient"):
-            curvature = ObjectiveOperator(objective, self.curvature)
             asked = self._requests.gradient_variance
             variance = objective.gradient_variance(here) if asked else None
+            curvature = ObjectiveOperator(objective, self.curvature)
         damping = self.param_groups[0]["damping"]
         same_data = data_stay(self.param_groups[0], here.loss, here.cases, vector.dtype)
         if damping is None:
