@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch_hf import HFOptimizer
 from torch_hf.capture import Capture, Layer
 from torch_hf.curvature import ObjectiveOperator
+from torch_hf.distributed import Reducer
 from torch_hf.factors import measure
 from torch_hf.frozen import FrozenWorld
 from torch_hf.kronecker_base import KroneckerPreconditioner
@@ -17,7 +18,6 @@ from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.objective import Objective
 from torch_hf.patches import PATCHES, input_rows
 from torch_hf.preconditioner import LBFGSPreconditioner
-from torch_hf.reduce import Reducer
 from torch_hf.signs import case_signs
 from torch_hf.split import split_by_calls
 from torch_hf.vector import ParameterVector

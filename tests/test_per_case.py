@@ -9,11 +9,11 @@ from torch.nn import functional as F
 
 from torch_hf.capture import Capture
 from torch_hf.curvature import ObjectiveOperator
+from torch_hf.distributed import Reducer
 from torch_hf.frozen import FrozenWorld
 from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.objective import Objective
 from torch_hf.per_case import squared_gradients, trace_and_slopes
-from torch_hf.reduce import Reducer
 from torch_hf.split import split_by_calls
 from torch_hf.vector import ParameterVector
 

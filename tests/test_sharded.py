@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_hf import HFOptimizer, check_replicas
+from torch_hf.distributed import Reducer, Sharded
 from torch_hf.preconditioner import DiagonalPreconditioner
-from torch_hf.reduce import Reducer, Sharded
 
 TOLERANCE = 1e-10
 GGN = {"cg_max_iter": 4, "history_size": 4, "weight_decay": 1e-2}

@@ -84,6 +84,6 @@ def shard_state(value: Any, group: Any, preconditioner: Any) -> None:
         raise ValueError(
             f"The preconditioner {type(preconditioner).__name__} has no attribute `space`, but it "
             "is given this rank's entries of each vector alone. Give it one (space = "
-            "torch_hf.reduce.LOCAL; the optimizer sets it) and take dot products by "
+            "torch_hf.distributed.LOCAL; the optimizer sets it) and take dot products by "
             'self.space.dots(), or take "lbfgs", "diagonal" or "none".'
         )

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_hf.reduce import LOCAL, Space
+from torch_hf.distributed import LOCAL, Space
 from torch_hf.report import Stop
 
 #: True residuals every so many iterations (Shewchuk 1994, section B.2: about 50).

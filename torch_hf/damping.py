@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from torch_hf.reduce import LOCAL, Space
+from torch_hf.distributed import LOCAL, Space
 
 #: Lambda of the first step in units of the curvature along the gradient.
 INITIAL = 1.0

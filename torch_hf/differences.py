@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torch_hf.reduce import LOCAL, Space
+from torch_hf.distributed import LOCAL, Space
 from torch_hf.split import Split
 from torch_hf.vector import ParameterVector
 

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.autograd import grad
 
 from torch_hf.capture import Layer
+from torch_hf.distributed import Reducer
 from torch_hf.heads import Head
 from torch_hf.patches import input_rows, output_rows
 from torch_hf.per_case import over_cases, uses_below
-from torch_hf.reduce import Reducer
 from torch_hf.signs import case_signs
 
 #: A side wider than this has its factor's diagonal alone: its inverse would cost the cube.

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from torch_hf import _checks, _step_checks
 from torch_hf.diagnostics import explain
+from torch_hf.distributed import PeerError, Reducer, Sharded, Space, parameter_vector, space_of
 from torch_hf.frozen import FrozenWorld
 from torch_hf.objective import Objective
 from torch_hf.preconditioner import Preconditioner
-from torch_hf.reduce import PeerError, Reducer, Sharded, Space, parameter_vector, space_of
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import check_state, pack, unpack, whole_state
 from torch_hf.vector import ParameterVector

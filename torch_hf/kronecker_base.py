@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from torch_hf.distributed import LOCAL, Space
 from torch_hf.factors import Block
-from torch_hf.reduce import LOCAL, Space
 from torch_hf.vector import ParameterVector
 
 if TYPE_CHECKING:

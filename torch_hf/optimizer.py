@@ -18,6 +18,7 @@ from torch_hf.cg import CGResult, conjugate_gradients
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.damping import initial_damping
+from torch_hf.distributed import Space, check_group
 from torch_hf.flat_state import FlatStateOptimizer
 from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.line_search import Move, doubtful, repeats, scaled, search
@@ -29,7 +30,6 @@ from torch_hf.preconditioner import (
     make_preconditioner,
     worth_observing,
 )
-from torch_hf.reduce import Space, check_group
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import pack
 from torch_hf.values import Value

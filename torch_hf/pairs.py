@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_hf.reduce import LOCAL, Space
+from torch_hf.distributed import LOCAL, Space
 
 Operator = Callable[[Tensor], Tensor]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torch_hf.reduce import Reducer, Space
+from torch_hf.distributed import Reducer, Space
 from torch_hf.vector import ParameterVector
 
 

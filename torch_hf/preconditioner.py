@@ -12,10 +12,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from torch_hf.distributed import LOCAL, Space
 from torch_hf.factors import Block
 from torch_hf.kronecker_base import LONG, KroneckerPreconditioner
 from torch_hf.pairs import CompactInverse, PairSelection
-from torch_hf.reduce import LOCAL, Space
 from torch_hf.vector import ParameterVector
 
 

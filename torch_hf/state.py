@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from torch_hf import _checks
+from torch_hf.distributed import LOCAL, Sharded, Space
 from torch_hf.preconditioner import Preconditioner
-from torch_hf.reduce import LOCAL, Sharded, Space
 from torch_hf.vector import ParameterVector
 
 _PREFIX = "preconditioner."

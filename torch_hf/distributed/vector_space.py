@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from torch_hf.reduce.reducer import Reducer
+from torch_hf.distributed.reducer import Reducer
 from torch_hf.vector import ParameterVector
 
 Pair = tuple[Tensor, Tensor]

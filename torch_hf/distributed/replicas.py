@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from torch_hf.reduce.fully_sharded import is_fully_sharded
+from torch_hf.distributed.fully_sharded import is_fully_sharded
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Entries at a time, so that a check needs little memory.
