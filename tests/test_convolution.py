@@ -12,8 +12,8 @@ from torch.autograd.gradcheck import gradgradcheck
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from torch_hf.capture import Capture
-from torch_hf.convolution import convolve, has_rule, tangents_only
+from torch_hf.capture.capture import Capture
+from torch_hf.capture.convolution import convolve, has_rule, tangents_only
 from torch_hf.curvature import GaussNewtonOperator, HessianOperator
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
-from torch_hf.capture import Capture, Layer
+from torch_hf.capture.capture import Capture, Layer
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.distributed import Reducer
 from torch_hf.factors import measure

@@ -141,9 +141,9 @@ FLOORS = [
     *((name, set()) for name in sorted(CHECKS)),
     ("torch_hf.report", GROUND),
     ("torch_hf.vector", GROUND),
-    ("torch_hf.names", set()),
-    ("torch_hf.terms", {"torch_hf.names"}),
-    ("torch_hf.heads", {"torch_hf.names", "torch_hf.terms"}),
+    ("torch_hf.capture.op_names", set()),
+    ("torch_hf.terms", {"torch_hf.capture.op_names"}),
+    ("torch_hf.heads", {"torch_hf.capture.op_names", "torch_hf.terms"}),
     *((name, LOW) for name in sorted(REDUCE)),
     ("torch_hf.damping", LOW),
     ("torch_hf.cg", LOW),  # knows no network

@@ -7,7 +7,7 @@ from cases import case_named
 from torch import nn
 from torch.nn import functional as F
 
-from torch_hf.capture import Capture
+from torch_hf.capture.capture import Capture
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.distributed import Reducer
 from torch_hf.frozen import FrozenWorld

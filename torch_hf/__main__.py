@@ -182,7 +182,10 @@ def _raised_here(error: BaseException) -> bool:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         name = str(frame.f_globals.get("__name__"))
     # these two run the closure's own operations
-    return name.startswith("torch_hf.") and name not in ("torch_hf.capture", "torch_hf.convolution")
+    return name.startswith("torch_hf.") and name not in (
+        "torch_hf.capture.capture",
+        "torch_hf.capture.convolution",
+    )
 
 
 # --- plot -----------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
-from torch_hf.capture import Call, Record
+from torch_hf.capture.capture import Call, Record
+from torch_hf.capture.op_names import LOSSES
 from torch_hf.heads import (
     DiagonalHead,
     ElementwiseHead,
@@ -20,7 +21,6 @@ from torch_hf.heads import (
     SoftmaxHead,
     entropy_weights,
 )
-from torch_hf.names import LOSSES
 
 
 def make_head(call: Call, weight: Tensor, record: Record) -> Head | None:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_hf.capture import Call, Record
-from torch_hf.names import LOSSES
+from torch_hf.capture.capture import Call, Record
+from torch_hf.capture.op_names import LOSSES
 from torch_hf.terms import linear_terms
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_hf import _messages, _step_checks
-from torch_hf.capture import Capture, Record
+from torch_hf.capture.capture import Capture, Record
 from torch_hf.cases import Cases, count_cases
 from torch_hf.frozen import FrozenWorld
 from torch_hf.values import Graph

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torch_hf import _messages
-from torch_hf.capture import Record
+from torch_hf.capture.capture import Record
 from torch_hf.cases import Cases
 from torch_hf.differences import CentralDifference, DifferenceGaussNewton
 from torch_hf.distributed import LOCAL, Reducer

@@ -18,11 +18,11 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from torch_hf import _checks, _messages
+from torch_hf.capture.op_names import kind
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.distributed import Reducer
 from torch_hf.frozen import FrozenWorld
 from torch_hf.line_search import same_loss
-from torch_hf.names import kind
 from torch_hf.objective import Objective
 from torch_hf.owners import attributed
 from torch_hf.terms import under

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from torch_hf.capture import Layer
+from torch_hf.capture.capture import Layer
 from torch_hf.distributed import Reducer
 from torch_hf.heads import Head
 from torch_hf.patches import input_rows, output_rows

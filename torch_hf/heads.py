@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from torch_hf.names import kind
+from torch_hf.capture.op_names import kind
 from torch_hf.terms import edge_of
 
 #: Second derivatives that are zero although autograd has an edge for them, and which edge.
@@ -113,7 +113,7 @@ class ElementwiseHead(_Piece):
     """As :class:`DiagonalHead`, its weight by double backward, like ``huber_loss``.
 
     With two arguments it is a function of their difference, as the losses of
-    :data:`~torch_hf.names.LOSSES` with two are; the second must not depend on the first.
+    :data:`~torch_hf.capture.op_names.LOSSES` with two are; the second must not depend on the first.
     """
 
     def __init__(self, *args: Any) -> None:

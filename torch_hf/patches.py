@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from torch_hf.capture import Layer
+from torch_hf.capture.capture import Layer
 
 #: Of a convolution's inputs so many patches of each case are looked at, evenly spread.
 PATCHES = 16

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from torch_hf.capture import Layer
+from torch_hf.capture.capture import Layer
 from torch_hf.heads import Head, random_signs
 
 #: Martens 2010, section 4.7.

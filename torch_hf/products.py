@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torch_hf.convolution import tangents_only
+from torch_hf.capture.convolution import tangents_only
+from torch_hf.capture.op_names import kind
 from torch_hf.heads import Head, filled
-from torch_hf.names import kind
 from torch_hf.split import Split
 from torch_hf.terms import under
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from torch_hf.call_heads import make_head
-from torch_hf.capture import Record
+from torch_hf.capture.capture import Record
+from torch_hf.capture.op_names import LOSSES, kind
 from torch_hf.heads import GraphHead, Head
-from torch_hf.names import LOSSES, kind
 from torch_hf.terms import Term, edge_of, linear_terms, under
 
 EXPLICIT_FORM = """return the network's outputs beside the loss:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from torch_hf.names import SHAPING, kind
+from torch_hf.capture.op_names import SHAPING, kind
 
 AVERAGING = {"Mean", "Div"}
 PRODUCTS = {"Mul", "Dot", "Mv", "Mm", "Bmm"}

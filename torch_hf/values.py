@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from torch_hf.capture import Record
+from torch_hf.capture.capture import Record
 from torch_hf.cases import Cases, agreed_terms
 
 

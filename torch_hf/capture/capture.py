@@ -24,8 +24,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from torch_hf import _messages
-from torch_hf.convolution import convolve, geometry, has_rule
-from torch_hf.names import ALIASES, CONVOLUTIONS, LOSSES, RECURRENT, SHAPING, WATCHED, kind
+from torch_hf.capture.convolution import convolve, geometry, has_rule
+from torch_hf.capture.op_names import (
+    ALIASES,
+    CONVOLUTIONS,
+    LOSSES,
+    RECURRENT,
+    SHAPING,
+    WATCHED,
+    kind,
+)
 
 
 class Call(NamedTuple):
@@ -80,7 +88,7 @@ class Capture(TorchFunctionMode):
         parameters: The optimizer's parameters; ``backward()`` towards them is held back.
         layers: Whether to keep the inputs and outputs of linear layers.
         calls: Whether calls are kept (a trial point needs the loss alone).
-        fast_convolutions: Whether convolutions take the rule of :mod:`torch_hf.convolution`.
+        fast_convolutions: Whether convolutions take the rule of :mod:`torch_hf.capture.convolution`.
     """
 
     def __init__(

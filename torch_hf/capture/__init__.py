@@ -1,0 +1,1 @@
+"""Watching a closure run: which operations and loss functions it calls, ``backward()`` held back."""
