@@ -142,8 +142,8 @@ FLOORS = [
     ("torch_hf.report", GROUND),
     ("torch_hf.vector", GROUND),
     ("torch_hf.capture.op_names", set()),
-    ("torch_hf.terms", {"torch_hf.capture.op_names"}),
-    ("torch_hf.heads", {"torch_hf.capture.op_names", "torch_hf.terms"}),
+    ("torch_hf.loss.linear_terms", {"torch_hf.capture.op_names"}),
+    ("torch_hf.loss.loss_hessians", {"torch_hf.capture.op_names", "torch_hf.loss.linear_terms"}),
     *((name, LOW) for name in sorted(REDUCE)),
     ("torch_hf.damping", LOW),
     ("torch_hf.cg", LOW),  # knows no network

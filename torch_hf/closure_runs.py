@@ -11,8 +11,8 @@ from torch import Tensor
 
 from torch_hf import _messages, _step_checks
 from torch_hf.capture.capture import Capture, Record
-from torch_hf.cases import Cases, count_cases
 from torch_hf.frozen import FrozenWorld
+from torch_hf.loss.case_counts import Cases, count_cases
 from torch_hf.values import Graph
 from torch_hf.vector import ParameterVector
 

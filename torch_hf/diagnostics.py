@@ -23,9 +23,9 @@ from torch_hf.curvature import ObjectiveOperator
 from torch_hf.distributed import Reducer
 from torch_hf.frozen import FrozenWorld
 from torch_hf.line_search import same_loss
+from torch_hf.loss.linear_terms import under
 from torch_hf.objective import Objective
 from torch_hf.owners import attributed
-from torch_hf.terms import under
 from torch_hf.vector import ParameterVector
 
 #: What to write instead, by the beginning of autograd's name.

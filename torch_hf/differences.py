@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from torch_hf.distributed import LOCAL, Space
-from torch_hf.split import Split
+from torch_hf.loss.ggn_split import Split
 from torch_hf.vector import ParameterVector
 
 #: Values for the parameters to what is differentiated, by tensor.

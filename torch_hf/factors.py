@@ -22,7 +22,7 @@ from torch.autograd import grad
 
 from torch_hf.capture.capture import Layer
 from torch_hf.distributed import Reducer
-from torch_hf.heads import Head
+from torch_hf.loss.loss_hessians import Head
 from torch_hf.patches import input_rows, output_rows
 from torch_hf.per_case import over_cases, uses_below
 from torch_hf.signs import case_signs

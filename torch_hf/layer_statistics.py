@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_hf import _messages
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.factors import Block, averaged, measure
-from torch_hf.heads import Head
+from torch_hf.loss.loss_hessians import Head
 from torch_hf.per_case import EXPONENT, squared_gradients, trace_and_slopes
 from torch_hf.values import Graph
 

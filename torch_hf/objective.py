@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from torch_hf import _messages, _step_checks
-from torch_hf.cases import Cases, shares_of
 from torch_hf.closure_runs import NO_BATCH, ClosureRuns
 from torch_hf.distributed import Reducer, Space, space_of, unreduced
 from torch_hf.frozen import FrozenWorld
+from torch_hf.loss.case_counts import Cases, shares_of
+from torch_hf.loss.ggn_split import Split, split_by_calls, split_by_outputs
 from torch_hf.penalty import WeightDecay
 from torch_hf.per_case import variance_over_cases
-from torch_hf.split import Split, split_by_calls, split_by_outputs
 from torch_hf.values import Found, Graph, Value
 from torch_hf.vector import ParameterVector
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from torch_hf.capture.capture import Layer
-from torch_hf.heads import Head, random_signs
+from torch_hf.loss.loss_hessians import Head, random_signs
 
 #: Martens 2010, section 4.7.
 EXPONENT = 0.75

@@ -16,9 +16,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_hf.capture.convolution import tangents_only
 from torch_hf.capture.op_names import kind
-from torch_hf.heads import Head, filled
-from torch_hf.split import Split
-from torch_hf.terms import under
+from torch_hf.loss.ggn_split import Split
+from torch_hf.loss.linear_terms import under
+from torch_hf.loss.loss_hessians import Head, filled
 
 #: Tangents by parameter to a product by parameter; None counts as zeros.
 LocalProduct = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]

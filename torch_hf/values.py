@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from torch_hf.capture.capture import Record
-from torch_hf.cases import Cases, agreed_terms
+from torch_hf.loss.case_counts import Cases, agreed_terms
 
 
 class Graph(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from torch_hf.capture.op_names import kind
-from torch_hf.terms import edge_of
+from torch_hf.loss.linear_terms import edge_of
 
 #: Second derivatives that are zero although autograd has an edge for them, and which edge.
 FLAT = {

@@ -11,7 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from torch_hf.capture.capture import Call, Record
 from torch_hf.capture.op_names import LOSSES
-from torch_hf.heads import (
+from torch_hf.loss.loss_hessians import (
     DiagonalHead,
     ElementwiseHead,
     GraphHead,

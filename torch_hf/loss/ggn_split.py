@@ -15,11 +15,11 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_hf.call_heads import make_head
 from torch_hf.capture.capture import Record
 from torch_hf.capture.op_names import LOSSES, kind
-from torch_hf.heads import GraphHead, Head
-from torch_hf.terms import Term, edge_of, linear_terms, under
+from torch_hf.loss.linear_terms import Term, edge_of, linear_terms, under
+from torch_hf.loss.loss_hessians import GraphHead, Head
+from torch_hf.loss.recognise import make_head
 
 EXPLICIT_FORM = """return the network's outputs beside the loss:
 

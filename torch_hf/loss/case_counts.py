@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_hf.capture.capture import Call, Record
 from torch_hf.capture.op_names import LOSSES
-from torch_hf.terms import linear_terms
+from torch_hf.loss.linear_terms import linear_terms
 
 
 class Cases(NamedTuple):
