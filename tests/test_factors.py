@@ -11,15 +11,15 @@ from torch_hf import HFOptimizer
 from torch_hf.capture.capture import Capture, Layer
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.distributed import Reducer
-from torch_hf.factors import measure
 from torch_hf.frozen import FrozenWorld
 from torch_hf.kronecker_base import KroneckerPreconditioner
 from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.loss.ggn_split import split_by_calls
 from torch_hf.objective import Objective
-from torch_hf.patches import PATCHES, input_rows
 from torch_hf.preconditioner import LBFGSPreconditioner
-from torch_hf.signs import case_signs
+from torch_hf.statistics.case_signs import case_signs
+from torch_hf.statistics.kronecker_factors import measure
+from torch_hf.statistics.layer_rows import PATCHES, input_rows
 from torch_hf.vector import ParameterVector
 
 pytestmark = pytest.mark.usefixtures("seeded")

@@ -148,9 +148,9 @@ FLOORS = [
     ("torch_hf.damping", LOW),
     ("torch_hf.cg", LOW),  # knows no network
     ("torch_hf.pairs", LOW),
-    ("torch_hf.signs", set()),
-    ("torch_hf.patches", RECORDED),
-    ("torch_hf.factors", FACTORS),
+    ("torch_hf.statistics.case_signs", set()),
+    ("torch_hf.statistics.layer_rows", RECORDED),
+    ("torch_hf.statistics.kronecker_factors", FACTORS),
     ("torch_hf.kronecker_base", FACTORS),
     ("torch_hf.growth", GROUND),
     ("torch_hf.sampler", GROUND | {"torch_hf.growth"}),

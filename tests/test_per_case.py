@@ -14,7 +14,7 @@ from torch_hf.frozen import FrozenWorld
 from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.loss.ggn_split import split_by_calls
 from torch_hf.objective import Objective
-from torch_hf.per_case import squared_gradients, trace_and_slopes
+from torch_hf.statistics.gradient_moments import squared_gradients, trace_and_slopes
 from torch_hf.vector import ParameterVector
 
 pytestmark = pytest.mark.usefixtures("seeded")

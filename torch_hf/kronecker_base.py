@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torch_hf.distributed import LOCAL, Space
-from torch_hf.factors import Block
+from torch_hf.statistics.kronecker_factors import Block
 from torch_hf.vector import ParameterVector
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from torch_hf import _messages
 from torch_hf.curvature import ObjectiveOperator
-from torch_hf.factors import Block, averaged, measure
 from torch_hf.loss.loss_hessians import Head
-from torch_hf.per_case import EXPONENT, squared_gradients, trace_and_slopes
+from torch_hf.statistics.gradient_moments import EXPONENT, squared_gradients, trace_and_slopes
+from torch_hf.statistics.kronecker_factors import Block, averaged, measure
 from torch_hf.values import Graph
 
 
@@ -67,7 +67,7 @@ class LayerStatistics:
         """Kronecker factors of the layers on the curvature batches; none if no layer was seen.
 
         Args:
-            salt: Another one draws other signs; see :mod:`torch_hf.signs`.
+            salt: Another one draws other signs; see :mod:`torch_hf.statistics.case_signs`.
         """
         objective = self._objective
         if objective.vector.sums:  # of fully sharded layers no rank sees the whole

@@ -17,7 +17,7 @@ from torch_hf.frozen import FrozenWorld
 from torch_hf.loss.case_counts import Cases, shares_of
 from torch_hf.loss.ggn_split import Split, split_by_calls, split_by_outputs
 from torch_hf.penalty import WeightDecay
-from torch_hf.per_case import variance_over_cases
+from torch_hf.statistics.gradient_moments import variance_over_cases
 from torch_hf.values import Found, Graph, Value
 from torch_hf.vector import ParameterVector
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from torch_hf.distributed import LOCAL, Space
-from torch_hf.factors import Block
 from torch_hf.kronecker_base import LONG, KroneckerPreconditioner
 from torch_hf.pairs import CompactInverse, PairSelection
+from torch_hf.statistics.kronecker_factors import Block
 from torch_hf.vector import ParameterVector
 
 
@@ -103,7 +103,7 @@ class DiagonalPreconditioner(NoPreconditioner):
     """Division by ``(mean g^2 + lambda)^0.75`` (Martens 2010, section 4.7).
 
     The mean square is scaled to curvature, so that multiplying the loss by a constant changes
-    nothing (see :mod:`torch_hf.per_case`).
+    nothing (see :mod:`torch_hf.statistics.gradient_moments`).
     """
 
     wants_layers = True

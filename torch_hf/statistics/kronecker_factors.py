@@ -7,7 +7,7 @@ approximate curvature"; Grosse & Martens 2016 for convolutions, whose rows are p
 weight, as in a recurrent network, share a block). At the outputs delta starts from a root of the
 loss's Hessian times signs, so that its square has the curvature for its mean; the loss's own
 gradients in its place did far worse (``docs/design.md``). Each case draws its signs from its own
-data (:mod:`torch_hf.signs`), so that order and grouping of the cases do not matter.
+data (:mod:`torch_hf.statistics.case_signs`), so that order and grouping of the cases do not matter.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch.autograd import grad
 from torch_hf.capture.capture import Layer
 from torch_hf.distributed import Reducer
 from torch_hf.loss.loss_hessians import Head
-from torch_hf.patches import input_rows, output_rows
-from torch_hf.per_case import over_cases, uses_below
-from torch_hf.signs import case_signs
+from torch_hf.statistics.case_signs import case_signs
+from torch_hf.statistics.gradient_moments import over_cases, uses_below
+from torch_hf.statistics.layer_rows import input_rows, output_rows
 
 #: A side wider than this has its factor's diagonal alone: its inverse would cost the cube.
 WIDEST = 4096

@@ -1,0 +1,1 @@
+"""Sums over cases: gradient moments and Kronecker factors of layers."""
