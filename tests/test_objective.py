@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from torch_hf import HFOptimizer, split_batch
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.distributed import Reducer
-from torch_hf.frozen import FrozenWorld
-from torch_hf.objective import Objective
+from torch_hf.objective.objective import Objective
+from torch_hf.objective.replay import FrozenWorld
 from torch_hf.vector import ParameterVector
 
 CPU = torch.device("cpu")

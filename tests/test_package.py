@@ -129,7 +129,7 @@ def test_imports_have_no_cycle():
 
 
 #: Who may be reached from whom; anything else is a new story for docs/architecture.md.
-CHECKS = {f"torch_hf.{name}" for name in ("_checks", "_step_checks", "_messages", "_foreign")}
+CHECKS = {f"torch_hf.{name}" for name in ("_checks", "checks", "_messages", "_foreign")}
 GROUND = CHECKS | {f"torch_hf.{name}" for name in ("report", "clock", "_version")}
 REDUCE = {name for name in NAMES if f"{name}.".startswith("torch_hf.distributed.")}
 LOW = GROUND | REDUCE | {"torch_hf.vector"}

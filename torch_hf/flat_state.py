@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torch_hf import _checks, _step_checks
+from torch_hf import _checks
 from torch_hf.diagnostics import explain
 from torch_hf.distributed import PeerError, Reducer, Sharded, Space, parameter_vector, space_of
-from torch_hf.frozen import FrozenWorld
-from torch_hf.objective import Objective
+from torch_hf.objective import checks
+from torch_hf.objective.objective import Objective
+from torch_hf.objective.replay import FrozenWorld
 from torch_hf.preconditioner import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import check_state, pack, unpack, whole_state
@@ -91,8 +92,8 @@ class FlatStateOptimizer(Optimizer):
     def _objective(
         self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
     ) -> Objective:
-        _step_checks.closure(closure)
-        _step_checks.accumulates(batches)
+        checks.closure(closure)
+        checks.accumulates(batches)
         for group in self.param_groups:
             _checks.options(group)
         reducer, space = self._space(vector)
@@ -130,7 +131,7 @@ class FlatStateOptimizer(Optimizer):
     def _initialise(self) -> None:
         """``step()`` without a closure: what distributed checkpointing does to make state."""
         params = self._trainable()
-        _step_checks.no_closure(params, [g["lr"] for g in self.param_groups])
+        checks.no_closure(params, [g["lr"] for g in self.param_groups])
         vector = self._vector()
         pack(self.state, vector, self._start, self.preconditioner, self._space(vector)[1])
 

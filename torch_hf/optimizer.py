@@ -13,7 +13,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from torch_hf import _checks, _foreign, _messages, _step_checks
+from torch_hf import _checks, _foreign, _messages
 from torch_hf.cg import CGResult, conjugate_gradients
 from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
@@ -23,7 +23,9 @@ from torch_hf.flat_state import FlatStateOptimizer
 from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.line_search import Move, doubtful, repeats, scaled, search
 from torch_hf.new_data import data_stay, most_iterations, start_factor
-from torch_hf.objective import Objective
+from torch_hf.objective import checks
+from torch_hf.objective.objective import Objective
+from torch_hf.objective.results import Value
 from torch_hf.outcome import Outcome
 from torch_hf.preconditioner import (
     Preconditioner,
@@ -32,7 +34,6 @@ from torch_hf.preconditioner import (
 )
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import pack
-from torch_hf.values import Value
 from torch_hf.vector import ParameterVector
 
 #: After so many rejections in a row a warning says what to look at.
@@ -182,7 +183,7 @@ class HFOptimizer(FlatStateOptimizer):
         attempt = self._attempt(closure, batches, curvature_batches, vector)
         with attempt as objective, objective.world.arithmetic():
             with clock.part("gradient"):
-                here = objective.value(lambda: _step_checks.accumulated(before, self._left))
+                here = objective.value(lambda: checks.accumulated(before, self._left))
             outcome = self._decide(objective, here, clock)
         self._commit(vector, objective.space, here, outcome)
         objective.world.settle(counts=math.isfinite(here.loss))

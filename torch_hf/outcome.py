@@ -10,9 +10,9 @@ from torch_hf.clock import Clock
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.damping import EASY_ITERATIONS, ON_NEW_DATA, ON_SAME_DATA, next_damping
 from torch_hf.line_search import Move
-from torch_hf.objective import Objective
+from torch_hf.objective.objective import Objective
+from torch_hf.objective.results import Value
 from torch_hf.report import Requests, StepReport, Stop
-from torch_hf.values import Value
 
 
 class Outcome(NamedTuple):

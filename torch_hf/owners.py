@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
-from torch_hf.frozen import untraced
+from torch_hf.objective.replay import untraced
 
 
 class Owners:

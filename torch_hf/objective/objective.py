@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_hf import _messages, _step_checks
-from torch_hf.closure_runs import NO_BATCH, ClosureRuns
+from torch_hf import _messages
 from torch_hf.distributed import Reducer, Space, space_of, unreduced
-from torch_hf.frozen import FrozenWorld
 from torch_hf.loss.case_counts import Cases, shares_of
 from torch_hf.loss.ggn_split import Split, split_by_calls, split_by_outputs
-from torch_hf.penalty import WeightDecay
+from torch_hf.objective import checks
+from torch_hf.objective.closure_runs import NO_BATCH, ClosureRuns
+from torch_hf.objective.replay import FrozenWorld
+from torch_hf.objective.results import Found, Graph, Value
+from torch_hf.objective.weight_decay import WeightDecay
 from torch_hf.statistics.gradient_moments import variance_over_cases
-from torch_hf.values import Found, Graph, Value
 from torch_hf.vector import ParameterVector
 
 
@@ -62,7 +63,7 @@ class Objective:
                 "curvature_batches was given without batches. Pass both, and a closure that "
                 "takes one batch: step(closure, batches=[batch], curvature_batches=[part])."
             )
-        _step_checks.takes_batch(closure, batches is not None)
+        checks.takes_batch(closure, batches is not None)
         self.reducer = reducer
         self.space = space or space_of(reducer, vector)
         self.batches = self._listed("batches", batches) or [NO_BATCH]
@@ -89,7 +90,7 @@ class Objective:
     def _listed(self, name: str, batches: Iterable[Any] | None) -> list[Any]:
         if batches is None:
             return []
-        return self.reducer.attempt(lambda: _step_checks.listed(name, batches)) or []
+        return self.reducer.attempt(lambda: checks.listed(name, batches)) or []
 
     # --- the first run: loss and gradient ---
 
@@ -114,7 +115,7 @@ class Objective:
             divisor = 1.0
         elif divisor <= 0:
             raise ValueError("The batches hold no case at all. Leave out empty batches.")
-        _step_checks.same_terms([row[3] for row in table if row[2]])
+        checks.same_terms([row[3] for row in table if row[2]])
         self.shares, self.divisor = found.shares, divisor
         self.weights = [s / divisor for s in found.shares]
         if divisor != 1.0:
@@ -160,7 +161,7 @@ class Objective:
         keep = len(self.batches) == 1 and not self.own_curvature_batches
         inside, share = (share, 1.0) if self.vector.sums else (1.0, share)
         found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, inside)], keep)
-        _step_checks.gradients(found)
+        checks.gradients(found)
         self.kept = graph if keep else None
         for i, g in enumerate(found):
             if g is not None:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_hf import _messages, _step_checks
+from torch_hf import _messages
 from torch_hf.capture.capture import Capture, Record
-from torch_hf.frozen import FrozenWorld
 from torch_hf.loss.case_counts import Cases, count_cases
-from torch_hf.values import Graph
+from torch_hf.objective import checks
+from torch_hf.objective.replay import FrozenWorld
+from torch_hf.objective.results import Graph
 from torch_hf.vector import ParameterVector
 
 #: Stands for the batch of a closure that takes none.
@@ -71,7 +72,7 @@ class ClosureRuns:
         record = self._call(capture, batch)
         self.accumulates |= bool(record.held) and not record.clears
         loss = self._objective(record)
-        returned, outputs, cases = _step_checks.returned(record.returned)
+        returned, outputs, cases = checks.returned(record.returned)
         if not loss.requires_grad:
             raise RuntimeError(
                 "The closure's loss is a constant: it is not connected to any parameter. Compute "
@@ -119,8 +120,8 @@ class ClosureRuns:
                 p.grad = g
 
     def _objective(self, record: Record) -> Tensor:
-        loss, _, _ = _step_checks.returned(record.returned)
-        terms = [_step_checks.scalar(term) for term in record.held or [loss]]
+        loss, _, _ = checks.returned(record.returned)
+        terms = [checks.scalar(term) for term in record.held or [loss]]
         total = terms[0]
         for term in terms[1:]:
             total = total + term

@@ -1,0 +1,1 @@
+"""A closure as a function of the parameters: loss, gradient, graph, safe values at trial points."""
