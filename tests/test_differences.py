@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from torch_hf import HFOptimizer
 from torch_hf.curvature import GaussNewtonOperator
-from torch_hf.differences import CentralDifference
+from torch_hf.curvature.finite_differences import CentralDifference
 from torch_hf.vector import ParameterVector
 
 

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch_hf import HFOptimizer
 from torch_hf.capture.capture import Capture, Layer
 from torch_hf.curvature import ObjectiveOperator
+from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.distributed import Reducer
 from torch_hf.kronecker_base import KroneckerPreconditioner
-from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.loss.ggn_split import split_by_calls
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import FrozenWorld

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from torch_hf import _checks, _messages
 from torch_hf.capture.op_names import kind
-from torch_hf.curvature import ObjectiveOperator
+from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.distributed import Reducer
 from torch_hf.line_search import same_loss
 from torch_hf.loss.linear_terms import under

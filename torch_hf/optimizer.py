@@ -16,11 +16,11 @@ from torch import Tensor
 from torch_hf import _checks, _foreign, _messages
 from torch_hf.cg import CGResult, conjugate_gradients
 from torch_hf.clock import Clock
-from torch_hf.curvature import ObjectiveOperator
+from torch_hf.curvature.layer_statistics import LayerStatistics
+from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.damping import initial_damping
 from torch_hf.distributed import Space, check_group
 from torch_hf.flat_state import FlatStateOptimizer
-from torch_hf.layer_statistics import LayerStatistics
 from torch_hf.line_search import Move, doubtful, repeats, scaled, search
 from torch_hf.new_data import data_stay, most_iterations, start_factor
 from torch_hf.objective import checks

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch_hf.cg import CGResult
 from torch_hf.clock import Clock
-from torch_hf.curvature import ObjectiveOperator
+from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.damping import EASY_ITERATIONS, ON_NEW_DATA, ON_SAME_DATA, next_damping
 from torch_hf.line_search import Move
 from torch_hf.objective.objective import Objective

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from torch_hf import _messages
 from torch_hf.capture.capture import Record
-from torch_hf.differences import CentralDifference, DifferenceGaussNewton
+from torch_hf.curvature.finite_differences import CentralDifference, DifferenceGaussNewton
+from torch_hf.curvature.products import BatchGaussNewton, BatchHessian, LocalProduct
 from torch_hf.distributed import LOCAL, Reducer
 from torch_hf.loss.case_counts import Cases
 from torch_hf.loss.ggn_split import Split, split_by_outputs
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import FrozenWorld
 from torch_hf.objective.results import Graph
-from torch_hf.products import BatchGaussNewton, BatchHessian, LocalProduct
 from torch_hf.vector import ParameterVector
 
 DOUBLE_BACKWARD, TANGENT_RULES = "double_backward", "tangent_rules"

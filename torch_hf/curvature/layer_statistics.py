@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_hf import _messages
-from torch_hf.curvature import ObjectiveOperator
+from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.loss.loss_hessians import Head
 from torch_hf.objective.results import Graph
 from torch_hf.statistics.gradient_moments import EXPONENT, squared_gradients, trace_and_slopes
