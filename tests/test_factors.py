@@ -12,11 +12,11 @@ from torch_hf.capture.capture import Capture, Layer
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.distributed import Reducer
-from torch_hf.kronecker_base import KroneckerPreconditioner
 from torch_hf.loss.ggn_split import split_by_calls
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import FrozenWorld
 from torch_hf.preconditioner import LBFGSPreconditioner
+from torch_hf.preconditioner.kfac import KroneckerPreconditioner
 from torch_hf.statistics.case_signs import case_signs
 from torch_hf.statistics.kronecker_factors import measure
 from torch_hf.statistics.layer_rows import PATCHES, input_rows

@@ -147,11 +147,11 @@ FLOORS = [
     *((name, LOW) for name in sorted(REDUCE)),
     ("torch_hf.damping", LOW),
     ("torch_hf.cg", LOW),  # knows no network
-    ("torch_hf.pairs", LOW),
+    ("torch_hf.preconditioner.lbfgs_pairs", LOW),
     ("torch_hf.statistics.case_signs", set()),
     ("torch_hf.statistics.layer_rows", RECORDED),
     ("torch_hf.statistics.kronecker_factors", FACTORS),
-    ("torch_hf.kronecker_base", FACTORS),
+    ("torch_hf.preconditioner.kfac", FACTORS),
     ("torch_hf.growth", GROUND),
     ("torch_hf.sampler", GROUND | {"torch_hf.growth"}),
     ("torch_hf.batches", LOW),

@@ -27,11 +27,8 @@ from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Value
 from torch_hf.outcome import Outcome
-from torch_hf.preconditioner import (
-    Preconditioner,
-    make_preconditioner,
-    worth_observing,
-)
+from torch_hf.preconditioner.choose import make_preconditioner, worth_observing
+from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.state import pack
 from torch_hf.vector import ParameterVector
@@ -59,7 +56,7 @@ class HFOptimizer(FlatStateOptimizer):
         preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"kronecker"`` (factors of
             the layers' blocks, Martens & Grosse 2015), ``"kronecker-lbfgs"`` (the pairs of long
             runs on these), ``"diagonal"`` (Martens 2010, section 4.7), ``"none"``, or an object
-            with the methods of :class:`torch_hf.preconditioner.Preconditioner`.
+            with the methods of :class:`torch_hf.preconditioner.lbfgs.Preconditioner`.
         history_size: M, how many pairs are kept, an even number.
         cg_max_iter: The most CG iterations. None is 250 (Martens & Sutskever 2012) where the loss
             begins where the last step left it, on as many cases (so the data are the same), few

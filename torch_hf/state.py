@@ -14,7 +14,7 @@ from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.distributed import LOCAL, Sharded, Space
-from torch_hf.preconditioner import Preconditioner
+from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.vector import ParameterVector
 
 _PREFIX = "preconditioner."

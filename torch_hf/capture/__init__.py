@@ -1,1 +1,1 @@
-"""Watching a closure run: which operations and loss functions it calls, ``backward()`` held back."""
+"""Watching a closure run: its operations and loss functions, with ``backward()`` held back."""

@@ -88,7 +88,8 @@ class Capture(TorchFunctionMode):
         parameters: The optimizer's parameters; ``backward()`` towards them is held back.
         layers: Whether to keep the inputs and outputs of linear layers.
         calls: Whether calls are kept (a trial point needs the loss alone).
-        fast_convolutions: Whether convolutions take the rule of :mod:`torch_hf.capture.convolution`.
+        fast_convolutions: Whether convolutions take the tangent rule of
+            :mod:`torch_hf.capture.convolution`.
     """
 
     def __init__(

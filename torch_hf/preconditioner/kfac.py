@@ -1,0 +1,259 @@
+"""A preconditioner from Kronecker factors: each layer's block inverted by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_hf.distributed import LOCAL, Space
+from torch_hf.preconditioner.protocol import Curvature
+from torch_hf.statistics.kronecker_factors import Block
+from torch_hf.vector import ParameterVector
+
+#: Steps from one measurement of the factors to the next, unless CG made more iterations than
+#: ``LONG`` (then a measurement is cheap beside it), and the weight of what was known before.
+EVERY, LONG, MEMORY = 3, 10, 0.8
+#: The part of the mean curvature that damps the factors: it holds what a sample cannot know.
+HELD = 0.5
+#: Factors are inverted anew when their damping has changed by this factor.
+MOVED = 2.0
+#: Where an inversion fails, damping grows tenfold so many times.
+TRIES = 6
+
+
+class Inverse(NamedTuple):
+    """One block's inverse: ``left (.) right``, each a matrix or a diagonal."""
+
+    block: Block
+    left: Tensor
+    right: Tensor
+
+
+class Known(NamedTuple):
+    """What one step hands to the next.
+
+    Attributes:
+        blocks: The factors, running means.
+        measured: How often they were.
+        age: Steps since the last time.
+        iterations: Of the last run of CG.
+        damping: Lambda and half the mean curvature that the inverses were made with.
+    """
+
+    blocks: Sequence[Block] = ()
+    measured: int = 0
+    age: int = 0
+    iterations: int = 0
+    damping: float = 0.0
+
+    def like(self, vector: ParameterVector) -> Known:
+        """In a vector's format and on its device: a state may come from elsewhere."""
+        blocks = [
+            Block(
+                b.weight,
+                b.bias,
+                *(t.to(vector.device, vector.dtype) for t in (b.inputs, b.outputs)),
+            )
+            for b in self.blocks
+        ]
+        return self._replace(blocks=blocks)
+
+
+class KroneckerPreconditioner:
+    """The inverses of the layers' blocks, ``(A + pi e I)^-1 (x) (S + e/pi I)^-1``.
+
+    ``e^2 = lambda + weight decay + half the mean curvature``, the mean over all parameters of
+    layers: what lies below it a small sample cannot tell from noise. ``pi^2 = mean A / mean S``.
+    Parameters of no layer are divided by mean curvature, lambda and weight decay. Where layers hold
+    less than half of the parameters it is the identity.
+
+    Memory is that of the factors and of their inverses, O^2 + I^2 numbers each a layer.
+
+    Source: Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored approximate
+    curvature", sections 3 and 6.3 (factored Tikhonov damping).
+    """
+
+    def __init__(self) -> None:
+        self.space: Space = LOCAL  # where the vectors live, as the optimizer says
+        self._known = Known()
+        self._before = self._known
+        self._count = 0  # of this run's iterations
+        self._sizes: list[int] = []
+        self._inverses: list[Inverse] = []
+        self._rest: list[float] = []  # what parameters of no layer are divided by
+
+    @property
+    def wants_layers(self) -> bool:
+        """Whether the factors are to be measured in this step."""
+        known = self._known
+        return not known.measured or known.age >= EVERY or known.iterations > LONG
+
+    @property
+    def strong(self) -> bool:
+        """Whether any layer is known."""
+        return bool(self._known.blocks)
+
+    def begin(self, damping: float, curvature: Curvature) -> None:
+        """Measures the factors if it is time, and inverts them if they or lambda have changed."""
+        self._before, self._count = self._known, 0
+        self._known = self._before.like(curvature.vector)
+        self._sizes = curvature.vector.sizes
+        fresh = self.wants_layers
+        known = self._measure(curvature) if fresh else self._known
+        held = HELD * mean_curvature(known.blocks, self._sizes)
+        total = damping + held
+        if fresh or not known.damping or not 1 / MOVED < total / known.damping < MOVED:
+            known, self._inverses = known._replace(damping=total), []
+        if not self._inverses:
+            decays = curvature.decays
+            self._inverses = [invert(b, known.damping + decays[b.weight]) for b in known.blocks]
+            self._rest = [known.damping + held + decay for decay in decays]
+        self._known = known
+
+    def apply(self, r: Tensor) -> Tensor:
+        """The inverse times r; r itself where no layer is known."""
+        if not self._inverses:
+            return r
+        return self.space.own(self._solve(self.space.whole(r)))
+
+    def _solve(self, r: Tensor) -> Tensor:
+        """The inverses times a whole vector."""
+        out, pieces = torch.empty_like(r), torch.split(r, self._sizes)
+        done: set[int] = set()
+        into = torch.split(out, self._sizes)
+        for block, left, right in self._inverses:
+            rows = pieces[block.weight].view(len(block.outputs), -1)
+            if block.bias >= 0:
+                rows = torch.cat([rows, pieces[block.bias][:, None]], dim=1)
+            rows = left @ rows if left.ndim == 2 else left[:, None] * rows
+            rows = rows @ right if right.ndim == 2 else rows * right
+            if block.bias >= 0:
+                into[block.bias].copy_(rows[:, -1])
+                rows = rows[:, :-1]
+            into[block.weight].view(rows.shape).copy_(rows)
+            done |= {block.weight, block.bias}
+        for i, piece in enumerate(pieces):
+            if i not in done:
+                torch.div(piece, self._rest[i], out=into[i])
+        return out
+
+    def observe(self, iteration: int, direction: Tensor, product: Tensor) -> None:
+        """Counts."""
+        self._count = iteration
+
+    def end(self) -> None:
+        """The factors are a step older."""
+        known = self._known
+        self._known = known._replace(age=known.age + 1, iterations=self._count)
+        self._before = self._known  # a step that fails before it begins takes nothing back
+
+    def abandon(self) -> None:
+        """What was known before stays."""
+        self._known, self._inverses = self._before, []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Each layer's (weight, bias), its factors with a last dimension of one, and numbers.
+
+        The dimension tells them from vectors of P numbers, which are kept by parameter.
+        """
+        known = self._known
+        if not known.measured:
+            return {}
+        factors = [t for b in known.blocks for t in (b.inputs, b.outputs)]
+        layout = [[b.weight, b.bias] for b in known.blocks]
+        return {f"factor{i}": t[..., None] for i, t in enumerate(factors)} | {
+            "layout": torch.tensor(layout, dtype=torch.int64).view(-1, 2),
+            "measured": known.measured,
+            "age": known.age,
+            "iterations": known.iterations,
+            "inverted_at": known.damping,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes factors as ``state_dict`` gave them; none from an empty state."""
+        self._known, self._inverses = Known(), []
+        self._before = self._known
+        if "layout" not in state:
+            return
+        blocks = [
+            Block(
+                weight, bias, state[f"factor{2 * k}"][..., 0], state[f"factor{2 * k + 1}"][..., 0]
+            )
+            for k, (weight, bias) in enumerate(state["layout"].tolist())
+        ]
+        self._known = Known(
+            blocks,
+            int(state["measured"]),
+            int(state["age"]),
+            int(state["iterations"]),
+            float(state["inverted_at"]),
+        )
+        self._before = self._known
+
+    def _measure(self, curvature: Curvature) -> Known:
+        """What is known with what is seen now: their mean at first, a running mean later."""
+        known = self._known
+        found = curvature.factors(known.measured)
+        if 2 * covered(found, curvature.vector.sizes) < curvature.vector.numel:
+            return Known((), known.measured + 1, 0, known.iterations, known.damping)
+        weight = min(MEMORY, 1 - 1 / (known.measured + 1))
+        old = {(b.weight, b.bias): b for b in known.blocks}
+        blocks = []
+        for new in found:
+            if not all(bool(t.isfinite().all()) for t in (new.inputs, new.outputs)):
+                return known
+            last = old.get((new.weight, new.bias))
+            if last is not None and last.inputs.shape == new.inputs.shape:
+                inputs = new.inputs.lerp(last.inputs, weight)
+                new = Block(new.weight, new.bias, inputs, new.outputs.lerp(last.outputs, weight))
+            blocks.append(new)
+        return Known(blocks, known.measured + 1, 0, known.iterations, known.damping)
+
+
+def mean_curvature(blocks: Sequence[Block], sizes: Sequence[int]) -> float:
+    """The trace of all blocks over the number of their parameters."""
+    if not blocks:
+        return 0.0
+    traces = torch.stack([_trace(b.inputs) * _trace(b.outputs) for b in blocks])
+    return float(traces.sum()) / covered(blocks, sizes)
+
+
+def covered(blocks: Sequence[Block], sizes: Sequence[int]) -> int:
+    """The number of parameters that belong to a block."""
+    return sum(sizes[b.weight] + (sizes[b.bias] if b.bias >= 0 else 0) for b in blocks)
+
+
+def invert(block: Block, damping: float) -> Inverse:
+    """``(S + e/pi I)^-1`` and ``(A + pi e I)^-1`` with ``e^2`` the damping."""
+    a = float(_trace(block.inputs)) / len(block.inputs)
+    s = float(_trace(block.outputs)) / len(block.outputs)
+    if not (a > 0 and s > 0):  # a layer that nothing goes through: damping is all there is
+        left = block.outputs.new_full((len(block.outputs),), 1 / damping if damping else 1.0)
+        return Inverse(block, left, block.inputs.new_ones(len(block.inputs)))
+    pi = math.sqrt(a / s)
+    eps = torch.finfo(block.inputs.dtype).eps
+    e = max(math.sqrt(damping), eps * math.sqrt(a * s))
+    for _ in range(TRIES):
+        found = _inverse(block.outputs, e / pi), _inverse(block.inputs, pi * e)
+        if found[0] is not None and found[1] is not None:
+            return Inverse(block, found[0], found[1])
+        e *= 10
+    sides = block.outputs.new_full((len(block.outputs),), 1 / s)
+    return Inverse(block, sides, block.inputs.new_full((len(block.inputs),), 1 / a))
+
+
+def _inverse(factor: Tensor, damping: float) -> Tensor | None:
+    if factor.ndim == 1:
+        return (factor + damping).reciprocal()
+    damped = factor.clone()
+    damped.diagonal().add_(damping)
+    root, failed = torch.linalg.cholesky_ex(damped)
+    return None if int(failed) else torch.cholesky_inverse(root)
+
+
+def _trace(factor: Tensor) -> Tensor:
+    return (factor.diagonal() if factor.ndim == 2 else factor).sum()

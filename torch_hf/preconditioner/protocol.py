@@ -1,0 +1,61 @@
+"""The protocol of preconditioners, and what they may ask of the curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from torch_hf.statistics.kronecker_factors import Block
+from torch_hf.vector import ParameterVector
+
+
+class Curvature(Protocol):
+    """What a preconditioner may ask of the operator."""
+
+    vector: ParameterVector
+    decays: Sequence[float]  # weight decay of each parameter
+
+    def diagonal(self, damping: float) -> Tensor:
+        """Martens' diagonal, of shape (P,)."""
+
+    def factors(self, salt: int) -> list[Block]:
+        """Kronecker factors of the layers."""
+
+
+@runtime_checkable
+class Preconditioner(Protocol):
+    """What :class:`~torch_hf.HFOptimizer` asks of a preconditioner; bring your own.
+
+    Where ``wants_layers`` is true, the uses of linear layers and convolutions are recorded in the
+    step's first run of the closure, and ``begin`` may ask the curvature for its ``diagonal`` or
+    ``factors``. One step calls ``begin``, then ``apply`` and ``observe`` in each iteration of CG,
+    then ``end`` if the step was decided or ``abandon`` if it failed, which takes back what the
+    others did.
+    """
+
+    @property
+    def wants_layers(self) -> bool:
+        """Whether this step's ``begin`` looks at layers."""
+
+    def begin(self, damping: float, curvature: Curvature) -> None:
+        """Before CG on ``G + damping I``."""
+
+    def apply(self, r: Tensor) -> Tensor:
+        """An approximation of ``A^-1 r``, symmetric and positive definite, (P,) to (P,)."""
+
+    def observe(self, iteration: int, direction: Tensor, product: Tensor) -> None:
+        """CG's direction p and A p in this iteration; both are overwritten later."""
+
+    def end(self) -> None:
+        """Adopts what was observed."""
+
+    def abandon(self) -> None:
+        """Forgets what was observed."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step needs: vectors (..., P), numbers, lists of numbers."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what ``state_dict`` gave."""
