@@ -38,7 +38,7 @@ from benchmarks.common import (  # noqa: E402
 from benchmarks.race.contenders import HF, OURS, Options  # noqa: E402
 from benchmarks.race.task import Missing, Setting  # noqa: E402
 from benchmarks.race.tasks import TASKS  # noqa: E402
-from torch_hf.cg import CGResult, conjugate_gradients  # noqa: E402
+from torch_hf.solver.cg import CGResult, conjugate_gradients  # noqa: E402
 
 #: The method with pairs and growing batches; on full batches there is nothing to grow.
 WITH_PAIRS: Options = OURS["hf-both"]

@@ -35,8 +35,8 @@ from common import (
 from torch import Tensor
 
 from torch_hf import HFOptimizer, split_batch
-from torch_hf.cg import KEEP_RATIO
 from torch_hf.report import StepReport
+from torch_hf.solver.cg import KEEP_RATIO
 
 BATCH, PARTS, PAIRS = 4000, 4, 20
 #: The most that everything besides products, gradients and loss evaluations may take of a step.

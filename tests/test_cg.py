@@ -6,9 +6,9 @@ from basics import assert_same, normal
 from reference import kept_iterations, martens_stop, pcg
 from torch.testing import assert_close
 
-import torch_hf.cg
-from torch_hf.cg import conjugate_gradients, progress_is_small
+import torch_hf.solver.cg
 from torch_hf.report import Stop
+from torch_hf.solver.cg import conjugate_gradients, progress_is_small
 
 
 def _with_eigenvalues(seed, values):
@@ -265,7 +265,7 @@ def test_one_product_an_iteration_and_one_a_true_residual(start, iterations):
 @pytest.mark.parametrize("refresh", [True, False])
 def test_the_true_residual_mends_a_product_that_went_wrong(refresh, monkeypatch):
     if not refresh:  # without it the same solve ends elsewhere
-        monkeypatch.setattr(torch_hf.cg, "REFRESH", 10**9)
+        monkeypatch.setattr(torch_hf.solver.cg, "REFRESH", 10**9)
     A = torch.logspace(-1, 1, 80, dtype=torch.float64).diag()
     g, calls = normal(5, 80), iter(range(10**6))
 

@@ -8,7 +8,6 @@ from basics import assert_same, normal, positive_definite
 from reference import bfgs_inverse, cg, two_loop, uniform_sample
 from torch.testing import assert_close
 
-from torch_hf.cg import conjugate_gradients
 from torch_hf.preconditioner import (
     DiagonalPreconditioner,
     KroneckerPreconditioner,
@@ -18,6 +17,7 @@ from torch_hf.preconditioner import (
     make_preconditioner,
 )
 from torch_hf.preconditioner.lbfgs_pairs import CompactInverse, PairSelection
+from torch_hf.solver.cg import conjugate_gradients
 
 N = 9
 

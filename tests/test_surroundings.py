@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torch_hf import HFOptimizer, Stop
-from torch_hf.new_data import data_stay
+from torch_hf.solver.cg_budget import data_stay
 
 pytestmark = pytest.mark.usefixtures("seeded")
 

@@ -14,15 +14,11 @@ import torch
 from torch import Tensor
 
 from torch_hf import _checks, _foreign, _messages
-from torch_hf.cg import CGResult, conjugate_gradients
 from torch_hf.clock import Clock
 from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.curvature.operators import ObjectiveOperator
-from torch_hf.damping import initial_damping
 from torch_hf.distributed import Space, check_group
 from torch_hf.flat_state import FlatStateOptimizer
-from torch_hf.line_search import Move, doubtful, repeats, scaled, search
-from torch_hf.new_data import data_stay, most_iterations, start_factor
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Value
@@ -30,6 +26,10 @@ from torch_hf.outcome import Outcome
 from torch_hf.preconditioner.choose import make_preconditioner, worth_observing
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
+from torch_hf.solver.cg import CGResult, conjugate_gradients
+from torch_hf.solver.cg_budget import data_stay, most_iterations, start_factor
+from torch_hf.solver.damping import initial_damping
+from torch_hf.solver.line_search import Move, doubtful, repeats, scaled, search
 from torch_hf.state import pack
 from torch_hf.vector import ParameterVector
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from torch_hf.cg import CGResult
 from torch_hf.clock import Clock
 from torch_hf.curvature.operators import ObjectiveOperator
-from torch_hf.damping import EASY_ITERATIONS, ON_NEW_DATA, ON_SAME_DATA, next_damping
-from torch_hf.line_search import Move
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Value
 from torch_hf.report import Requests, StepReport, Stop
+from torch_hf.solver.cg import CGResult
+from torch_hf.solver.damping import EASY_ITERATIONS, ON_NEW_DATA, ON_SAME_DATA, next_damping
+from torch_hf.solver.line_search import Move
 
 
 class Outcome(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from torch_hf.line_search import TRUSTED
 from torch_hf.preconditioner.protocol import Preconditioner
+from torch_hf.solver.line_search import TRUSTED
 
 #: Most iterations of CG: on the data of the step before; on new data, on a strong base or none.
 FULL, STRONG, WEAK = 250, 3, 20

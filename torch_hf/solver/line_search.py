@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_hf.cg import Iterate
-from torch_hf.damping import reduction_ratio
 from torch_hf.distributed import LOCAL, Space
+from torch_hf.solver.cg import Iterate
+from torch_hf.solver.damping import reduction_ratio
 
 #: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
 SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60

@@ -1,0 +1,1 @@
+"""From the quadratic to a move: conjugate gradients, trust region, line search."""
