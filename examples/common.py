@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from torch_hf import GrowingBatchSampler, HFOptimizer, RatioGrowth, head, split_batch
-from torch_hf.growth import Growth
 from torch_hf.plotting import plot_training
+from torch_hf.sampling.growth import Growth
 from torch_hf.tracking import CSVLogger, progress_postfix
 
 Record = dict[str, Any]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from torch_hf.batches import head, split_batch
+from torch_hf.sampling.batches import head, split_batch
 
 Pair = collections.namedtuple("Pair", ["x", "y"])
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
-from torch_hf.batches import head
-from torch_hf.growth import GeometricGrowth, Growth, RatioGrowth, VarianceGrowth
 from torch_hf.report import StepReport, Stop
-from torch_hf.sampler import GrowingBatchSampler
+from torch_hf.sampling.batches import head
+from torch_hf.sampling.growth import GeometricGrowth, Growth, RatioGrowth, VarianceGrowth
+from torch_hf.sampling.sampler import GrowingBatchSampler
 
 
 def report(variance=None, norm=1.0, cases=8):

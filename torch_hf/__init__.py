@@ -1,15 +1,15 @@
 """Hessian-free optimization that swaps into an existing PyTorch training loop."""
 
 from torch_hf._version import __version__
-from torch_hf.batches import head, split_batch
 from torch_hf.checkpoint import save_atomically
 from torch_hf.diagnostics import Diagnosis, diagnose
 from torch_hf.distributed import PeerError, check_replicas
-from torch_hf.growth import GeometricGrowth, RatioGrowth, VarianceGrowth
 from torch_hf.optimizer import HFOptimizer
 from torch_hf.preconditioner import LBFGSPreconditioner
 from torch_hf.report import StepReport, Stop
-from torch_hf.sampler import GrowingBatchSampler
+from torch_hf.sampling.batches import head, split_batch
+from torch_hf.sampling.growth import GeometricGrowth, RatioGrowth, VarianceGrowth
+from torch_hf.sampling.sampler import GrowingBatchSampler
 
 __all__ = [
     "Diagnosis",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_hf import RatioGrowth
-from torch_hf.growth import Growth
+from torch_hf.sampling.growth import Growth
 
 Tensors = tuple[Tensor, ...]
 Metrics = dict[str, float]

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch.utils.data
 
 from torch_hf import _checks
-from torch_hf.growth import GeometricGrowth, Growth
 from torch_hf.report import StepReport
+from torch_hf.sampling.growth import GeometricGrowth, Growth
 
 
 class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):

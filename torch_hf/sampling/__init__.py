@@ -1,0 +1,1 @@
+"""Batches that grow: samplers, growth rules, and batches cut into parts."""
