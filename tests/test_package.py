@@ -40,7 +40,12 @@ def test_an_import_brings_nothing_but_the_package():
 
 
 def test_what_is_optional_is_imported_where_it_is_used():
-    optional = ["torch_hf.plotting", "torch_hf.panels", "torch_hf.kronecker", "torch_hf.__main__"]
+    optional = [
+        "torch_hf.plotting",
+        "torch_hf.plotting.panels",
+        "torch_hf.kronecker",
+        "torch_hf.__main__",
+    ]
     optional += ["torchvision", "matplotlib", "pandas", "lightning", "transformers", "tqdm"]
     found = fresh(
         "import sys, torch\n"
@@ -156,8 +161,8 @@ FLOORS = [
     ("torch_hf.sampling.sampler", GROUND | {"torch_hf.sampling.growth"}),
     ("torch_hf.sampling.batches", LOW),
     ("torch_hf.tracking", GROUND),
-    ("torch_hf.panels", GROUND | {"torch_hf.tracking"}),
-    ("torch_hf.plotting", GROUND | {"torch_hf.tracking", "torch_hf.panels"}),
+    ("torch_hf.plotting.panels", GROUND | {"torch_hf.tracking"}),
+    ("torch_hf.plotting", GROUND | {"torch_hf.tracking", "torch_hf.plotting.panels"}),
     ("torch_hf.checkpoint", LOW),
 ]
 

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from torch import nn
 
 from torch_hf import __version__
-from torch_hf.diagnostics import Diagnosis, diagnose
-from torch_hf.plotting import plot_training
+from torch_hf.diagnostics.diagnose import Diagnosis, diagnose
+from torch_hf.plotting.draw import plot_training
 from torch_hf.tracking import read_csv
 
 #: Exit codes: all is well; a step would fail; the command could not be carried out.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_hf import _checks
-from torch_hf.diagnostics import explain
+from torch_hf.diagnostics.diagnose import explain
 from torch_hf.distributed import PeerError, Reducer, Sharded, Space, parameter_vector, space_of
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective

@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_leaves
 from torch_hf import _checks, _messages
 from torch_hf.capture.op_names import kind
 from torch_hf.curvature.operators import ObjectiveOperator
+from torch_hf.diagnostics.module_paths import attributed
 from torch_hf.distributed import Reducer
 from torch_hf.loss.linear_terms import under
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import FrozenWorld
-from torch_hf.owners import attributed
 from torch_hf.solver.line_search import same_loss
 from torch_hf.vector import ParameterVector
 

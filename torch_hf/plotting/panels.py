@@ -25,7 +25,7 @@ STEP = "Step"
 
 @dataclass(frozen=True)
 class Curve:
-    """A line, and how it is drawn: a key of the styles in :mod:`torch_hf.plotting`."""
+    """A line, and how it is drawn: a key of the styles in :mod:`torch_hf.plotting.draw`."""
 
     label: str
     x: list[float]

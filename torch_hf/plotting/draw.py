@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch_hf.panels import STEP, Panel, comparison_panel, training_panels
+from torch_hf.plotting.panels import STEP, Panel, comparison_panel, training_panels
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
