@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT), str(ROOT / "examples")]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import torch_hf.optimizer  # noqa: E402
+import torch_hf.optimizer.hf  # noqa: E402
 from benchmarks.common import (  # noqa: E402
     RESULTS,
     environment,
@@ -85,11 +85,11 @@ def compare(
     contender = HF(task, task.make_model(), 0, options)
     comparison = Comparison()
     try:
-        torch_hf.optimizer.conjugate_gradients = comparison  # type: ignore[assignment]
+        torch_hf.optimizer.hf.conjugate_gradients = comparison  # type: ignore[assignment]
         for step in range(steps):
             contender.step(step / steps)
     finally:
-        torch_hf.optimizer.conjugate_gradients = conjugate_gradients
+        torch_hf.optimizer.hf.conjugate_gradients = conjugate_gradients
     return comparison.rows[1:]
 
 

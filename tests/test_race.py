@@ -531,12 +531,12 @@ def test_a_solve_that_never_gets_there_is_infinitely_late(work):
 
 
 def test_the_comparison_leaves_the_run_as_it_is(race, work):
-    import torch_hf.optimizer
+    import torch_hf.optimizer.hf
 
-    before = torch_hf.optimizer.conjugate_gradients
+    before = torch_hf.optimizer.hf.conjugate_gradients
     setting = race.task.Setting()
     rows = work.compare("regression", setting, 3)
-    assert torch_hf.optimizer.conjugate_gradients is before
+    assert torch_hf.optimizer.hf.conjugate_gradients is before
     assert len(rows) == 2 and all(len(r["with"]["curve"]) > 1 for r in rows)
     figures = work.summary(rows)
     assert figures["steps"] == 2 and figures["deeper"][1] > 0

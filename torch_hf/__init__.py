@@ -4,7 +4,7 @@ from torch_hf._version import __version__
 from torch_hf.checkpoint import save_atomically
 from torch_hf.diagnostics.diagnose import Diagnosis, diagnose
 from torch_hf.distributed import PeerError, check_replicas
-from torch_hf.optimizer import HFOptimizer
+from torch_hf.optimizer.hf import HFOptimizer
 from torch_hf.preconditioner import LBFGSPreconditioner
 from torch_hf.report import StepReport, Stop
 from torch_hf.sampling.batches import head, split_batch

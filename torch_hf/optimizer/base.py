@@ -16,9 +16,9 @@ from torch_hf.distributed import PeerError, Reducer, Sharded, Space, parameter_v
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import FrozenWorld
+from torch_hf.optimizer.state_dict import check_state, pack, unpack, whole_state
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
-from torch_hf.state import check_state, pack, unpack, whole_state
 from torch_hf.vector import ParameterVector
 
 

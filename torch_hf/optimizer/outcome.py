@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from torch_hf.clock import Clock
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Value
+from torch_hf.optimizer.timer import Clock
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
 from torch_hf.solver.damping import EASY_ITERATIONS, ON_NEW_DATA, ON_SAME_DATA, next_damping

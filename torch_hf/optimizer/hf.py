@@ -13,16 +13,18 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from torch_hf import _checks, _foreign, _messages
-from torch_hf.clock import Clock
+from torch_hf import _checks, _messages
 from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.distributed import Space, check_group
-from torch_hf.flat_state import FlatStateOptimizer
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Value
-from torch_hf.outcome import Outcome
+from torch_hf.optimizer import unsupported_options
+from torch_hf.optimizer.base import FlatStateOptimizer
+from torch_hf.optimizer.outcome import Outcome
+from torch_hf.optimizer.state_dict import pack
+from torch_hf.optimizer.timer import Clock
 from torch_hf.preconditioner.choose import make_preconditioner, worth_observing
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
@@ -30,7 +32,6 @@ from torch_hf.solver.cg import CGResult, conjugate_gradients
 from torch_hf.solver.cg_budget import data_stay, most_iterations, start_factor
 from torch_hf.solver.damping import initial_damping
 from torch_hf.solver.line_search import Move, doubtful, repeats, scaled, search
-from torch_hf.state import pack
 from torch_hf.vector import ParameterVector
 
 #: After so many rejections in a row a warning says what to look at.
@@ -111,7 +112,7 @@ class HFOptimizer(FlatStateOptimizer):
         shard_state: bool = False,
         **unsupported: NoReturn,
     ) -> None:
-        _foreign.keywords(unsupported, list(signature(HFOptimizer).parameters)[1:-1])
+        unsupported_options.keywords(unsupported, list(signature(HFOptimizer).parameters)[1:-1])
         _checks.one_of("curvature", curvature, ("ggn", "hessian"))
         defaults = {
             "lr": lr,
