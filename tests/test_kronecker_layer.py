@@ -167,7 +167,9 @@ def test_full_and_active_steps_mix():
 def test_auto_measures_once_and_takes_the_faster(monkeypatch):
     for scan, tree in ((2.0, 1.0), (1.0, 2.0)):
         layer, seconds = _layer(), iter((scan, tree))
-        monkeypatch.setattr("torch_hf.kronecker._search._timed", lambda run, s=seconds: next(s))
+        monkeypatch.setattr(
+            "torch_hf.kronecker._active_search._timed", lambda run, s=seconds: next(s)
+        )
         assert layer.search_seconds == {}
         for _ in range(3):
             layer.active([1, 2], 0.5)

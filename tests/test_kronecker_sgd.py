@@ -148,9 +148,9 @@ def test_deferring_changes_nothing(defer, gram):
 def test_dense_and_sparse_products_agree(share, has_mkl, monkeypatch):
     if has_mkl and not torch.backends.mkl.is_available():
         pytest.skip("this torch was built without MKL")
-    monkeypatch.setattr("torch_hf.kronecker._gradient.SPARSE_BELOW", share)
-    monkeypatch.setattr("torch_hf.kronecker._gradient._HAS_MKL", has_mkl)
-    monkeypatch.setattr("torch_hf.kronecker._gradient.BY_ROWS_FROM", 0.0)
+    monkeypatch.setattr("torch_hf.kronecker._sparse_gradient.SPARSE_BELOW", share)
+    monkeypatch.setattr("torch_hf.kronecker._sparse_gradient._HAS_MKL", has_mkl)
+    monkeypatch.setattr("torch_hf.kronecker._sparse_gradient.BY_ROWS_FROM", 0.0)
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
     model, dense = _pair()
     _train(model, KroneckerSGD(model.parameters(), **options), _batches(60, repeated=True))

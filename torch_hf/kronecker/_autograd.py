@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_hf.kronecker._gradient import quiet
+from torch_hf.kronecker._sparse_gradient import quiet
 
 
 class RowGradient(torch.autograd.Function):

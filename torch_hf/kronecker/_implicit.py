@@ -8,11 +8,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from torch_hf.kronecker._gradient import entries_of
-from torch_hf.kronecker._inputs import Rows, as_indices
-from torch_hf.kronecker._search import NeuronSearch
-from torch_hf.kronecker._span import Matrix, Slot, Span
-from torch_hf.kronecker._start import Start
+from torch_hf.kronecker._active_search import NeuronSearch
+from torch_hf.kronecker._checks import Rows, as_indices
+from torch_hf.kronecker._deferred_updates import Matrix, Slot, Span
+from torch_hf.kronecker._initial_weights import Start
+from torch_hf.kronecker._sparse_gradient import entries_of
 from torch_hf.kronecker.factors import KroneckerFactors
 
 #: Of each layer's parameter, by its id, the layer: so an optimizer finds it.

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from torch_hf import _checks
-from torch_hf.kronecker import _blocks, _memory
-from torch_hf.kronecker._blocks import Factor, Term
-from torch_hf.kronecker._inputs import Rows, as_indices, check_matrices
+from torch_hf.kronecker import _memory, _terms
+from torch_hf.kronecker._checks import Rows, as_indices, check_matrices
+from torch_hf.kronecker._terms import Factor, Term
 
 _FEWER_ROWS = 'Take fewer rows at a time; a KroneckerLinear does with gram="rows".'
 
@@ -49,8 +49,8 @@ class KroneckerFactors:
 
     def __init__(self, *factors: Tensor, constant: bool = False, normalize: bool = False) -> None:
         check_matrices(factors)
-        self._terms = _blocks.with_constant((tuple(Factor(f) for f in factors),), constant)
-        self._scale = _blocks.unit_scale(self._terms, normalize)
+        self._terms = _terms.with_constant((tuple(Factor(f) for f in factors),), constant)
+        self._scale = _terms.unit_scale(self._terms, normalize)
 
     @classmethod
     def power(
@@ -72,8 +72,8 @@ class KroneckerFactors:
         """
         _checks.count("degree", degree, low=1, hint="degree=2 is x ⊗ x.")
         check_matrices([x])
-        terms = _blocks.with_constant(((Factor(x),) * degree,), constant)
-        return _made(terms, _blocks.unit_scale(terms, normalize))
+        terms = _terms.with_constant(((Factor(x),) * degree,), constant)
+        return _made(terms, _terms.unit_scale(terms, normalize))
 
     @classmethod
     def from_pairs(
@@ -119,8 +119,8 @@ class KroneckerFactors:
                 f"{len(places[1])}."
             )
         pair = (Factor(A, places[0]), Factor(B, places[1]))
-        terms = _blocks.with_constant((pair,), constant)
-        return _made(terms, _blocks.unit_scale(terms, normalize))
+        terms = _terms.with_constant((pair,), constant)
+        return _made(terms, _terms.unit_scale(terms, normalize))
 
     @classmethod
     def sum_of(cls, *terms: KroneckerFactors, normalize: bool = False) -> KroneckerFactors:
@@ -149,7 +149,7 @@ class KroneckerFactors:
         if not terms:
             raise ValueError("sum_of needs at least one term.")
         all_terms = tuple(t for term in terms for t in term._terms)
-        return _made(all_terms, _blocks.unit_scale(all_terms, normalize))
+        return _made(all_terms, _terms.unit_scale(all_terms, normalize))
 
     def __len__(self) -> int:
         return len(self._terms[0][0])
@@ -205,7 +205,7 @@ class KroneckerFactors:
 
     def squared_norms(self) -> Tensor:
         """``|x_i|²``, ``(n,)``."""
-        total = _blocks.squared_norms(self._terms)
+        total = _terms.squared_norms(self._terms)
         return total if self._scale is None else total * self._scale.square()
 
     def _block(self, rows: Rows | None, other: KroneckerFactors, columns: Rows | None) -> Tensor:
@@ -213,9 +213,9 @@ class KroneckerFactors:
         shape = [len(t) if i is None else len(i) for t, i in ((self, left), (other, right))]
         _memory.check_fits("A Gram block", shape, self.dtype, self.device, _FEWER_ROWS)
         pairs = [(t, u) for t in self._terms for u in other._terms]
-        total = _blocks.inner(pairs[0][0], left, pairs[0][1], right)
+        total = _terms.inner(pairs[0][0], left, pairs[0][1], right)
         for term, counterpart in pairs[1:]:
-            total = total + _blocks.inner(term, left, counterpart, right)
+            total = total + _terms.inner(term, left, counterpart, right)
         if self._scale is not None:
             total = total * (self._scale if left is None else self._scale[left])[:, None]
         if other._scale is not None:
@@ -235,9 +235,9 @@ class KroneckerFactors:
         instead = "Take fewer coordinates at a time: dense(start, stop)."
         shape = (len(self), stop - start)
         _memory.check_fits("The dense data", shape, self.dtype, self.device, instead)
-        total = _blocks.columns(self._terms[0], start, stop)
+        total = _terms.columns(self._terms[0], start, stop)
         for term in self._terms[1:]:
-            total += _blocks.columns(term, start, stop)
+            total += _terms.columns(term, start, stop)
         return total if self._scale is None else total.mul_(self._scale[:, None])
 
     def combine(self, coefficients: Tensor) -> Tensor:
@@ -256,13 +256,13 @@ class KroneckerFactors:
         """
         chosen = self._checked(rows)
         scale = self._scale if self._scale is None or chosen is None else self._scale[chosen]
-        return _made(_blocks.mapped(self._terms, lambda f: f.select(chosen)), scale)
+        return _made(_terms.mapped(self._terms, lambda f: f.select(chosen)), scale)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> KroneckerFactors:
         """The same points elsewhere or in another precision; lengths of 1 are kept as they are."""
-        terms = _blocks.mapped(self._terms, lambda f: f.to(device, dtype))
+        terms = _terms.mapped(self._terms, lambda f: f.to(device, dtype))
         scale = None if self._scale is None else self._scale.to(device, dtype)
         return _made(terms, scale)
 
@@ -271,7 +271,7 @@ class KroneckerFactors:
         if self is other:
             return True
         alike = (self._scale is None) == (other._scale is None) and len(self) == len(other)
-        return alike and _blocks.equal(self._terms, other._terms)
+        return alike and _terms.equal(self._terms, other._terms)
 
     def duplicates(self) -> Tensor:
         """Which points repeat an earlier one: ``(k, 2)``, each a point and the first equal to it.
@@ -285,7 +285,7 @@ class KroneckerFactors:
             >>> KroneckerFactors(a, a).duplicates()
             tensor([[2, 0]])
         """
-        return _blocks.duplicates(self._terms)
+        return _terms.duplicates(self._terms)
 
 
 def _made(terms: tuple[Term, ...], scale: Tensor | None) -> KroneckerFactors:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from torch_hf import _checks
-from torch_hf.kronecker import _memory, _setup
+from torch_hf.kronecker import _arguments, _memory
 from torch_hf.kronecker._autograd import EntryGradient, RowGradient
+from torch_hf.kronecker._checks import Rows
 from torch_hf.kronecker._implicit import ImplicitWeights
-from torch_hf.kronecker._inputs import Rows
-from torch_hf.kronecker._start import Start
+from torch_hf.kronecker._initial_weights import Start
 from torch_hf.kronecker.factors import KroneckerFactors
 
 
@@ -85,9 +85,9 @@ class KroneckerLinear(ImplicitWeights):
         gram: str = "auto",
         keep_initial: bool = True,
     ) -> None:
-        _setup.check_arguments(factors, out_features, init, std, gram, keep_initial)
-        kind, full = _setup.kind(init, factors), _setup.keeps_gram(factors, gram)
-        _setup.check_memory(factors, out_features, kind, full, keep_initial)
+        _arguments.check_arguments(factors, out_features, init, std, gram, keep_initial)
+        kind, full = _arguments.kind(init, factors), _arguments.keeps_gram(factors, gram)
+        _arguments.check_memory(factors, out_features, kind, full, keep_initial)
         given = init.to(factors.device, factors.dtype) if isinstance(init, Tensor) else None
         start = Start(factors, out_features, kind, float(std), given)
         super().__init__(factors, start, full, keep_initial)

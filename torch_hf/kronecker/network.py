@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_hf import _checks
-from torch_hf.kronecker._inputs import Rows
+from torch_hf.kronecker._checks import Rows
 from torch_hf.kronecker.factors import KroneckerFactors
 from torch_hf.kronecker.layer import KroneckerLinear
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim.sgd import sgd as plain_sgd
 
 from torch_hf import _checks
+from torch_hf.kronecker._deferred_updates import Matrix, Slot
 from torch_hf.kronecker._implicit import ImplicitWeights, layer_of
-from torch_hf.kronecker._span import Matrix, Slot
 
 #: Gradient rows held back by default; benchmarks/kronecker.py compares.
 DEFERRED_ROWS = 256

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_hf import _checks
-from torch_hf.kronecker._inputs import Rows, as_indices
+from torch_hf.kronecker._checks import Rows, as_indices
 
 
 class Found(NamedTuple):

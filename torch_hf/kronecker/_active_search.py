@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_hf.kronecker._gradient import Entries
-from torch_hf.kronecker._span import Gram, Slot, Span
+from torch_hf.kronecker._deferred_updates import Gram, Slot, Span
+from torch_hf.kronecker._sparse_gradient import Entries
 from torch_hf.kronecker.tree import CorrelationTree
 
 

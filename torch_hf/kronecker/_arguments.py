@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.kronecker import _memory
-from torch_hf.kronecker._inputs import check_finite
+from torch_hf.kronecker._checks import check_finite
 from torch_hf.kronecker.factors import KroneckerFactors
 
 #: Bytes up to which gram="auto" keeps the whole Gram matrix.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from torch_hf.kronecker._gradient import Entries, add_product, add_rows, compressed
+from torch_hf.kronecker._sparse_gradient import Entries, add_product, add_rows, compressed
 
 Matrix = list[list[float]]
 #: Gram rows: ``gram(i, None)`` is ``(len(i), n)``, ``gram(i, j)`` a block of it.
