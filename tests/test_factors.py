@@ -14,7 +14,7 @@ from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.distributed import Reducer
 from torch_hf.loss.ggn_split import split_by_calls
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.replay import FrozenWorld
+from torch_hf.objective.replay import Replay
 from torch_hf.preconditioner import LBFGSPreconditioner
 from torch_hf.preconditioner.kfac import KroneckerPreconditioner
 from torch_hf.statistics.case_signs import case_signs
@@ -49,11 +49,11 @@ class Recurrent(nn.Module):
 
 
 def recorded(model, x, y, criterion):
-    """The loss's heads and the layers seen in one run."""
+    """The loss's loss_terms and the layers seen in one run."""
     params = [p for p in model.parameters() if p.requires_grad]
     capture = Capture(params, layers=True)
     record = capture.run(lambda: criterion(model(x), y))
-    return params, split_by_calls(record, record.returned, params).heads, record.layers
+    return params, split_by_calls(record, record.returned, params).loss_terms, record.layers
 
 
 def operator_of(model, closure, batches=None):
@@ -62,7 +62,7 @@ def operator_of(model, closure, batches=None):
     objective = Objective(
         closure,
         vector,
-        FrozenWorld(vector.device),
+        Replay(vector.device),
         batches=batches,
         decay=[0.0] * len(params),
         layers=True,
@@ -86,33 +86,33 @@ class TestSamples:
         y = targets(1, 3)
         if name == "huber":
             y = z.detach() + torch.tensor([[0.3, -0.2, 5.0]], dtype=torch.float64)
-        (head,) = recorded_heads(z, lambda z: criterion(z, y))
+        (loss_term,) = recorded_loss_terms(z, lambda z: criterion(z, y))
         dense = torch.autograd.functional.hessian(lambda v: criterion(v.view(1, 3), y), z.view(-1))
         mean = torch.zeros(3, 3, dtype=torch.float64)
         for signs in product((-1.0, 1.0), repeat=3):
-            (u,) = head.sample(torch.tensor([signs], dtype=torch.float64))
+            (u,) = loss_term.sample(torch.tensor([signs], dtype=torch.float64))
             mean += torch.outer(u.view(-1), u.view(-1)).detach() / 8
         torch.testing.assert_close(mean, dense, rtol=1e-12, atol=1e-13)
 
     def test_a_norm_has_its_projection(self):
         z = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
-        (head,) = recorded_heads(z, lambda z: torch.linalg.vector_norm(z, dim=1).mean())
+        (loss_term,) = recorded_loss_terms(z, lambda z: torch.linalg.vector_norm(z, dim=1).mean())
         dense = torch.autograd.functional.hessian(
             lambda v: torch.linalg.vector_norm(v.view(1, 3), dim=1).mean(), z.view(-1)
         )
         mean = sum(
             torch.outer(u.view(-1), u.view(-1)) / 8
             for signs in product((-1.0, 1.0), repeat=3)
-            for u in head.sample(torch.tensor([signs], dtype=torch.float64))
+            for u in loss_term.sample(torch.tensor([signs], dtype=torch.float64))
         )
         torch.testing.assert_close(mean.detach(), dense, rtol=1e-12, atol=1e-13)
 
 
-def recorded_heads(z, loss_of):
+def recorded_loss_terms(z, loss_of):
     weight = torch.eye(3, dtype=torch.float64, requires_grad=True)
     capture = Capture([weight], layers=True)
     record = capture.run(lambda: loss_of(F.linear(z.detach(), weight)))
-    return split_by_calls(record, record.returned, [weight]).heads
+    return split_by_calls(record, record.returned, [weight]).loss_terms
 
 
 class TestMeasurement:
@@ -121,12 +121,12 @@ class TestMeasurement:
         criterion, targets = LOSSES[name]
         model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
         x, y = torch.randn(6, 4, dtype=torch.float64), targets(6, 3)
-        params, heads, layers = recorded(model, x, y, criterion)
-        blocks, rows = measure(heads, params, layers, salt=3)
+        params, loss_terms, layers = recorded(model, x, y, criterion)
+        blocks, rows = measure(loss_terms, params, layers, salt=3)
         assert [(b.weight, b.bias) for b in blocks] == [(0, 1), (2, 3)]
         assert rows.tolist() == [6.0, 6.0]
         z = layers[1].output
-        (u,) = heads[0].sample(case_signs(z, x, 3))
+        (u,) = loss_terms[0].sample(case_signs(z, x, 3))
         ones = torch.ones(6, 1, dtype=torch.float64)
         hidden = torch.tanh(model[0](x)).detach()
         for block, inputs, layer in zip(blocks, (x, hidden), layers, strict=True):
@@ -169,8 +169,8 @@ class TestMeasurement:
     def test_uses_of_one_weight_share_a_block(self):
         model = Recurrent().double()
         x, y = torch.randn(5, 3, 2, dtype=torch.float64), torch.randint(3, (5,))
-        params, heads, layers = recorded(model, x, y, F.cross_entropy)
-        blocks, rows = measure(heads, params, layers, salt=0)
+        params, loss_terms, layers = recorded(model, x, y, F.cross_entropy)
+        blocks, rows = measure(loss_terms, params, layers, salt=0)
         names = [name for name, _ in model.named_parameters()]
         rows_of = {names[b.weight]: int(n) for b, n in zip(blocks, rows, strict=True)}
         assert rows_of == {"enter.weight": 15, "again.weight": 15, "read.weight": 5}
@@ -182,18 +182,18 @@ class TestMeasurement:
         def criterion(z, y):
             return F.cross_entropy(z @ model[0].weight, y)
 
-        params, heads, layers = recorded(model, x, y, criterion)
-        blocks, _ = measure(heads, params, layers, salt=0)
+        params, loss_terms, layers = recorded(model, x, y, criterion)
+        blocks, _ = measure(loss_terms, params, layers, salt=0)
         assert [b.weight for b in blocks] == [1]
 
     def test_nothing_random_is_drawn(self):
         model = nn.Linear(4, 3).double()
         x, y = torch.randn(6, 4, dtype=torch.float64), torch.randint(3, (6,))
-        params, heads, layers = recorded(model, x, y, F.cross_entropy)
+        params, loss_terms, layers = recorded(model, x, y, F.cross_entropy)
         before = torch.get_rng_state()
-        first, _ = measure(heads, params, layers, salt=0)
-        second, _ = measure(heads, params, layers, salt=0)
-        other, _ = measure(heads, params, layers, salt=1)
+        first, _ = measure(loss_terms, params, layers, salt=0)
+        second, _ = measure(loss_terms, params, layers, salt=0)
+        other, _ = measure(loss_terms, params, layers, salt=1)
         assert torch.equal(torch.get_rng_state(), before)
         assert torch.equal(first[0].outputs, second[0].outputs)
         assert not torch.equal(first[0].outputs, other[0].outputs)

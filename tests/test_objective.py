@@ -16,7 +16,7 @@ from torch_hf import HFOptimizer, split_batch
 from torch_hf.curvature import ObjectiveOperator
 from torch_hf.distributed import Reducer
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.replay import FrozenWorld
+from torch_hf.objective.replay import Replay
 from torch_hf.vector import ParameterVector
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def network(build: Callable[[], nn.Module] | None = None) -> nn.Module:
 def objective_of(closure, params, **options) -> Objective:
     params = list(params)
     options = {"decay": [0.0] * len(params)} | options
-    world, reducer = FrozenWorld(CPU), Reducer(None, CPU)
+    world, reducer = Replay(CPU), Reducer(None, CPU)
     return Objective(closure, ParameterVector(params), world, reducer=reducer, **options)
 
 

@@ -150,7 +150,7 @@ FLOORS = [
     ("torch_hf.loss.linear_terms", {"torch_hf.capture.op_names"}),
     ("torch_hf.loss.loss_hessians", {"torch_hf.capture.op_names", "torch_hf.loss.linear_terms"}),
     *((name, LOW) for name in sorted(REDUCE)),
-    ("torch_hf.solver.damping", LOW),
+    ("torch_hf.solver.trust_region", LOW),
     ("torch_hf.solver.cg", LOW),  # knows no network
     ("torch_hf.preconditioner.lbfgs_pairs", LOW),
     ("torch_hf.statistics.case_signs", set()),

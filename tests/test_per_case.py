@@ -13,7 +13,7 @@ from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.distributed import Reducer
 from torch_hf.loss.ggn_split import split_by_calls
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.replay import FrozenWorld
+from torch_hf.objective.replay import Replay
 from torch_hf.statistics.gradient_moments import squared_gradients, trace_and_slopes
 from torch_hf.vector import ParameterVector
 
@@ -47,8 +47,8 @@ class Problem:
         """Sums of squared gradients as the package finds them, (P,)."""
         params = trainable(self.model)
         record = Capture(params, layers=True).run(self.closure)
-        heads = split_by_calls(record, record.returned, params).heads
-        found = squared_gradients(heads, params, record.layers)
+        loss_terms = split_by_calls(record, record.returned, params).loss_terms
+        found = squared_gradients(loss_terms, params, record.layers)
         return torch.cat([s.reshape(-1) for s in found])
 
 
@@ -229,8 +229,8 @@ def test_a_layer_used_twice_under_autocast_does_not_count_as_used_once():
 
     params = trainable(model)
     record = Capture(params, layers=True).run(closure)
-    heads = split_by_calls(record, record.returned, params).heads
-    draws = [squared_gradients(heads, params, record.layers)[0] for _ in range(2)]
+    loss_terms = split_by_calls(record, record.returned, params).loss_terms
+    draws = [squared_gradients(loss_terms, params, record.layers)[0] for _ in range(2)]
     assert len(record.layers) == 2
     assert not torch.equal(*draws)  # by random signs
 
@@ -240,7 +240,7 @@ def _objective(closure, params, decay=0.0, **options):
     return Objective(
         closure,
         vector,
-        FrozenWorld(vector.device),
+        Replay(vector.device),
         decay=[decay] * len(params),
         layers=True,
         reducer=Reducer(None, vector.device),
@@ -315,7 +315,7 @@ def test_the_scale_is_the_heads_trace_over_their_slopes(name):
     model = case.model()
     params = trainable(model)
     record = Capture(params).run(lambda: case.closure_loss(model))
-    heads = split_by_calls(record, record.returned, params).heads
+    loss_terms = split_by_calls(record, record.returned, params).loss_terms
     outputs = [z.detach().requires_grad_() for z in case.outputs(model)]
     loss = case.loss_of_outputs(*outputs)
     slopes = torch.autograd.grad(loss, outputs, create_graph=True)
@@ -325,7 +325,7 @@ def test_the_scale_is_the_heads_trace_over_their_slopes(name):
         for i, entry in enumerate(s.reshape(-1))
     )
     squares = sum(s.square().sum().item() for s in slopes)
-    assert trace_and_slopes(heads, params) == pytest.approx((trace, squares))
+    assert trace_and_slopes(loss_terms, params) == pytest.approx((trace, squares))
 
 
 # The gradient's variance

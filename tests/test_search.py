@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from torch_hf.solver.cg import Iterate
-from torch_hf.solver.damping import initial_damping, next_damping, reduction_ratio
-from torch_hf.solver.line_search import armijo, backtrack, predict, search
+from torch_hf.solver.line_search import armijo, backtrack, search
+from torch_hf.solver.trust_region import initial_damping, next_damping, predict, reduction_ratio
 
 NAN, INF = math.nan, math.inf
 NUMBERS = st.floats(-100, 100)

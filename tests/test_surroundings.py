@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from torch_hf import HFOptimizer, Stop
-from torch_hf.solver.cg_budget import data_stay
+from torch_hf.solver.cg_budget import is_same_data
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -114,7 +114,7 @@ def test_data_that_stay_are_known_in_float32(module):
         reports.append(optimizer.last_report)
     for before, after in pairwise(reports):
         last = {"last_loss": before.new_loss, "last_cases": before.batch_cases}
-        assert data_stay(last, after.loss, after.batch_cases, torch.float32)
+        assert is_same_data(last, after.loss, after.batch_cases, torch.float32)
 
 
 @pytest.mark.parametrize("recurrent", [nn.LSTM, nn.GRU, nn.RNN])

@@ -67,7 +67,7 @@ class DifferenceGaussNewton:
     Args:
         split: Of the batch's kept graph.
         vector: The parameters.
-        outputs_at: Values for the parameters to the outputs of the split's heads.
+        outputs_at: Values for the parameters to the outputs of the split's loss terms.
         space: Adds up squares over ranks that hold parts of the parameters.
         scale: The factor on the product where it arrives summed over ranks.
     """
@@ -85,8 +85,8 @@ class DifferenceGaussNewton:
                 "A term of the loss bypasses the outputs, and finite differences cannot take its "
                 "Hessian."
             )
-        self.heads = split.heads
-        self.outputs = [z for head in self.heads for z in head.outputs]
+        self.loss_terms = split.loss_terms
+        self.outputs = [z for loss_term in self.loss_terms for z in loss_term.outputs]
         if any(z.dtype not in (torch.float32, torch.float64) for z in self.outputs):
             raise RuntimeError("Finite differences need outputs in float32 or float64.")
         self.vector = vector
@@ -97,9 +97,9 @@ class DifferenceGaussNewton:
         """The product, by parameter."""
         pushed = iter(self.push(tangents))
         curved: list[Tensor] = []
-        for head in self.heads:
-            along = [next(pushed) for _ in head.outputs]
-            curved.extend(head.hessian(*(t for t in along if t is not None)))
+        for loss_term in self.loss_terms:
+            along = [next(pushed) for _ in loss_term.outputs]
+            curved.extend(loss_term.hessian(*(t for t in along if t is not None)))
         if (scale := self.scale()) != 1.0:
             curved = [c * scale for c in curved]
         return self.vector.pull(self.outputs, curved, True)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from torch_hf import _messages
 from torch_hf.curvature.operators import ObjectiveOperator
-from torch_hf.loss.loss_hessians import Head
+from torch_hf.loss.loss_hessians import LossTerm
 from torch_hf.objective.results import Graph
 from torch_hf.statistics.gradient_moments import EXPONENT, squared_gradients, trace_and_slopes
-from torch_hf.statistics.kronecker_factors import Block, averaged, measure
+from torch_hf.statistics.kronecker_factors import LayerFactors, averaged, measure
 
 
 class LayerStatistics:
@@ -56,14 +56,14 @@ class LayerStatistics:
             if not weight:
                 continue
             with self._objective.curvature_graph(i) as graph:
-                heads = self._heads(graph)
-                squares = squared_gradients(heads, vector.params, graph.record.layers)
+                loss_terms = self._loss_terms(graph)
+                squares = squared_gradients(loss_terms, vector.params, graph.record.layers)
                 total.add_(vector.flatten(squares), alpha=weight**2)
-                parts = trace_and_slopes(heads, vector.params)
+                parts = trace_and_slopes(loss_terms, vector.params)
                 trace, slopes = trace + weight * parts[0], slopes + weight**2 * parts[1]
         return total, trace, slopes
 
-    def factors(self, salt: int) -> list[Block]:
+    def factors(self, salt: int) -> list[LayerFactors]:
         """Kronecker factors of the layers on the curvature batches; none if no layer was seen.
 
         Args:
@@ -79,21 +79,21 @@ class LayerStatistics:
             return []
         return averaged(blocks, rows, objective.reducer)
 
-    def _own_factors(self, salt: int) -> tuple[list[Block], Tensor]:
+    def _own_factors(self, salt: int) -> tuple[list[LayerFactors], Tensor]:
         """Sums over this rank's batches, and each block's number of rows."""
-        blocks: list[Block] = []
+        blocks: list[LayerFactors] = []
         rows = self.vector.zeros()[:0]
         for i, weight in enumerate(self._operator.weights):
             if not weight:
                 continue
             with self._objective.curvature_graph(i) as graph:
                 try:
-                    heads = self._heads(graph)
+                    loss_terms = self._loss_terms(graph)
                 except RuntimeError:
                     if self._operator.curvature == "hessian":  # which needs no split
                         return [], rows
                     raise
-                found, count = measure(heads, self.vector.params, graph.record.layers, salt)
+                found, count = measure(loss_terms, self.vector.params, graph.record.layers, salt)
             for block in found:
                 block.outputs *= weight
             if not blocks:
@@ -105,7 +105,7 @@ class LayerStatistics:
                     total.outputs += part.outputs
         return blocks, rows
 
-    def _heads(self, graph: Graph) -> Sequence[Head]:
+    def _loss_terms(self, graph: Graph) -> Sequence[LossTerm]:
         """The loss's terms in this graph; the split at hand may be that of another batch."""
         kept = self._operator.split if graph is self._objective.kept else None
-        return (kept or self._objective.split(graph)).heads
+        return (kept or self._objective.split(graph)).loss_terms

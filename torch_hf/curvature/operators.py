@@ -15,7 +15,7 @@ from torch_hf.distributed import LOCAL, Reducer
 from torch_hf.loss.case_counts import Cases
 from torch_hf.loss.ggn_split import Split, split_by_outputs
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.replay import FrozenWorld
+from torch_hf.objective.replay import Replay
 from torch_hf.objective.results import Graph
 from torch_hf.vector import ParameterVector
 
@@ -85,7 +85,7 @@ class GaussNewtonOperator:
         objective = Objective(
             closure,
             vector,
-            FrozenWorld(vector.device),
+            Replay(vector.device),
             decay=[0.0] * len(vector.params),
             fast_convolutions=engine != DOUBLE_BACKWARD,
             reducer=Reducer(None, vector.device),

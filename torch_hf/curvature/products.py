@@ -18,7 +18,7 @@ from torch_hf.capture.convolution import tangents_only
 from torch_hf.capture.op_names import kind
 from torch_hf.loss.ggn_split import Split
 from torch_hf.loss.linear_terms import under
-from torch_hf.loss.loss_hessians import Head, filled
+from torch_hf.loss.loss_hessians import LossTerm, filled
 
 #: Tangents by parameter to a product by parameter; None counts as zeros.
 LocalProduct = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
@@ -103,11 +103,13 @@ class BatchHessian:
 
 
 class BatchGaussNewton:
-    """G v of one batch: the heads through the network, the remainders by their own Hessian."""
+    """G v of one batch: the loss terms through the network, the remainders by their own Hessian."""
 
     def __init__(self, split: Split, params: Sequence[Tensor]) -> None:
-        self.heads: list[Head] = split.heads
-        self.jacobian = Jacobian([z for head in self.heads for z in head.outputs], params)
+        self.loss_terms: list[LossTerm] = split.loss_terms
+        self.jacobian = Jacobian(
+            [z for loss_term in self.loss_terms for z in loss_term.outputs], params
+        )
         self.remainder = None
         if split.remainders:
             edges, weights = zip(*split.remainders, strict=True)
@@ -117,8 +119,8 @@ class BatchGaussNewton:
         """The product, by parameter."""
         pushed = iter(self.jacobian.push(tangents))
         curved: list[Tensor] = []
-        for head in self.heads:
-            curved.extend(head.hessian(*(next(pushed) for _ in head.outputs)))
+        for loss_term in self.loss_terms:
+            curved.extend(loss_term.hessian(*(next(pushed) for _ in loss_term.outputs)))
         product = list(self.jacobian.pull(curved))
         if self.remainder is not None:
             product = [_added(a, b) for a, b in zip(product, self.remainder(tangents), strict=True)]

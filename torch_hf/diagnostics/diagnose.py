@@ -24,7 +24,7 @@ from torch_hf.diagnostics.module_paths import attributed
 from torch_hf.distributed import Reducer
 from torch_hf.loss.linear_terms import under
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.replay import FrozenWorld
+from torch_hf.objective.replay import Replay
 from torch_hf.solver.line_search import same_loss
 from torch_hf.vector import ParameterVector
 
@@ -150,20 +150,20 @@ def diagnose(
     else:
         run = closure
     vector = ParameterVector([p for p in params if p.requires_grad])
-    world = FrozenWorld(vector.device)
+    replay = Replay(vector.device)
     objective = Objective(
         run,
         vector,
-        world,
+        replay,
         decay=[0.0] * len(vector.params),
         fast_convolutions=curvature == "ggn",
         reducer=Reducer(None, vector.device),
     )
     try:
-        with world.arithmetic():
+        with replay.arithmetic():
             return _diagnose(objective, curvature, closure is not None)
     finally:
-        world.undo()
+        replay.undo()
 
 
 def explain(error: BaseException, objective: Objective | None) -> str:
@@ -175,12 +175,12 @@ def explain(error: BaseException, objective: Objective | None) -> str:
     if not known or objective is None:
         return ""
     try:
-        with objective.world.arithmetic():
+        with objective.replay.arithmetic():
             findings, _ = find(objective)
     except Exception:  # the closure fails in another way now: its first error is what counts
         findings = []
     finally:
-        objective.world.undo()
+        objective.replay.undo()
     places = [
         f"{f.operation} in {f.module or 'the closure'} has {f.problem}; take {f.instead}."
         for f in findings

@@ -10,12 +10,12 @@ from torch_hf.kronecker.factors import KroneckerFactors
 from torch_hf.kronecker.layer import ActiveNeurons, KroneckerLinear
 from torch_hf.kronecker.network import TwoLayerNetwork
 from torch_hf.kronecker.sgd import KroneckerSGD
-from torch_hf.kronecker.tree import CorrelationTree, Found
+from torch_hf.kronecker.tree import ActiveSet, CorrelationTree
 
 __all__ = [
     "ActiveNeurons",
+    "ActiveSet",
     "CorrelationTree",
-    "Found",
     "KroneckerFactors",
     "KroneckerLinear",
     "KroneckerSGD",

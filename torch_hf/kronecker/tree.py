@@ -11,7 +11,7 @@ from torch_hf import _checks
 from torch_hf.kronecker._checks import Rows, as_indices
 
 
-class Found(NamedTuple):
+class ActiveSet(NamedTuple):
     """Active neurons, ordered by place in the query, then by neuron.
 
     Attributes:
@@ -46,7 +46,7 @@ class CorrelationTree:
         >>> import torch
         >>> tree = CorrelationTree(torch.tensor([[0.1, 2.0], [3.0, -1.0], [0.5, 1.5]]))
         >>> tree.query([0, 1], threshold=1.0)
-        Found(positions=tensor([0, 1, 1]), neurons=tensor([1, 0, 2]), visited=8)
+        ActiveSet(positions=tensor([0, 1, 1]), neurons=tensor([1, 0, 2]), visited=8)
     """
 
     def __init__(self, correlations: Tensor, branching: int = 8) -> None:
@@ -67,7 +67,7 @@ class CorrelationTree:
         """Levels above the leaves."""
         return len(self.levels) - 1
 
-    def query(self, samples: Rows, threshold: float) -> Found:
+    def query(self, samples: Rows, threshold: float) -> ActiveSet:
         """The neurons whose correlation exceeds a threshold.
 
         Args:
@@ -88,7 +88,7 @@ class CorrelationTree:
             place, node = place[above], node[above]
             if depth:
                 place, node = self._children(place, node, len(self.levels[depth - 1]))
-        return Found(place, node, visited)
+        return ActiveSet(place, node, visited)
 
     def update(self, neurons: Rows) -> None:
         """Recomputes the paths above neurons whose correlations have changed, at all points.

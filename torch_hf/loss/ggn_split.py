@@ -1,7 +1,7 @@
 """The Gauss-Newton split: which part of a loss is network, which is a convex loss on it.
 
 The graph is walked from the loss through operations that are linear (sums, means,
-products with constants) to the results of known loss functions, the heads. What else
+products with constants) to the results of known loss functions, the loss terms. What else
 the loss is made of is a remainder and brings its own Hessian: nothing is dropped.
 """
 
@@ -17,9 +17,9 @@ from torch.autograd.graph import GradientEdge
 
 from torch_hf.capture.capture import Record
 from torch_hf.capture.op_names import LOSSES, kind
-from torch_hf.loss.linear_terms import Term, edge_of, linear_terms, under
-from torch_hf.loss.loss_hessians import GraphHead, Head
-from torch_hf.loss.recognise import make_head
+from torch_hf.loss.linear_terms import LinearTerm, edge_of, linear_terms, under
+from torch_hf.loss.loss_hessians import AutogradTerm, LossTerm
+from torch_hf.loss.recognise import make_loss_term
 
 EXPLICIT_FORM = """return the network's outputs beside the loss:
 
@@ -34,14 +34,14 @@ or take the whole Hessian: HFOptimizer(params, curvature="hessian")."""
 
 @dataclass
 class Split:
-    """The heads of a loss, and what of it bypasses them.
+    """The loss terms, and what of it bypasses them.
 
     Attributes:
-        heads: Terms that are convex in network outputs.
+        loss_terms: Terms that are convex in network outputs.
         remainders: Edges of further terms and their weights in the loss.
     """
 
-    heads: list[Head]
+    loss_terms: list[LossTerm]
     remainders: list[tuple[GradientEdge, Tensor]] = field(default_factory=list)
 
 
@@ -52,21 +52,21 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
         RuntimeError: No known loss function was seen, or none with curvature.
     """
     own = {id(p) for p in params}
-    heads, others, flat = [], [], set()
+    loss_terms, others, flat = [], [], set()
     for term in linear_terms(loss, record.calls):
         call = record.calls.get(term.node)
-        head = make_head(call, term.weight, record) if call is not None else None
-        if head is not None:
-            heads.append(head)
+        loss_term = make_loss_term(call, term.weight, record) if call is not None else None
+        if loss_term is not None:
+            loss_terms.append(loss_term)
             continue
         if call is not None and call.name in LOSSES:
             flat.add(call.name)
         if (call is None or call.name != "l1_loss") and _reaches(term.node, own, ()):
             others.append(term)  # no curvature in its argument, but that may be curved itself
-    if not heads:
+    if not loss_terms:
         ends = {_spelled(kind(t.node)) for t in others} - {"accumulate_grad"}
         raise RuntimeError(_no_split(flat, record.refused, ends))
-    return Split(heads, _remainders(others))
+    return Split(loss_terms, _remainders(others))
 
 
 def split_by_outputs(
@@ -106,30 +106,30 @@ def split_by_outputs(
         )
     if len(outputs) > 1:
         _check_separate(outputs)
-    head = GraphHead(loss, None, outputs)
-    if not head.curved:
+    loss_term = AutogradTerm(loss, None, outputs)
+    if not loss_term.curved:
         raise RuntimeError(
             "The loss is linear in the outputs that the closure returned, so its Gauss-Newton "
             "curvature is zero. Return the tensors before the last nonlinearity (the logits, "
             'not their log_softmax), or use HFOptimizer(params, curvature="hessian").'
         )
-    return Split([head], _remainders(remainders))
+    return Split([loss_term], _remainders(remainders))
 
 
-def _recognised(record: Record, loss: Tensor, outputs: tuple[Tensor, ...]) -> list[Head] | None:
+def _recognised(record: Record, loss: Tensor, outputs: tuple[Tensor, ...]) -> list[LossTerm] | None:
     """Heads with closed forms, where they are functions of just the outputs named."""
     terms = linear_terms(loss, record.calls)
     if not all(t.node in record.calls for t in terms):
         return None
-    heads = [make_head(record.calls[t.node], t.weight, record) for t in terms]
-    found = [h for h in heads if h is not None]
+    loss_terms = [make_loss_term(record.calls[t.node], t.weight, record) for t in terms]
+    found = [h for h in loss_terms if h is not None]
     named = {id(z) for z in outputs}
-    if len(found) < len(heads) or {id(z) for h in found for z in h.outputs} != named:
+    if len(found) < len(loss_terms) or {id(z) for h in found for z in h.outputs} != named:
         return None
     return found
 
 
-def _remainders(terms: list[Term]) -> list[tuple[GradientEdge, Tensor]]:
+def _remainders(terms: list[LinearTerm]) -> list[tuple[GradientEdge, Tensor]]:
     return [(GradientEdge(t.node, t.place), t.weight) for t in terms]
 
 

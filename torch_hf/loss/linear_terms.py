@@ -42,7 +42,7 @@ LINEAR = (
 
 
 @dataclass
-class Term:
+class LinearTerm:
     """A place in the graph that the loss depends on linearly.
 
     Attributes:
@@ -61,7 +61,7 @@ class Term:
 
 
 @torch.no_grad()
-def linear_terms(loss: Tensor, stops: Any) -> list[Term]:
+def linear_terms(loss: Tensor, stops: Any) -> list[LinearTerm]:
     """The first places below linear operations, each once, or the stops on the way.
 
     Args:
@@ -69,7 +69,7 @@ def linear_terms(loss: Tensor, stops: Any) -> list[Term]:
         stops: Nodes, or pairs of a node and a place.
     """
     start = edge_of(loss)
-    found = {start: Term(*start, torch.ones_like(loss))}
+    found = {start: LinearTerm(*start, torch.ones_like(loss))}
     for node in _users_first(start, stops):
         places = [(node, i) for i in range(len(node._input_metadata))]
         terms = [None if p in stops else found.pop(p, None) for p in places]
@@ -96,7 +96,7 @@ def _arrive(found: Any, edge: Any, weight: Tensor, divisor: float, averaged: boo
     weight = weight.sum_to_size(like.shape).to(device=like.device, dtype=like.dtype)
     term = found.get(edge)
     if term is None:
-        found[edge] = Term(node, place, weight, divisor, averaged)
+        found[edge] = LinearTerm(node, place, weight, divisor, averaged)
     else:
         term.weight = term.weight + weight
         term.divisor = max(term.divisor, divisor)

@@ -26,7 +26,7 @@ FLAT = {
 Piece = tuple[Any, Tensor, tuple[Tensor, ...]]
 
 
-class Head(Protocol):
+class LossTerm(Protocol):
     """A term of the loss, seen as a function of the network's outputs."""
 
     outputs: tuple[Tensor, ...]
@@ -47,7 +47,7 @@ class Head(Protocol):
         """
 
 
-class _Piece:
+class _TermInGraph:
     """A loss function's result in the graph, and how strongly the objective counts it."""
 
     def __init__(
@@ -61,14 +61,14 @@ class _Piece:
         self.outputs = outputs
 
     def gradient(self) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         found = grad(
             self.result, self.outputs, self.coefficient, retain_graph=True, allow_unused=True
         )
         return filled(found, self.outputs)
 
     def trace(self) -> Tensor:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         raise NotImplementedError
 
     def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
@@ -89,7 +89,7 @@ class _Piece:
         return filled(found, outputs)
 
 
-class DiagonalHead(_Piece):
+class DiagonalTerm(_TermInGraph):
     """A loss that treats each entry of its output by itself: the Hessian is ``diag(weight)``."""
 
     def __init__(self, piece: Piece, weight: Tensor) -> None:
@@ -97,20 +97,20 @@ class DiagonalHead(_Piece):
         self.weight = weight  # broadcast to the output
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         return (tangents[0] * self.weight,)
 
     def trace(self) -> Tensor:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         return self.weight.expand_as(self.outputs[0]).sum()
 
     def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         return (signs[0] * self.weight.clamp(min=0).sqrt(),)
 
 
-class ElementwiseHead(_Piece):
-    """As :class:`DiagonalHead`, its weight by double backward, like ``huber_loss``.
+class ElementwiseTerm(_TermInGraph):
+    """As :class:`DiagonalTerm`, its weight by double backward, like ``huber_loss``.
 
     With two arguments it is a function of their difference, as the losses of
     :data:`~torch_hf.capture.op_names.LOSSES` with two are; the second must not depend on the first.
@@ -122,28 +122,28 @@ class ElementwiseHead(_Piece):
         (self.diagonal,) = grad(first, self.outputs[:1], torch.ones_like(first), retain_graph=True)
 
     def gradient(self) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         (first,) = grad(self.result, self.outputs[:1], self.coefficient, retain_graph=True)
         return (first,) if len(self.outputs) == 1 else (first, -first)
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         if len(tangents) == 1:
             return (self.diagonal * tangents[0],)
         product = self.diagonal * (tangents[0] - tangents[1])
         return product, -product
 
     def trace(self) -> Tensor:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         return len(self.outputs) * self.diagonal.sum()
 
     def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         first = signs[0] * self.diagonal.clamp(min=0).sqrt()
         return (first,) if len(signs) == 1 else (first, -first)
 
 
-class NormHead(_Piece):
+class NormTerm(_TermInGraph):
     """``sum(c * |r|)``: the Hessian is ``c (I - u u^T) / |r|`` with u the unit vector of r."""
 
     def __init__(self, piece: Piece, weight: Tensor, dim: Any) -> None:
@@ -155,21 +155,21 @@ class NormHead(_Piece):
         self.unit = torch.where(norm > 0, r / norm, 0.0)
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         along = (self.unit * tangents[0]).sum(self.dim, keepdim=True)
         return (self.weight * (tangents[0] - self.unit * along),)
 
     def trace(self) -> Tensor:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         return (self.weight * (1 - self.unit.square())).sum()
 
     def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         along = (self.unit * signs[0]).sum(self.dim, keepdim=True)
         return (self.weight.clamp(min=0).sqrt() * (signs[0] - self.unit * along),)
 
 
-class SoftmaxHead(_Piece):
+class SoftmaxTerm(_TermInGraph):
     """Cross-entropy of ``softmax(z)``: the Hessian is ``s (diag(p) - p p^T)`` in each position.
 
     The closed form needs two copies of the logits where double backward holds ten.
@@ -182,24 +182,24 @@ class SoftmaxHead(_Piece):
         self.weight = weight  # s, broadcast along dim
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         weighted = self.probability * tangents[0]
         centre = weighted.sum(self.dim, keepdim=True)
         product = (weighted - self.probability * centre) * self.weight
         return (product.to(tangents[0].dtype),)
 
     def trace(self) -> Tensor:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         return (self.weight * (self.probability - self.probability.square())).sum()
 
     def sample(self, *signs: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Head`: with r = sqrt(p), ``r e - p (r^T e)`` has this covariance."""
+        """See :class:`LossTerm`: with r = sqrt(p), ``r e - p (r^T e)`` has this covariance."""
         rooted = self.probability.sqrt() * signs[0]
         sample = rooted - self.probability * rooted.sum(self.dim, keepdim=True)
         return ((sample * self.weight.clamp(min=0).sqrt()).to(signs[0].dtype),)
 
 
-class GraphHead(_Piece):
+class AutogradTerm(_TermInGraph):
     """Any twice-differentiable loss, by double backward through its kept graph."""
 
     def __init__(self, *args: Any) -> None:
@@ -211,7 +211,7 @@ class GraphHead(_Piece):
         self.curved = bool(self._slopes)
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         if not self._slopes:
             return tuple(torch.zeros_like(t) for t in tangents)
         found = grad(
@@ -224,7 +224,7 @@ class GraphHead(_Piece):
         return filled(found, self.outputs)
 
     def trace(self) -> Tensor:
-        """See :class:`Head`."""
+        """See :class:`LossTerm`."""
         signs = tuple(random_signs(z.shape, z) for z in self.outputs)
         products = self.hessian(*signs)
         terms = [(s * h).sum() for s, h in zip(signs, products, strict=True)]
@@ -258,7 +258,7 @@ def filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> tuple[Tens
 
 
 def entropy_weights(logits: Tensor, settings: Mapping[str, Any], coefficient: Tensor) -> Tensor:
-    """``s`` of :class:`SoftmaxHead` for ``F.cross_entropy`` with all of its options."""
+    """``s`` of :class:`SoftmaxTerm` for ``F.cross_entropy`` with all of its options."""
     target, weight = settings["target"], settings.get("weight")
     smoothing = settings.get("label_smoothing", 0.0)
     mean = settings.get("reduction", "mean") == "mean"

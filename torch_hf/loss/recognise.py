@@ -1,4 +1,4 @@
-"""Which head a watched call makes: the convex function that a loss's term is of its outputs."""
+"""Which loss term a watched call makes: a convex function of the network's outputs."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.autograd.graph import GradientEdge
 from torch_hf.capture.capture import Call, Record
 from torch_hf.capture.op_names import LOSSES
 from torch_hf.loss.loss_hessians import (
-    DiagonalHead,
-    ElementwiseHead,
-    GraphHead,
-    Head,
-    NormHead,
+    AutogradTerm,
+    DiagonalTerm,
+    ElementwiseTerm,
+    LossTerm,
+    NormTerm,
     Piece,
-    SoftmaxHead,
+    SoftmaxTerm,
     entropy_weights,
 )
 
 
-def make_head(call: Call, weight: Tensor, record: Record) -> Head | None:
-    """The head of a call seen; None where it has no convex curvature in its argument.
+def make_loss_term(call: Call, weight: Tensor, record: Record) -> LossTerm | None:
+    """The loss term of a call seen; None where it has no convex curvature in its argument.
 
     Args:
         call: A term of the loss.
@@ -36,32 +36,32 @@ def make_head(call: Call, weight: Tensor, record: Record) -> Head | None:
         case "cross_entropy":
             logits = call.inputs[0]
             dim = 1 if logits.ndim > 1 else 0
-            return SoftmaxHead(piece, entropy_weights(logits, call.settings, weight), dim)
+            return SoftmaxTerm(piece, entropy_weights(logits, call.settings, weight), dim)
         case "nll_loss" | "kl_div" | "log_softmax" | "log":
-            return _log_probability_head(call, weight, record)
+            return _log_probability_term(call, weight, record)
         case "binary_cross_entropy":
-            return _bernoulli_head(call, weight, record)
+            return _bernoulli_term(call, weight, record)
         case "gaussian_nll_loss":
-            return GraphHead(*piece)
+            return AutogradTerm(*piece)
         case "norm":
             convex = bool((weight >= 0).all())
-            return NormHead(piece, *_norm_weight(call, weight)) if convex else None
+            return NormTerm(piece, *_norm_weight(call, weight)) if convex else None
         case "pow" | "square" | "mul" | "dot":
-            return _square_head(call, weight, record)
+            return _square_term(call, weight, record)
         case "softmax" | "sigmoid" | "l1_loss":
             return None
     if len(call.inputs) == 2:
-        return _difference_head(piece)
-    return ElementwiseHead(*piece)
+        return _difference_term(piece)
+    return ElementwiseTerm(*piece)
 
 
-def _square_head(call: Call, weight: Tensor, record: Record) -> Head:
+def _square_term(call: Call, weight: Tensor, record: Record) -> LossTerm:
     """``sum(c * r**2)``, also where it was written as the square of a norm."""
     norm = record.maker(call.inputs[0], "norm")
     if norm is None or call.name == "dot":
-        return DiagonalHead((call.edge, weight, call.inputs), 2 * weight)
+        return DiagonalTerm((call.edge, weight, call.inputs), 2 * weight)
     pulled = _pulled(weight, call.inputs[0], norm.edge)
-    return DiagonalHead((call.edge, weight, norm.inputs), 2 * _norm_weight(norm, pulled)[0])
+    return DiagonalTerm((call.edge, weight, norm.inputs), 2 * _norm_weight(norm, pulled)[0])
 
 
 def _norm_weight(norm: Call, weight: Tensor) -> tuple[Tensor, Any]:
@@ -74,7 +74,7 @@ def _norm_weight(norm: Call, weight: Tensor) -> tuple[Tensor, Any]:
     return weight, dim
 
 
-def _log_probability_head(call: Call, weight: Tensor, record: Record) -> Head | None:
+def _log_probability_term(call: Call, weight: Tensor, record: Record) -> LossTerm | None:
     """Walks log-probabilities back to logits: cut at the former, the curvature is zero."""
     link = call
     if call.name in LOSSES:
@@ -88,14 +88,14 @@ def _log_probability_head(call: Call, weight: Tensor, record: Record) -> Head | 
         soft = record.maker(logits, "softmax")
         if soft is None:
             convex = bool((slope <= 0).all())
-            return ElementwiseHead(link.edge, slope, link.inputs) if convex else None
+            return ElementwiseTerm(link.edge, slope, link.inputs) if convex else None
         slope = _pulled(slope, logits, soft.edge)
         logits, dim = soft.inputs[0], soft.settings["dim"]
     axis = dim if isinstance(dim, int) else (0 if logits.ndim in (0, 1, 3) else 1)
-    return SoftmaxHead((call.edge, weight, (logits,)), -slope.sum(axis, keepdim=True), axis)
+    return SoftmaxTerm((call.edge, weight, (logits,)), -slope.sum(axis, keepdim=True), axis)
 
 
-def _bernoulli_head(call: Call, weight: Tensor, record: Record) -> Head:
+def _bernoulli_term(call: Call, weight: Tensor, record: Record) -> LossTerm:
     """Walks probabilities back to logits z, where the second derivative is ``p (1 - p)``.
 
     Double backward through p loses it to rounding where p is close to 0 or 1.
@@ -103,23 +103,23 @@ def _bernoulli_head(call: Call, weight: Tensor, record: Record) -> Head:
     p, settings = call.inputs[0], call.settings
     link = record.maker(p, "sigmoid")
     if link is None:
-        return ElementwiseHead(call.edge, weight, call.inputs)
+        return ElementwiseTerm(call.edge, weight, call.inputs)
     entries = weight / p.numel() if settings["reduction"] == "mean" else weight
     if settings["weight"] is not None:
         entries = entries * settings["weight"]
     z = link.inputs[0]
     q = torch.sigmoid(z.detach())
     pulled = _pulled(entries.expand_as(p), p, link.edge)
-    return DiagonalHead((call.edge, weight, link.inputs), pulled * q * (1 - q))
+    return DiagonalTerm((call.edge, weight, link.inputs), pulled * q * (1 - q))
 
 
-def _difference_head(piece: Piece) -> Head:
+def _difference_term(piece: Piece) -> LossTerm:
     """Of two outputs, one of which may depend on the other, that one comes first."""
     result, weight, (a, b) = piece
     if a.shape != b.shape:
-        return GraphHead(*piece)
+        return AutogradTerm(*piece)
     (through,) = grad(b, a, torch.zeros_like(b), retain_graph=True, allow_unused=True)
-    return ElementwiseHead(result, weight, (a, b) if through is None else (b, a))
+    return ElementwiseTerm(result, weight, (a, b) if through is None else (b, a))
 
 
 def _pulled(weight: Tensor, result: Any, back_to: GradientEdge) -> Tensor:

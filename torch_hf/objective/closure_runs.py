@@ -13,7 +13,7 @@ from torch_hf import _messages
 from torch_hf.capture.capture import Capture, Record
 from torch_hf.loss.case_counts import Cases, count_cases
 from torch_hf.objective import checks
-from torch_hf.objective.replay import FrozenWorld
+from torch_hf.objective.replay import Replay
 from torch_hf.objective.results import Graph
 from torch_hf.vector import ParameterVector
 
@@ -29,7 +29,7 @@ class ClosureRuns:
     Args:
         closure: It takes a batch, unless all batches are ``NO_BATCH``.
         vector: The parameters; their gradients are the same after a run as before it.
-        world: Random states, buffers and autocast around the runs.
+        replay: Random states, buffers and autocast around the runs.
         sign: 1.0, or -1.0 where the closure's objective is to grow.
         layers: Whether graphs keep the inputs and outputs of linear layers.
         fast_convolutions: Whether convolutions take the rule for Gauss-Newton products.
@@ -43,7 +43,7 @@ class ClosureRuns:
         self,
         closure: Callable[..., Any],
         vector: ParameterVector,
-        world: FrozenWorld,
+        replay: Replay,
         *,
         sign: float,
         layers: bool,
@@ -51,7 +51,7 @@ class ClosureRuns:
     ) -> None:
         self.closure = closure
         self.vector = vector
-        self.world = world
+        self.replay = replay
         self.sign = sign
         self.layers = layers
         self.fast_convolutions = fast_convolutions
@@ -97,7 +97,7 @@ class ClosureRuns:
 
     def _losses(self, batches: Sequence[Any], grad: bool) -> list[Tensor]:
         losses = []
-        with self.world.rerun(), torch.set_grad_enabled(grad):
+        with self.replay.rerun(), torch.set_grad_enabled(grad):
             for batch in batches:
                 capture = Capture(self.vector.params, calls=False)
                 losses.append(self._objective(self._call(capture, batch)).detach())
@@ -109,7 +109,7 @@ class ClosureRuns:
         for p in self.vector.params:
             p.grad = None  # so that the closure's zero_grad() does not reach the present ones
         try:
-            with self.world.surroundings():
+            with self.replay.surroundings():
                 return capture.run(self.closure, *args)
         except (AttributeError, RuntimeError) as error:
             if capture.record.held and _messages.misses_gradients(error):

@@ -16,8 +16,8 @@ from torch_hf.loss.case_counts import Cases, shares_of
 from torch_hf.loss.ggn_split import Split, split_by_calls, split_by_outputs
 from torch_hf.objective import checks
 from torch_hf.objective.closure_runs import NO_BATCH, ClosureRuns
-from torch_hf.objective.replay import FrozenWorld
-from torch_hf.objective.results import Found, Graph, Value
+from torch_hf.objective.replay import Replay
+from torch_hf.objective.results import Evaluation, Graph, LocalEvaluation
 from torch_hf.objective.weight_decay import WeightDecay
 from torch_hf.statistics.gradient_moments import variance_over_cases
 from torch_hf.vector import ParameterVector
@@ -29,7 +29,7 @@ class Objective:
     Args:
         closure: In any of the three forms; it takes a batch where ``batches`` are given.
         vector: The parameters.
-        world: Random states and buffers, kept the same over all runs.
+        replay: Random states and buffers, kept the same over all runs.
         batches: Batches that the loss is averaged over by number of cases, or None.
         curvature_batches: Those of the products; None for the same.
         decay: Weight decay of each parameter.
@@ -44,7 +44,7 @@ class Objective:
         self,
         closure: Callable[..., Any],
         vector: ParameterVector,
-        world: FrozenWorld,
+        replay: Replay,
         *,
         batches: Iterable[Any] | None = None,
         curvature_batches: Iterable[Any] | None = None,
@@ -56,7 +56,7 @@ class Objective:
         space: Space | None = None,
     ) -> None:
         self.vector = vector
-        self.world = world
+        self.replay = replay
         self.own_curvature_batches = curvature_batches is not None
         if self.own_curvature_batches and batches is None:
             raise ValueError(
@@ -75,7 +75,7 @@ class Objective:
         self.runs = ClosureRuns(
             closure,
             vector,
-            world,
+            replay,
             sign=self.sign,
             layers=layers,
             fast_convolutions=fast_convolutions,
@@ -94,7 +94,7 @@ class Objective:
 
     # --- the first run: loss and gradient ---
 
-    def value(self, check: Callable[[], None] = lambda: None) -> Value:
+    def value(self, check: Callable[[], None] = lambda: None) -> Evaluation:
         """Runs the closure on all batches for the loss and its gradient.
 
         Args:
@@ -106,7 +106,9 @@ class Objective:
         """
         found = self.reducer.attempt(lambda: self._first_run(check))
         if found is None:  # another rank may still be well: it learns of this in the sum
-            found = Found([None] * len(self.vector.params), [], [Cases(None, True)], [], None)
+            found = LocalEvaluation(
+                [None] * len(self.vector.params), [], [Cases(None, True)], [], None
+            )
         flat = self.vector.flatten(found.gradient)
         reached = [g is not None or self.reducer.group is not None for g in found.gradient]
         flat, table = self.space.reduce_with(flat, found.numbers())
@@ -129,12 +131,12 @@ class Objective:
         full = loss + self.penalty.loss()
         norm = self.space.norm(flat)
         where = self.reducer.named([i for i, row in enumerate(table) if not math.isfinite(row[0])])
-        return Value(full, flat, plain, norm, self.cases or 1.0, returned, where)
+        return Evaluation(full, flat, plain, norm, self.cases or 1.0, returned, where)
 
-    def _first_run(self, check: Callable[[], None]) -> Found:
+    def _first_run(self, check: Callable[[], None]) -> LocalEvaluation:
         gradient: list[Tensor | None] = [None] * len(self.vector.params)
         losses, counts, returned = [], [], None
-        with self.world.first_run():
+        with self.replay.first_run():
             for i, batch in enumerate(self.batches):
                 graph = self.runs.graph(batch)
                 self.runs.needs_graph |= graph.record.differentiates_inside
@@ -143,14 +145,14 @@ class Objective:
                 self._add_gradient(gradient, graph, self._share(graph.cases, counts[0].adds))
                 if i == 0:
                     returned = graph.returned
-                self.world.mark()
-        message = "" if self.reducer.group else unreduced(self.world.buffers.seen)
+                self.replay.mark()
+        message = "" if self.reducer.group else unreduced(self.replay.buffers.seen)
         if message:
             raise RuntimeError(message)
         if self.runs.accumulates:
             check()
         shares = [1.0] if self._alone() else shares_of(counts, "batches")
-        return Found(gradient, losses, counts, shares, returned)
+        return LocalEvaluation(gradient, losses, counts, shares, returned)
 
     def _alone(self) -> bool:
         """Whether there is but one batch of one process, which needs no weight."""
@@ -201,7 +203,7 @@ class Objective:
         losses = self.runs.losses(self.batches)
         return sum(s * float(x) for s, x in zip(self.shares, losses, strict=True) if s)
 
-    def gradient_variance(self, here: Value) -> float:
+    def gradient_variance(self, here: Evaluation) -> float:
         """The L1 norm of the gradient's variance over cases, ``sum_j Var_i g_ij``.
 
         Source: Byrd, Chin, Nocedal & Wu 2012, "Sample size selection in optimization methods
@@ -219,11 +221,11 @@ class Objective:
         for i, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
             if not weight:
                 continue
-            with self.world.rerun(i):
+            with self.replay.rerun(i):
                 graph = self.kept if shared else self.runs.graph(batch)
             assert graph is not None
-            heads = self.split(graph).heads
-            total += weight**2 * variance_over_cases(heads, self.vector.params)
+            loss_terms = self.split(graph).loss_terms
+            total += weight**2 * variance_over_cases(loss_terms, self.vector.params)
         return total
 
     # --- graphs ---
@@ -231,7 +233,7 @@ class Objective:
     @contextmanager
     def graph(self) -> Iterator[Graph]:
         """The graph of the first batch alone, as a first run."""
-        with self.world.first_run():
+        with self.replay.first_run():
             graph = self.runs.graph(self.batches[0])
         yield graph
 
@@ -265,14 +267,16 @@ class Objective:
         if self.kept is not None:
             yield self.kept
             return
-        with self.world.rerun(i):
+        with self.replay.rerun(i):
             graph = self.runs.graph(self.curvature_batches[i])
         yield graph
 
     def outputs_at(self, i: int, values: Sequence[Tensor]) -> list[Tensor | None]:
         """The outputs of curvature batch ``i``, with other values in the parameters."""
         with self._graph_at(i, values) as graph:
-            return [z.detach() for head in self.split(graph).heads for z in head.outputs]
+            return [
+                z.detach() for loss_term in self.split(graph).loss_terms for z in loss_term.outputs
+            ]
 
     def gradient_at(self, i: int, values: Sequence[Tensor], scale: float) -> list[Tensor | None]:
         """The gradient on curvature batch ``i`` times ``scale``, at other parameters."""
@@ -283,7 +287,7 @@ class Objective:
     @contextmanager
     def _graph_at(self, i: int, values: Sequence[Tensor]) -> Iterator[Graph]:
         with self.vector.lent(values):
-            with self.world.rerun(i):
+            with self.replay.rerun(i):
                 graph = self.runs.graph(self.curvature_batches[i])
             yield graph
 

@@ -1,4 +1,4 @@
-"""The world a closure runs in, frozen: random generators and module buffers.
+"""Replay: every run of the closure in a step sees the same noise and the same buffers.
 
 Within a step every evaluation of the closure sees the same noise, and running
 statistics count the batch once. Buffers are found by a forward hook common to all
@@ -100,8 +100,8 @@ def untraced(hook: Any) -> Any:
     return hook
 
 
-class FrozenWorld:
-    """Runs a closure again and again in the world that its first run saw.
+class Replay:
+    """Runs a closure again with the random numbers and the buffers that its first run saw.
 
     The first run goes on as it would anyway and leaves its marks: generators move
     on, running statistics count the batch. Every later run starts from the same

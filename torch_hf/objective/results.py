@@ -21,7 +21,7 @@ class Graph(NamedTuple):
     cases: Cases
 
 
-class Value(NamedTuple):
+class Evaluation(NamedTuple):
     """The objective and its gradient at the present parameters."""
 
     loss: float
@@ -33,7 +33,7 @@ class Value(NamedTuple):
     where: str = ""  # the ranks whose loss is not finite
 
 
-class Found(NamedTuple):
+class LocalEvaluation(NamedTuple):
     """What the first run came to on this rank: sums over its batches, by their shares."""
 
     gradient: list[Tensor | None]

@@ -15,7 +15,7 @@ from torch_hf.diagnostics.diagnose import explain
 from torch_hf.distributed import PeerError, Reducer, Sharded, Space, parameter_vector, space_of
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.replay import FrozenWorld
+from torch_hf.objective.replay import Replay
 from torch_hf.optimizer.state_dict import check_state, pack, unpack, whole_state
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
@@ -70,19 +70,19 @@ class FlatStateOptimizer(Optimizer):
         vector: ParameterVector,
     ) -> Iterator[Objective]:
         """The step's objective; an error inside leaves everything as it was before."""
-        world = FrozenWorld(vector.device)
+        replay = Replay(vector.device)
         gradients = [p.grad for p in vector.params]
         objective = forgotten = None
         try:
             forgotten = self._forget_if_stale(vector)
-            objective = self._objective(closure, batches, curvature_batches, vector, world)
+            objective = self._objective(closure, batches, curvature_batches, vector, replay)
             yield objective
         except BaseException as error:
             self.preconditioner.abandon()
             if forgotten is not None:
                 self._start, pairs = forgotten
                 self.preconditioner.load_state_dict(pairs)
-            world.undo()
+            replay.undo()
             for p, g in zip(vector.params, gradients, strict=True):
                 p.grad = g
             if not isinstance(error, PeerError) and (message := explain(error, objective)):
@@ -90,18 +90,18 @@ class FlatStateOptimizer(Optimizer):
             raise
 
     def _objective(
-        self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, world: FrozenWorld
+        self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, replay: Replay
     ) -> Objective:
         checks.closure(closure)
         checks.accumulates(batches)
         for group in self.param_groups:
             _checks.options(group)
         reducer, space = self._space(vector)
-        vector.modules = world.buffers.seen
+        vector.modules = replay.buffers.seen
         return Objective(
             closure,
             vector,
-            world,
+            replay,
             batches=batches,
             curvature_batches=curvature_batches,
             decay=[g["weight_decay"] for g, _ in self._owned()],

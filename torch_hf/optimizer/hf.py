@@ -19,19 +19,19 @@ from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.distributed import Space, check_group
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.results import Value
+from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
-from torch_hf.optimizer.outcome import Outcome
+from torch_hf.optimizer.outcome import StepDecision
 from torch_hf.optimizer.state_dict import pack
-from torch_hf.optimizer.timer import Clock
+from torch_hf.optimizer.timer import StepTimer
 from torch_hf.preconditioner.choose import make_preconditioner, worth_observing
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.solver.cg import CGResult, conjugate_gradients
-from torch_hf.solver.cg_budget import data_stay, most_iterations, start_factor
-from torch_hf.solver.damping import initial_damping
-from torch_hf.solver.line_search import Move, doubtful, repeats, scaled, search
+from torch_hf.solver.cg_budget import is_same_data, max_iterations
+from torch_hf.solver.line_search import SearchResult, repeats, scaled, search
+from torch_hf.solver.trust_region import initial_damping, ratio_is_absurd, warm_start_factor
 from torch_hf.vector import ParameterVector
 
 #: After so many rejections in a row a warning says what to look at.
@@ -175,18 +175,18 @@ class HFOptimizer(FlatStateOptimizer):
         """
         if closure is None:
             return self._initialise()
-        clock = Clock(("gradient", "products", "preconditioner", "evaluations"))
+        timer = StepTimer(("gradient", "products", "preconditioner", "evaluations"))
         vector = self._vector()
         before = [p.grad for p in vector.params]
         attempt = self._attempt(closure, batches, curvature_batches, vector)
-        with attempt as objective, objective.world.arithmetic():
-            with clock.part("gradient"):
+        with attempt as objective, objective.replay.arithmetic():
+            with timer.part("gradient"):
                 here = objective.value(lambda: checks.accumulated(before, self._left))
-            outcome = self._decide(objective, here, clock)
+            outcome = self._decide(objective, here, timer)
         self._commit(vector, objective.space, here, outcome)
-        objective.world.settle(counts=math.isfinite(here.loss))
+        objective.replay.settle(counts=math.isfinite(here.loss))
         state = self.param_groups[0]
-        self.last_report = outcome.report(state["steps"], objective, here, clock, self._requests)
+        self.last_report = outcome.report(state["steps"], objective, here, timer, self._requests)
         if state["rejections"] and state["rejections"] % PATIENCE == 0:
             message = _messages.rejected(state["rejections"], outcome.move.reason)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
@@ -194,46 +194,47 @@ class HFOptimizer(FlatStateOptimizer):
 
     # --- the parts of a step, in the order it takes them ---
 
-    def _decide(self, objective: Objective, here: Value, clock: Clock) -> Outcome:
+    def _decide(self, objective: Objective, here: Evaluation, timer: StepTimer) -> StepDecision:
         """Everything that is computed; nothing that lasts is changed."""
         vector, space = objective.vector, objective.space
         reason = self._no_step(here)
         if reason:
-            move = Move(None, 0.0, here.loss, reason=reason)
-            idle = math.isfinite(here.loss) and math.isfinite(here.gradient_norm)
-            return Outcome(move, self.param_groups[0]["damping"], idle=idle)
-        with clock.part("gradient"):
+            move = SearchResult(None, 0.0, here.loss, reason=reason)
+            nothing_to_do = math.isfinite(here.loss) and math.isfinite(here.gradient_norm)
+            return StepDecision(move, self.param_groups[0]["damping"], nothing_to_do=nothing_to_do)
+        with timer.part("gradient"):
             asked = self._requests.gradient_variance
             variance = objective.gradient_variance(here) if asked else None
             curvature = ObjectiveOperator(objective, self.curvature)
         damping = self.param_groups[0]["damping"]
-        same_data = data_stay(self.param_groups[0], here.loss, here.cases, vector.dtype)
+        same_data = is_same_data(self.param_groups[0], here.loss, here.cases, vector.dtype)
         if damping is None:
-            with clock.part("products"):
+            with timer.part("products"):
                 damping = initial_damping(here.gradient, curvature(here.gradient), space)
 
         def damped(v: Tensor) -> Tensor:
             return curvature(v).add_(v, alpha=damping)
 
-        solution = self._solve(curvature, here, damped, damping, same_data, clock)
-        with clock.part("products"):
+        solution = self._solve(curvature, here, damped, damping, same_data, timer)
+        with timer.part("products"):
             rates = vector.spread([float(g["lr"]) for g, _ in self._owned()])
             candidates, length = scaled(solution.iterates, rates, here.gradient, damped, space)
         curvature.release()  # trial values in the parameters would spoil the kept graph
         whole = lru_cache(maxsize=1)(space.whole)  # of a direction tried at several lengths
-        with vector.trial() as trial, clock.part("evaluations"):
+        with vector.trial() as trial, timer.part("evaluations"):
 
             def loss_along(direction: Tensor, length: float) -> float:
                 trial.place(whole(direction), length)
                 return objective.loss()
 
             move = search(loss_along, candidates, length, here.loss, damping, space)
-            if doubtful(move) and not repeats(loss_along, solution.last.vector):
+            odd = move.direction is None or ratio_is_absurd(move.ratio)
+            if odd and not repeats(loss_along, solution.last.vector):
                 reason = f"{move.reason}. " if move.reason else ""
                 move = move._replace(reason=reason + _messages.NOT_DETERMINISTIC)
-        return Outcome(move, damping, solution, curvature, variance, same_data=same_data)
+        return StepDecision(move, damping, solution, curvature, variance, same_data=same_data)
 
-    def _no_step(self, here: Value) -> str:
+    def _no_step(self, here: Evaluation) -> str:
         """Why there is nothing to solve; empty where there is."""
         if not math.isfinite(here.loss):
             if not self.param_groups[0]["steps"]:  # nothing has ever worked: that is bad input
@@ -248,35 +249,37 @@ class HFOptimizer(FlatStateOptimizer):
     def _solve(
         self,
         curvature: ObjectiveOperator,
-        here: Value,
+        here: Evaluation,
         damped: Callable[[Tensor], Tensor],
         damping: float,
         same_data: bool,
-        clock: Clock,
+        timer: StepTimer,
     ) -> CGResult:
         """Conjugate gradients on the damped quadratic, from the last solution."""
         options = self.param_groups[0]
-        with clock.part("preconditioner"):
+        with timer.part("preconditioner"):
             self.preconditioner.begin(damping, LayerStatistics(curvature))
-        most = options["cg_max_iter"] or most_iterations(self.preconditioner, same_data)
+        most = options["cg_max_iter"] or max_iterations(self.preconditioner, same_data)
         decay = options["cg_decay"]
         if decay is None:
-            blind = not same_data and not curvature.objective.own_curvature_batches
-            decay = start_factor(options["last_ratio"], most, blind)
-        observe = clock.timed("preconditioner", self.preconditioner.observe)
+            ratio_misses_noise = not same_data and not curvature.objective.own_curvature_batches
+            decay = warm_start_factor(options["last_ratio"], most, ratio_misses_noise)
+        observe = timer.timed("preconditioner", self.preconditioner.observe)
         return conjugate_gradients(
-            clock.timed("products", damped),
+            timer.timed("products", damped),
             here.gradient,
             start=self._start if decay else None,
             decay=decay,
-            preconditioner=clock.timed("preconditioner", self.preconditioner.apply),
+            preconditioner=timer.timed("preconditioner", self.preconditioner.apply),
             tol=options["cg_tol"],
             max_iter=most,
             observe=observe if worth_observing(self.preconditioner, most) else None,
             space=curvature.objective.space,
         )
 
-    def _commit(self, vector: ParameterVector, space: Space, here: Value, outcome: Outcome) -> None:
+    def _commit(
+        self, vector: ParameterVector, space: Space, here: Evaluation, outcome: StepDecision
+    ) -> None:
         """The only place where parameters and the state for the next step change."""
         move, solution = outcome.move, outcome.solution
         gradients = here.plain_gradient()
@@ -285,7 +288,7 @@ class HFOptimizer(FlatStateOptimizer):
         if solution is not None:
             self.preconditioner.end()
         state = self.param_groups[0]
-        if not outcome.idle:
+        if not outcome.nothing_to_do:
             self._start = solution.last.vector if outcome.accepted and solution else None
             state["rejections"] = 0 if outcome.accepted else state["rejections"] + 1
             state["last_loss"], state["last_cases"] = move.loss, here.cases

@@ -7,15 +7,20 @@ from typing import NamedTuple
 
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.results import Value
-from torch_hf.optimizer.timer import Clock
+from torch_hf.objective.results import Evaluation
+from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
-from torch_hf.solver.damping import EASY_ITERATIONS, ON_NEW_DATA, ON_SAME_DATA, next_damping
-from torch_hf.solver.line_search import Move
+from torch_hf.solver.line_search import SearchResult
+from torch_hf.solver.trust_region import (
+    EASY_ITERATIONS,
+    THRESHOLDS_ON_NEW_DATA,
+    THRESHOLDS_ON_SAME_DATA,
+    next_damping,
+)
 
 
-class Outcome(NamedTuple):
+class StepDecision(NamedTuple):
     """What a step came to.
 
     Attributes:
@@ -24,16 +29,16 @@ class Outcome(NamedTuple):
         solution: What CG found, if it ran.
         curvature: The operator, if it was made.
         variance: The gradient's variance, if it was asked for.
-        idle: Whether there was nothing to do: the gradient is zero, or ``lr``.
+        nothing_to_do: Whether there was nothing to do: the gradient is zero, or ``lr``.
         same_data: Whether the loss began where the last step left it.
     """
 
-    move: Move
+    move: SearchResult
     damping: float | None
     solution: CGResult | None = None
     curvature: ObjectiveOperator | None = None
     variance: float | None = None
-    idle: bool = False
+    nothing_to_do: bool = False
     same_data: bool = True
 
     @property
@@ -43,14 +48,14 @@ class Outcome(NamedTuple):
 
     def next_damping(self) -> float | None:
         """Lambda for the next step."""
-        if self.damping is None or self.idle:
+        if self.damping is None or self.nothing_to_do:
             return self.damping
         return next_damping(
             self.damping,
             self.move.ratio,
             self.accepted,
             self.move.floor,
-            thresholds=ON_SAME_DATA if self.same_data else ON_NEW_DATA,
+            thresholds=THRESHOLDS_ON_SAME_DATA if self.same_data else THRESHOLDS_ON_NEW_DATA,
             easy=self.same_data and self._soon_solved(),
         )
 
@@ -62,7 +67,12 @@ class Outcome(NamedTuple):
         return solved.stop in (Stop.RESIDUAL, Stop.PROGRESS)
 
     def report(
-        self, step: int, objective: Objective, here: Value, clock: Clock, requests: Requests
+        self,
+        step: int,
+        objective: Objective,
+        here: Evaluation,
+        timer: StepTimer,
+        requests: Requests,
     ) -> StepReport:
         """The record of the step."""
         solution, curvature = self.solution, self.curvature
@@ -84,12 +94,12 @@ class Outcome(NamedTuple):
             engine=curvature.engine if curvature else "",
             reason=self.move.reason,
             gradient_variance=self.variance,
-            seconds=clock.seconds(),
+            seconds=timer.seconds(),
             requests=requests,
         )
 
 
-def _without_cg(here: Value) -> Stop:
+def _without_cg(here: Evaluation) -> Stop:
     if not (math.isfinite(here.gradient_norm) and math.isfinite(here.loss)):
         return Stop.NON_FINITE
     return Stop.NOT_RUN if here.gradient_norm else Stop.ZERO_GRADIENT

@@ -11,8 +11,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Clock:
-    """Adds up wall-clock seconds by part, as the host sees them."""
+class StepTimer:
+    """Adds up wall-timer seconds by part, as the host sees them."""
 
     def __init__(self, parts: tuple[str, ...]) -> None:
         self.parts = dict.fromkeys(parts, 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch_hf.preconditioner.kfac import LONG, KroneckerPreconditioner
+from torch_hf.preconditioner.kfac import MIN_PAIR_ITERATIONS, KroneckerPreconditioner
 from torch_hf.preconditioner.lbfgs import LBFGSPreconditioner
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.preconditioner.simple import DiagonalPreconditioner, NoPreconditioner
@@ -12,7 +12,7 @@ from torch_hf.preconditioner.simple import DiagonalPreconditioner, NoPreconditio
 
 def worth_observing(preconditioner: Preconditioner, most: int) -> bool:
     """Whether a run of at most so many iterations can teach anything: see ``end`` of the pairs."""
-    return most > LONG or not getattr(preconditioner, "strong", False)
+    return most >= MIN_PAIR_ITERATIONS or not getattr(preconditioner, "has_layer_factors", False)
 
 
 def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Preconditioner:

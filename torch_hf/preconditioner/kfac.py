@@ -11,29 +11,31 @@ from torch import Tensor
 
 from torch_hf.distributed import LOCAL, Space
 from torch_hf.preconditioner.protocol import Curvature
-from torch_hf.statistics.kronecker_factors import Block
+from torch_hf.statistics.kronecker_factors import LayerFactors
 from torch_hf.vector import ParameterVector
 
-#: Steps from one measurement of the factors to the next, unless CG made more iterations than
-#: ``LONG`` (then a measurement is cheap beside it), and the weight of what was known before.
-EVERY, LONG, MEMORY = 3, 10, 0.8
+#: A run of CG of at least so many iterations teaches pairs that are worth more than the factors,
+#: and a new measurement of the factors is cheap beside it.
+MIN_PAIR_ITERATIONS = 11
+#: Else the factors are measured every third step; the weight of earlier measurements in the mean.
+MEASURE_EVERY, HISTORY_WEIGHT = 3, 0.8
 #: The part of the mean curvature that damps the factors: it holds what a sample cannot know.
-HELD = 0.5
+MEAN_CURVATURE_SHARE = 0.5
 #: Factors are inverted anew when their damping has changed by this factor.
-MOVED = 2.0
+REINVERT_RATIO = 2.0
 #: Where an inversion fails, damping grows tenfold so many times.
-TRIES = 6
+INVERSION_TRIES = 6
 
 
 class Inverse(NamedTuple):
     """One block's inverse: ``left (.) right``, each a matrix or a diagonal."""
 
-    block: Block
+    block: LayerFactors
     left: Tensor
     right: Tensor
 
 
-class Known(NamedTuple):
+class FactorHistory(NamedTuple):
     """What one step hands to the next.
 
     Attributes:
@@ -44,16 +46,16 @@ class Known(NamedTuple):
         damping: Lambda and half the mean curvature that the inverses were made with.
     """
 
-    blocks: Sequence[Block] = ()
+    blocks: Sequence[LayerFactors] = ()
     measured: int = 0
     age: int = 0
     iterations: int = 0
     damping: float = 0.0
 
-    def like(self, vector: ParameterVector) -> Known:
+    def like(self, vector: ParameterVector) -> FactorHistory:
         """In a vector's format and on its device: a state may come from elsewhere."""
         blocks = [
-            Block(
+            LayerFactors(
                 b.weight,
                 b.bias,
                 *(t.to(vector.device, vector.dtype) for t in (b.inputs, b.outputs)),
@@ -79,7 +81,7 @@ class KroneckerPreconditioner:
 
     def __init__(self) -> None:
         self.space: Space = LOCAL  # where the vectors live, as the optimizer says
-        self._known = Known()
+        self._known = FactorHistory()
         self._before = self._known
         self._count = 0  # of this run's iterations
         self._sizes: list[int] = []
@@ -90,10 +92,14 @@ class KroneckerPreconditioner:
     def wants_layers(self) -> bool:
         """Whether the factors are to be measured in this step."""
         known = self._known
-        return not known.measured or known.age >= EVERY or known.iterations > LONG
+        return (
+            not known.measured
+            or known.age >= MEASURE_EVERY
+            or known.iterations >= MIN_PAIR_ITERATIONS
+        )
 
     @property
-    def strong(self) -> bool:
+    def has_layer_factors(self) -> bool:
         """Whether any layer is known."""
         return bool(self._known.blocks)
 
@@ -104,9 +110,13 @@ class KroneckerPreconditioner:
         self._sizes = curvature.vector.sizes
         fresh = self.wants_layers
         known = self._measure(curvature) if fresh else self._known
-        held = HELD * mean_curvature(known.blocks, self._sizes)
+        held = MEAN_CURVATURE_SHARE * mean_curvature(known.blocks, self._sizes)
         total = damping + held
-        if fresh or not known.damping or not 1 / MOVED < total / known.damping < MOVED:
+        if (
+            fresh
+            or not known.damping
+            or not 1 / REINVERT_RATIO < total / known.damping < REINVERT_RATIO
+        ):
             known, self._inverses = known._replace(damping=total), []
         if not self._inverses:
             decays = curvature.decays
@@ -175,17 +185,17 @@ class KroneckerPreconditioner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes factors as ``state_dict`` gave them; none from an empty state."""
-        self._known, self._inverses = Known(), []
+        self._known, self._inverses = FactorHistory(), []
         self._before = self._known
         if "layout" not in state:
             return
         blocks = [
-            Block(
+            LayerFactors(
                 weight, bias, state[f"factor{2 * k}"][..., 0], state[f"factor{2 * k + 1}"][..., 0]
             )
             for k, (weight, bias) in enumerate(state["layout"].tolist())
         ]
-        self._known = Known(
+        self._known = FactorHistory(
             blocks,
             int(state["measured"]),
             int(state["age"]),
@@ -194,13 +204,13 @@ class KroneckerPreconditioner:
         )
         self._before = self._known
 
-    def _measure(self, curvature: Curvature) -> Known:
+    def _measure(self, curvature: Curvature) -> FactorHistory:
         """What is known with what is seen now: their mean at first, a running mean later."""
         known = self._known
         found = curvature.factors(known.measured)
         if 2 * covered(found, curvature.vector.sizes) < curvature.vector.numel:
-            return Known((), known.measured + 1, 0, known.iterations, known.damping)
-        weight = min(MEMORY, 1 - 1 / (known.measured + 1))
+            return FactorHistory((), known.measured + 1, 0, known.iterations, known.damping)
+        weight = min(HISTORY_WEIGHT, 1 - 1 / (known.measured + 1))
         old = {(b.weight, b.bias): b for b in known.blocks}
         blocks = []
         for new in found:
@@ -209,12 +219,14 @@ class KroneckerPreconditioner:
             last = old.get((new.weight, new.bias))
             if last is not None and last.inputs.shape == new.inputs.shape:
                 inputs = new.inputs.lerp(last.inputs, weight)
-                new = Block(new.weight, new.bias, inputs, new.outputs.lerp(last.outputs, weight))
+                new = LayerFactors(
+                    new.weight, new.bias, inputs, new.outputs.lerp(last.outputs, weight)
+                )
             blocks.append(new)
-        return Known(blocks, known.measured + 1, 0, known.iterations, known.damping)
+        return FactorHistory(blocks, known.measured + 1, 0, known.iterations, known.damping)
 
 
-def mean_curvature(blocks: Sequence[Block], sizes: Sequence[int]) -> float:
+def mean_curvature(blocks: Sequence[LayerFactors], sizes: Sequence[int]) -> float:
     """The trace of all blocks over the number of their parameters."""
     if not blocks:
         return 0.0
@@ -222,12 +234,12 @@ def mean_curvature(blocks: Sequence[Block], sizes: Sequence[int]) -> float:
     return float(traces.sum()) / covered(blocks, sizes)
 
 
-def covered(blocks: Sequence[Block], sizes: Sequence[int]) -> int:
+def covered(blocks: Sequence[LayerFactors], sizes: Sequence[int]) -> int:
     """The number of parameters that belong to a block."""
     return sum(sizes[b.weight] + (sizes[b.bias] if b.bias >= 0 else 0) for b in blocks)
 
 
-def invert(block: Block, damping: float) -> Inverse:
+def invert(block: LayerFactors, damping: float) -> Inverse:
     """``(S + e/pi I)^-1`` and ``(A + pi e I)^-1`` with ``e^2`` the damping."""
     a = float(_trace(block.inputs)) / len(block.inputs)
     s = float(_trace(block.outputs)) / len(block.outputs)
@@ -237,7 +249,7 @@ def invert(block: Block, damping: float) -> Inverse:
     pi = math.sqrt(a / s)
     eps = torch.finfo(block.inputs.dtype).eps
     e = max(math.sqrt(damping), eps * math.sqrt(a * s))
-    for _ in range(TRIES):
+    for _ in range(INVERSION_TRIES):
         found = _inverse(block.outputs, e / pi), _inverse(block.inputs, pi * e)
         if found[0] is not None and found[1] is not None:
             return Inverse(block, found[0], found[1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_hf.distributed import LOCAL, Space
-from torch_hf.preconditioner.kfac import LONG, KroneckerPreconditioner
+from torch_hf.preconditioner.kfac import MIN_PAIR_ITERATIONS, KroneckerPreconditioner
 from torch_hf.preconditioner.lbfgs_pairs import CompactInverse, PairSelection
 from torch_hf.preconditioner.protocol import Curvature
 from torch_hf.preconditioner.simple import DiagonalPreconditioner, NoPreconditioner
@@ -81,9 +81,9 @@ class LBFGSPreconditioner:
         return self._base.wants_layers
 
     @property
-    def strong(self) -> bool:
+    def has_layer_factors(self) -> bool:
         """Whether a few iterations of CG are worth many: the base knows the layers."""
-        return bool(getattr(self._base, "strong", False))
+        return bool(getattr(self._base, "has_layer_factors", False))
 
     def begin(self, damping: float, curvature: Curvature) -> None:
         """Builds the inverse for ``G + damping I`` from the last run's pairs."""
@@ -111,7 +111,9 @@ class LBFGSPreconditioner:
     def end(self) -> None:
         """The pairs of this run, if it gave any, take the place of the last."""
         self._base.end()
-        few = self.strong and self._count <= LONG  # the base knows more than these pairs
+        few = (
+            self.has_layer_factors and self._count < MIN_PAIR_ITERATIONS
+        )  # the base knows more than these pairs
         if few:
             self._pairs = None
         elif self._observed is not None and self._observed.complete():

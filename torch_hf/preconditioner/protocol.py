@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from torch_hf.statistics.kronecker_factors import Block
+from torch_hf.statistics.kronecker_factors import LayerFactors
 from torch_hf.vector import ParameterVector
 
 
@@ -20,7 +20,7 @@ class Curvature(Protocol):
     def diagonal(self, damping: float) -> Tensor:
         """Martens' diagonal, of shape (P,)."""
 
-    def factors(self, salt: int) -> list[Block]:
+    def factors(self, salt: int) -> list[LayerFactors]:
         """Kronecker factors of the layers."""
 
 

@@ -11,16 +11,10 @@ from torch import Tensor
 
 from torch_hf.distributed import LOCAL, Space
 from torch_hf.solver.cg import Iterate
-from torch_hf.solver.damping import reduction_ratio
+from torch_hf.solver.trust_region import TRUSTED_RATIO, predict, reduction_ratio
 
 #: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
 SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
-
-#: Where the loss falls by so much of what the quadratic promised, no earlier iterate is tried.
-TRUSTED = 0.75
-
-#: Beyond it a ratio says less about the model than about the closure.
-ABSURD_RATIO = 10.0
 
 #: The loss at ``theta + length * direction``.
 LossAlong = Callable[[Tensor, float], float]
@@ -40,7 +34,7 @@ class Step(NamedTuple):
     loss: float
 
 
-class Move(NamedTuple):
+class SearchResult(NamedTuple):
     """What a search came to.
 
     Attributes:
@@ -67,7 +61,7 @@ def search(
     start_loss: float,
     damping: float,
     space: Space = LOCAL,
-) -> Move:
+) -> SearchResult:
     """Backtracking, then the line search, and the ratio that the damping rule goes by.
 
     Args:
@@ -79,11 +73,11 @@ def search(
         space: Takes the dot products.
     """
     if length == 0.0:
-        return Move(None, 0.0, start_loss, reason="lr is 0")
+        return SearchResult(None, 0.0, start_loss, reason="lr is 0")
     if not candidates[-1].slope < 0:
-        return Move(None, 0.0, start_loss, reason="CG found no direction of descent")
+        return SearchResult(None, 0.0, start_loss, reason="CG found no direction of descent")
     predicted, floor = predict(candidates[-1], length, damping, space)
-    enough = start_loss + TRUSTED * predicted if predicted < 0 else -math.inf
+    enough = start_loss + TRUSTED_RATIO * predicted if predicted < 0 else -math.inf
     chosen, loss = backtrack(loss_along, candidates, length, enough)
     step = armijo(
         loss_along,
@@ -98,11 +92,11 @@ def search(
     ratio = reduction_ratio(start_loss, loss, predicted)
     if step.length == 0.0:
         reason = f"no decrease of the loss along the direction in {MAX_TRIES} tries"
-        return Move(None, 0.0, start_loss, ratio, floor, reason)
+        return SearchResult(None, 0.0, start_loss, ratio, floor, reason)
     if step.length != length:
         reason = f"line search shortened the step to {step.length / length:.3g} of its length"
-        return Move(chosen.vector, step.length, step.loss, ratio, floor, reason)
-    return Move(chosen.vector, step.length, step.loss, ratio, floor)
+        return SearchResult(chosen.vector, step.length, step.loss, ratio, floor, reason)
+    return SearchResult(chosen.vector, step.length, step.loss, ratio, floor)
 
 
 def scaled(
@@ -141,33 +135,12 @@ def repeats(loss_along: LossAlong, direction: Tensor) -> bool:
     return same_loss(first, second, direction.dtype)
 
 
-def doubtful(move: Move) -> bool:
-    """Whether a search came to what no smooth function explains easily."""
-    return move.direction is None or not abs(move.ratio) <= ABSURD_RATIO
-
-
 def same_loss(first: float, second: float, dtype: torch.dtype) -> bool:
     """Whether two losses at the same parameters differ by no more than kernels may."""
     if not (math.isfinite(first) and math.isfinite(second)):
         return math.isnan(first) == math.isnan(second)
     allowed = math.sqrt(torch.finfo(dtype).eps) * max(abs(first), abs(second))
     return abs(first - second) <= allowed
-
-
-def predict(
-    chosen: Iterate, length: float, damping: float, space: Space = LOCAL
-) -> tuple[float, float]:
-    """The change that the model predicts for ``length * d``, and the lambda lost in rounding.
-
-    The model is q without the damping term: lambda stands for what the model does not know,
-    and a ratio to the damped q lies above 1 wherever lambda is large, which lets lambda fall
-    while it still does the work (``docs/design.md`` has the figures).
-    """
-    bend = chosen.value - chosen.slope  # 1/2 d^T (G + lambda I) d
-    square = space.dot(chosen.vector, chosen.vector)
-    undamped = bend - 0.5 * damping * square
-    floor = torch.finfo(chosen.vector.dtype).eps * abs(2.0 * bend) / square if square else 0.0
-    return length * chosen.slope + length**2 * undamped, floor
 
 
 def backtrack(

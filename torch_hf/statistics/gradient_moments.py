@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from torch_hf.capture.capture import Layer
-from torch_hf.loss.loss_hessians import Head, random_signs
+from torch_hf.loss.loss_hessians import LossTerm, random_signs
 
 #: Martens 2010, section 4.7.
 EXPONENT = 0.75
@@ -27,23 +27,25 @@ EXPONENT = 0.75
 SHRINKAGE = 2.0 / 3.0
 
 
-def trace_and_slopes(heads: Sequence[Head], params: Sequence[Tensor]) -> tuple[float, float]:
+def trace_and_slopes(
+    loss_terms: Sequence[LossTerm], params: Sequence[Tensor]
+) -> tuple[float, float]:
     """What turns sums of squared gradients into curvature: ``tr H`` over ``sum |dL/dz|^2``.
 
     Squared gradients scale with the square of the loss, lambda with the loss; times this
     ratio, both taken in output space, they scale alike. Over batches the two are added up first.
     """
-    heads = over_cases(heads, params)
-    trace = sum(float(h.trace()) for h in heads)
-    slopes = sum(float(s.double().square().sum()) for h in heads for s in h.gradient())
+    loss_terms = over_cases(loss_terms, params)
+    trace = sum(float(h.trace()) for h in loss_terms)
+    slopes = sum(float(s.double().square().sum()) for h in loss_terms for s in h.gradient())
     return trace, slopes
 
 
 def squared_gradients(
-    heads: Sequence[Head], params: Sequence[Tensor], layers: Sequence[Layer]
+    loss_terms: Sequence[LossTerm], params: Sequence[Tensor], layers: Sequence[Layer]
 ) -> list[Tensor]:
     """Per parameter, the sum over cases of the squared gradients, in the objective's units."""
-    outputs, cotangents = _weighted_slopes(heads, params, _random_signs)
+    outputs, cotangents = _weighted_slopes(loss_terms, params, _random_signs)
     if not outputs:
         return [torch.zeros_like(p) for p in params]
     used_once = _used_once(outputs, params, layers)
@@ -114,15 +116,15 @@ def _of_signed_sum(p: Tensor, signed_sum: Tensor | None) -> Tensor:
 
 
 def _weighted_slopes(
-    heads: Sequence[Head],
+    loss_terms: Sequence[LossTerm],
     params: Sequence[Tensor],
     weights: Callable[[int, Tensor], Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The heads' outputs and gradients there, each case under its weight, the same in all."""
+    """The loss_terms' outputs and gradients there, each case under its weight, the same in all."""
     drawn: dict[int, Tensor] = {}
     outputs, slopes = [], []
-    for head in over_cases(heads, params):
-        for z, slope in zip(head.outputs, head.gradient(), strict=True):
+    for loss_term in over_cases(loss_terms, params):
+        for z, slope in zip(loss_term.outputs, loss_term.gradient(), strict=True):
             cases = slope.shape[0] if slope.ndim else 1
             if cases not in drawn:
                 drawn[cases] = weights(cases, slope)
@@ -132,10 +134,10 @@ def _weighted_slopes(
     return outputs, slopes
 
 
-def over_cases(heads: Sequence[Head], params: Sequence[Tensor]) -> list[Head]:
+def over_cases(loss_terms: Sequence[LossTerm], params: Sequence[Tensor]) -> list[LossTerm]:
     """The terms that are no penalties on the parameters themselves."""
     own = {id(p) for p in params}
-    return [h for h in heads if not all(id(z) in own for z in h.outputs)]
+    return [h for h in loss_terms if not all(id(z) in own for z in h.outputs)]
 
 
 def _random_signs(cases: int, like: Tensor) -> Tensor:
@@ -152,13 +154,13 @@ def _balanced_signs(cases: int, like: Tensor) -> Tensor:
     return signs[torch.randperm(cases, device=like.device)]
 
 
-def variance_over_cases(heads: Sequence[Head], params: Sequence[Tensor]) -> float:
+def variance_over_cases(loss_terms: Sequence[LossTerm], params: Sequence[Tensor]) -> float:
     """An unbiased estimate of ``sum_j Var_i g_ij / n``, g_i a case's gradient, from one backward.
 
     With signs that sum to 0, ``E |sum_i s_i g_i / n|^2`` is the variance over cases (with
     ``n - 1``) over n; the mean gradient, and with it whatever all cases share, drops out.
     """
-    outputs, cotangents = _weighted_slopes(heads, params, _balanced_signs)
+    outputs, cotangents = _weighted_slopes(loss_terms, params, _balanced_signs)
     if not outputs:
         return 0.0
     found = grad(outputs, list(params), cotangents, retain_graph=True, allow_unused=True)

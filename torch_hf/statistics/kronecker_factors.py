@@ -22,7 +22,7 @@ from torch.autograd import grad
 
 from torch_hf.capture.capture import Layer
 from torch_hf.distributed import Reducer
-from torch_hf.loss.loss_hessians import Head
+from torch_hf.loss.loss_hessians import LossTerm
 from torch_hf.statistics.case_signs import case_signs
 from torch_hf.statistics.gradient_moments import over_cases, uses_below
 from torch_hf.statistics.layer_rows import input_rows, output_rows
@@ -32,7 +32,7 @@ WIDEST = 4096
 
 
 @dataclass
-class Block:
+class LayerFactors:
     """One layer's factors.
 
     Attributes:
@@ -49,21 +49,21 @@ class Block:
 
 
 def measure(
-    heads: Sequence[Head], params: Sequence[Tensor], layers: Sequence[Layer], salt: int
-) -> tuple[list[Block], Tensor]:
+    loss_terms: Sequence[LossTerm], params: Sequence[Tensor], layers: Sequence[Layer], salt: int
+) -> tuple[list[LayerFactors], Tensor]:
     """Sums over one batch of what the factors are made of.
 
     Args:
-        heads: The loss's terms.
+        loss_terms: The loss's terms.
         params: The parameters.
-        layers: The layers' uses in the heads' graph.
+        layers: The layers' uses in the loss_terms' graph.
         salt: Another one draws other signs.
 
     Returns:
         Blocks with ``sum a a^T`` and ``sum delta delta^T``; and of each, how many rows it saw.
     """
-    heads = over_cases(heads, params)
-    outputs = [z for h in heads for z in h.outputs]
+    loss_terms = over_cases(loss_terms, params)
+    outputs = [z for h in loss_terms for z in h.outputs]
     groups = _eligible(outputs, params, layers) if outputs else {}
     used = [layer for uses in groups.values() for layer in uses]
     if not used:
@@ -71,7 +71,7 @@ def measure(
     data = layers[0].input
     slopes = [
         u
-        for k, h in enumerate(heads)
+        for k, h in enumerate(loss_terms)
         for u in h.sample(*(case_signs(z, data, salt + 7919 * k) for z in h.outputs))
     ]
     found = grad(outputs, [u.output for u in used], slopes, retain_graph=True, allow_unused=True)
@@ -90,12 +90,12 @@ def measure(
             inputs = _plus(inputs, _gram(a.to(dtype)))
             outer = _plus(outer, _gram(output_rows(use, deltas[id(use)]).to(dtype)))
         assert inputs is not None and outer is not None
-        blocks.append(Block(weight, bias, inputs, outer))
+        blocks.append(LayerFactors(weight, bias, inputs, outer))
         rows.append(float(count))
     return blocks, torch.tensor(rows, device=params[0].device)
 
 
-def averaged(blocks: list[Block], rows: Tensor, reducer: Reducer) -> list[Block]:
+def averaged(blocks: list[LayerFactors], rows: Tensor, reducer: Reducer) -> list[LayerFactors]:
     """Sums over batches, summed over processes as well, as factors: inputs' means over rows."""
     tensors = [t for b in blocks for t in (b.inputs, b.outputs)]
     flat = torch.cat([*(t.reshape(-1) for t in tensors), rows.to(tensors[0].dtype)])
@@ -103,7 +103,7 @@ def averaged(blocks: list[Block], rows: Tensor, reducer: Reducer) -> list[Block]
     *pieces, rows = torch.split(flat, [*(t.numel() for t in tensors), len(rows)])
     shaped = [p.view(t.shape) for p, t in zip(pieces, tensors, strict=True)]
     return [
-        Block(b.weight, b.bias, shaped[2 * k] / rows[k].clamp(min=1), shaped[2 * k + 1])
+        LayerFactors(b.weight, b.bias, shaped[2 * k] / rows[k].clamp(min=1), shaped[2 * k + 1])
         for k, b in enumerate(blocks)
     ]
 

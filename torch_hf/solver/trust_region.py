@@ -1,0 +1,154 @@
+"""The trust region: all that reads the reduction ratio rho, actual over predicted change.
+
+The prediction and rho itself, the rule for lambda (Levenberg-Marquardt), and how much of CG's last
+solution the next solve starts from (its warm start).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torch_hf.distributed import LOCAL, Space
+from torch_hf.solver.cg import Iterate
+
+#: Lambda of the first step in units of the curvature along the gradient.
+INITIAL_DAMPING = 1.0
+#: Martens 2010, section 4.1 (after Levenberg-Marquardt): the factor, and the thresholds on rho.
+DAMPING_FACTOR = 1.5
+THRESHOLDS_ON_SAME_DATA = 0.25, 0.75
+#: A sample flatters the step that was fitted to it: on new data more is asked of it.
+THRESHOLDS_ON_NEW_DATA = 0.5, 0.9
+#: Where CG ends by itself after so few iterations lambda rules: it falls by this factor.
+EASY_FACTOR, EASY_ITERATIONS = 4.0, 20
+#: Where the loss falls by so much of what the quadratic predicted, no earlier iterate is tried, and
+#: the next solve starts from the whole ``WARM_START_FACTOR``.
+TRUSTED_RATIO = 0.75
+#: Beyond it a ratio says less about the model than about the closure.
+ABSURD_RATIO = 10.0
+#: What the next solve starts from of CG's last solution, where the ratio is trusted.
+WARM_START_FACTOR = 0.9
+#: So few iterations from a warm start are a momentum.
+FEW_ITERATIONS = 3
+
+
+def initial_damping(gradient: Tensor, product: Tensor, space: Space = LOCAL) -> float:
+    """The curvature along the gradient, ``g^T G g / g^T g``, so that the loss's scale is no matter.
+
+    Args:
+        gradient: g, of shape (P,).
+        product: G g, of shape (P,).
+        space: Takes the dot products.
+
+    Example:
+        >>> import torch
+        >>> initial_damping(torch.tensor([2.0, 0.0]), torch.tensor([6.0, 0.0]))
+        3.0
+    """
+    bend, square = space.dots((gradient, product), (gradient, gradient))
+    along = float(bend / square)
+    if not along or not math.isfinite(along):
+        return 1.0
+    # a negative curvature is mirrored by G + lambda I, so that it is never 0
+    return INITIAL_DAMPING * along if along > 0 else -2.0 * along
+
+
+def predict(
+    chosen: Iterate, length: float, damping: float, space: Space = LOCAL
+) -> tuple[float, float]:
+    """The change that the model predicts for ``length * d``, and the lambda lost in rounding.
+
+    The model is q without the damping term: lambda stands for what the model does not know,
+    and a ratio to the damped q lies above 1 wherever lambda is large, which lets lambda fall
+    while it still does the work (``docs/design.md`` has the figures).
+    """
+    bend = chosen.value - chosen.slope  # 1/2 d^T (G + lambda I) d
+    square = space.dot(chosen.vector, chosen.vector)
+    undamped = bend - 0.5 * damping * square
+    floor = torch.finfo(chosen.vector.dtype).eps * abs(2.0 * bend) / square if square else 0.0
+    return length * chosen.slope + length**2 * undamped, floor
+
+
+def reduction_ratio(loss: float, new_loss: float, predicted: float) -> float:
+    """Actual over predicted change, ``(new_loss - loss) / q(d)``; nan where q(d) is not below 0.
+
+    Example:
+        >>> reduction_ratio(2.0, 1.0, -2.0)
+        0.5
+    """
+    if not predicted < 0 or not math.isfinite(new_loss):
+        return math.nan
+    return (new_loss - loss) / predicted
+
+
+def ratio_is_absurd(ratio: float) -> bool:
+    """Whether a ratio says that the closure does not repeat, rather than that the model is poor."""
+    return not abs(ratio) <= ABSURD_RATIO
+
+
+def next_damping(
+    damping: float,
+    ratio: float,
+    accepted: bool,
+    floor: float,
+    *,
+    thresholds: tuple[float, float] = THRESHOLDS_ON_SAME_DATA,
+    easy: bool = False,
+) -> float:
+    """Lambda for the next step.
+
+    Up by 3/2 where the ratio is below the lower threshold (or undefined, or the step was
+    rejected), down by 2/3 above the upper one, never below the floor.
+
+    Args:
+        damping: Lambda of this step.
+        ratio: Actual over predicted change.
+        accepted: Whether the parameters moved.
+        floor: The lambda that rounding swallows.
+        thresholds: 1/4 and 3/4 (Martens 2010); higher on new data.
+        easy: CG ended by itself after a few iterations: lambda outweighs the curvature, and falls
+            by 4 where the ratio is within 1/10 of 1.
+
+    Example:
+        >>> next_damping(3.0, 0.9, True, 1e-8), next_damping(2.0, 0.5, True, 1e-8)
+        (2.0, 2.0)
+        >>> next_damping(2.0, 0.1, True, 1e-8), next_damping(2.0, 0.9, False, 1e-8)
+        (3.0, 3.0)
+    """
+    low, high = thresholds
+    if not accepted or not ratio >= low:
+        damping = damping * DAMPING_FACTOR
+    elif easy and abs(ratio - 1.0) <= 0.1:
+        damping = damping / EASY_FACTOR
+    elif ratio > high:
+        damping = damping / DAMPING_FACTOR
+    return max(damping, floor)
+
+
+def warm_start_factor(ratio: float | None, max_iter: int, ratio_misses_noise: bool) -> float:
+    """The factor on CG's last solution where the next solve begins: 0.9 if it kept its promise.
+
+    Few iterations from much of the last solution are a momentum, and where the loss falls short of
+    what the quadratic promised, as on small samples of noisy data, that carries noise along
+    (``docs/design.md`` has the figures). Below a ratio of 3/4 the factor goes down with it.
+
+    Args:
+        ratio: Actual over predicted change in the last step, if there was one.
+        max_iter: How many iterations CG may make.
+        ratio_misses_noise: Whether products are taken on the gradient's very cases, and these are
+            new: then the ratio does not see noise, and few iterations begin at zero.
+
+    Example:
+        >>> [warm_start_factor(ratio, 3, False) for ratio in (0.8, 0.375, -3.0)]
+        [0.9, 0.45, 0.0]
+        >>> warm_start_factor(1.0, 3, True), warm_start_factor(None, 20, True)
+        (0.0, 0.9)
+    """
+    if ratio_misses_noise and max_iter <= FEW_ITERATIONS:
+        return 0.0
+    if ratio is None:
+        return WARM_START_FACTOR
+    kept = 0.0 if math.isnan(ratio) else max(ratio, 0.0)  # undefined: nothing was promised
+    return WARM_START_FACTOR * min(kept / TRUSTED_RATIO, 1.0)
