@@ -2,35 +2,20 @@
 
 import copy
 import math
-import os
-import signal
-import time
 import warnings
 from itertools import pairwise
 
 import pytest
 import torch
+from guarantees import assert_same_state, bits, problem, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from torch_hf import GrowingBatchSampler, HFOptimizer, Stop, save_atomically
+from torch_hf import HFOptimizer, Stop
 
 pytestmark = pytest.mark.usefixtures("seeded")
-
-
-def problem():
-    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
-    return model, torch.randn(16, 3), torch.randn(16, 2)
-
-
-def bits(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def same(a, b):
-    return all(torch.equal(a[k], b[k]) for k in a)
 
 
 # What is not finite
@@ -284,151 +269,3 @@ def test_no_step_hurts(p, o):
         assert report.accepted or report.reason
         damping = optimizer.param_groups[0]["damping"]
         assert damping is None or (math.isfinite(damping) and damping >= 0)
-
-
-def assert_same_state(a, b):
-    assert str(a["param_groups"]) == str(b["param_groups"])
-    assert a["state"].keys() == b["state"].keys()
-    for key in a["state"]:
-        for name, value in a["state"][key].items():
-            other = b["state"][key][name]
-            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
-
-
-# Loading what does not fit
-
-
-def states():
-    model, x, y = problem()
-    optimizer = HFOptimizer(model.parameters())
-    optimizer.step(lambda: F.mse_loss(model(x), y))
-    return optimizer.state_dict()
-
-
-def renamed(state):
-    del state["param_groups"][0]["cg_tol"]
-
-
-def reshaped(state):
-    state["state"][0]["cg_iterate"] = torch.zeros(4, 3)
-
-
-def repaired(state):
-    state["state"][3]["preconditioner.s"] = torch.zeros(2, 9)
-
-
-def regrouped(state):
-    state["param_groups"][0]["params"].pop()
-
-
-def spoilt(state):
-    state["param_groups"][0]["cg_max_iter"] = -1
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "says"),
-    [
-        (renamed, {}, r"param_groups\[0\] has no entry 'cg_tol'"),
-        (reshaped, {}, r"'cg_iterate' of parameter 0 has shape \(4, 3\).*\(5, 3\)"),
-        (repaired, {}, r"'preconditioner.s' of parameter 3 has shape \(2, 9\)"),
-        (regrouped, {}, r"hold \[5\] parameters, this optimizer's \[6\]"),
-        (spoilt, {}, "cg_max_iter must be at least 1"),
-        (None, {"curvature": "hessian"}, "curvature is 'ggn', this optimizer's 'hessian'"),
-        (None, {"preconditioner": "none"}, "preconditioner is 'LBFGSPreconditioner'"),
-        (None, {"history_size": 6}, "history_size is 4, this optimizer's 6"),
-    ],
-)
-def test_a_state_that_does_not_fit_is_named(change, options, says):
-    state = states()
-    if change:
-        change(state)
-    model, x, y = problem()
-    optimizer = HFOptimizer(model.parameters(), **options)
-    optimizer.step(lambda: F.mse_loss(model(x), y))
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=says):
-        optimizer.load_state_dict(state)
-    assert_same_state(before, optimizer.state_dict())
-
-
-def test_a_state_of_adam_is_refused():
-    model, x, y = problem()
-    adam = torch.optim.Adam(model.parameters())
-    F.mse_loss(model(x), y).backward()
-    adam.step()
-    with pytest.raises(ValueError, match="another optimizer"):
-        HFOptimizer(model.parameters()).load_state_dict(adam.state_dict())
-
-
-# Killed at random moments
-
-
-def train(folder, steps):
-    """Trains from the checkpoint in a folder, if there is one, and writes one every step."""
-    torch.manual_seed(0)
-    model, x, y = problem()
-    optimizer = HFOptimizer(model.parameters(), cg_max_iter=5)
-    sampler = GrowingBatchSampler(16, batch_size=4, growth=1.3, seed=3, drop_last=True)
-    path = folder / "checkpoint.pt"
-    done = 0
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        sampler.load_state_dict(saved["sampler"])
-        done = saved["steps"]
-    while done < steps:
-        for indices in sampler:
-            optimizer.step(lambda i=indices: F.mse_loss(model(x[i]), y[i]))
-            done += 1
-            saved = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "sampler": sampler.state_dict(),
-                "steps": done,
-            }
-            save_atomically(saved, path)
-            if done == steps:
-                break
-        else:
-            sampler.set_epoch(sampler.epoch + 1)
-    return bits(model)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_twenty_kills_change_nothing(tmp_path):
-    steps = 200
-    (tmp_path / "whole").mkdir()
-    start = time.monotonic()
-    expected = train(tmp_path / "whole", steps)
-    span = (time.monotonic() - start) / 20  # so that the kills fall all over the run
-    folder = tmp_path / "killed"
-    folder.mkdir()
-    wait = torch.rand(20, generator=torch.Generator().manual_seed(0)) * span
-    kills = 0
-    for seconds in wait.tolist():
-        child = os.fork()
-        if child == 0:
-            try:
-                train(folder, steps)
-            finally:
-                os._exit(0)
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        kills += os.WIFSIGNALED(status)
-        if (folder / "checkpoint.pt").exists():
-            torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert kills == 20
-    assert same(train(folder, steps), expected)
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path):
-    path = tmp_path / "checkpoint.pt"
-    save_atomically({"step": 1}, path)
-    with pytest.raises(AttributeError):
-        save_atomically({"step": lambda: None}, path)
-    assert torch.load(path, weights_only=True) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]

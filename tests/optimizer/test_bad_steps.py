@@ -1,194 +1,18 @@
-"""Wrong input, the error each must give, and nothing changed by it."""
+"""Wrong closures and batches, the error each must give, and nothing changed by it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from bad_input import BATCH, BATCHES, X, Y, assert_says, mse, network
 from snapshots import assert_identical, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_hf import HFOptimizer, LBFGSPreconditioner
-from torch_hf.preconditioner import DiagonalPreconditioner
+from torch_hf import HFOptimizer
 
-X = torch.linspace(-1, 1, 12).view(6, 2)
-Y = X.flip(1).sin()
 CLASSES = torch.tensor([0, 1, 1, 0, 1, 0])
-PADDED = torch.tensor([0, -100, 1, 0, 1, -100])
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.2), nn.Linear(3, 2))
-
-
-def assert_says(error: BaseException, says: Iterable[str]) -> None:
-    for words in says:
-        assert words in str(error)
-
-
-# Constructor
-
-
-class BadOption(NamedTuple):
-    """Arguments of the constructor, the error's type and the words it must hold."""
-
-    name: str
-    options: dict[str, Any]
-    error: type[Exception]
-    says: tuple[str, ...]
-
-
-class _Unfinished:
-    def apply(self, r: Tensor) -> Tensor:
-        return r
-
-
-_NUMBER = "must be a number"
-_PROTOCOL = ("preconditioner must be a name or have the methods", "begin, apply, observe")
-
-BAD_OPTIONS = (
-    BadOption("lr-negative", {"lr": -0.1}, ValueError, ("lr must be", "at least 0", "-0.1")),
-    BadOption("lr-nan", {"lr": float("nan")}, ValueError, ("lr must be a finite number", "nan")),
-    BadOption("lr-inf", {"lr": float("inf")}, ValueError, ("lr must be a finite number", "1.0 is")),
-    BadOption("lr-text", {"lr": "1"}, TypeError, ("lr " + _NUMBER, "str '1'", "1.0 is")),
-    BadOption("lr-bool", {"lr": True}, TypeError, ("lr " + _NUMBER, "bool True")),
-    BadOption("lr-none", {"lr": None}, TypeError, ("lr " + _NUMBER, "NoneType")),
-    BadOption("damping-negative", {"damping": -1.0}, ValueError, ("damping must be", "None")),
-    BadOption("damping-nan", {"damping": float("nan")}, ValueError, ("damping must be", "nan")),
-    BadOption("damping-text", {"damping": "auto"}, TypeError, ("damping " + _NUMBER, "None")),
-    BadOption("decay-negative", {"weight_decay": -1}, ValueError, ("weight_decay must be", "0 is")),
-    BadOption("decay-list", {"weight_decay": [0.1]}, TypeError, ("weight_decay " + _NUMBER,)),
-    BadOption("history-odd", {"history_size": 3}, ValueError, ("even number", "got 3", '"none"')),
-    BadOption("history-zero", {"history_size": 0}, ValueError, ("even number", "got 0", '"none"')),
-    BadOption("history-negative", {"history_size": -2}, ValueError, ("even number", "-2")),
-    BadOption("history-float", {"history_size": 4.0}, ValueError, ("even number", "4.0")),
-    BadOption(
-        "max_iter-zero",
-        {"cg_max_iter": 0},
-        ValueError,
-        ("cg_max_iter", "at least 1", "None chooses"),
-    ),
-    BadOption("max_iter-float", {"cg_max_iter": 9.0}, TypeError, ("cg_max_iter must be an int",)),
-    BadOption("max_iter-bool", {"cg_max_iter": True}, TypeError, ("cg_max_iter must be an int",)),
-    BadOption("tol-negative", {"cg_tol": -1e-4}, ValueError, ("cg_tol must be", "from 0 to 1")),
-    BadOption("tol-large", {"cg_tol": 2.0}, ValueError, ("cg_tol must be", "5e-3 is usual")),
-    BadOption("tol-none", {"cg_tol": None}, TypeError, ("cg_tol " + _NUMBER, "5e-3 is usual")),
-    BadOption("decay-large", {"cg_decay": 1.1}, ValueError, ("cg_decay must be", "from 0 to 1")),
-    BadOption("decay-nan", {"cg_decay": float("nan")}, ValueError, ("cg_decay must be", "None")),
-    BadOption("curvature", {"curvature": "gn"}, ValueError, ("'ggn', 'hessian'", "'gn'")),
-    BadOption("curvature-none", {"curvature": None}, ValueError, ("'ggn', 'hessian'", "None")),
-    BadOption(
-        "preconditioner-name",
-        {"preconditioner": "bfgs"},
-        ValueError,
-        (
-            "lbfgs, kronecker-lbfgs, kronecker, diagonal, none",
-            "LBFGSPreconditioner(history_size=32)",
-            "'bfgs'",
-        ),
-    ),
-    BadOption("preconditioner-none", {"preconditioner": None}, TypeError, _PROTOCOL),
-    BadOption("preconditioner-object", {"preconditioner": _Unfinished()}, TypeError, _PROTOCOL),
-    BadOption(
-        "preconditioner-class", {"preconditioner": LBFGSPreconditioner}, TypeError, _PROTOCOL
-    ),
-    BadOption(
-        "preconditioner-other_class",
-        {"preconditioner": DiagonalPreconditioner},
-        TypeError,
-        _PROTOCOL,
-    ),
-    BadOption("maximize-int", {"maximize": 1}, TypeError, ("maximize must be True or False", "1")),
-    BadOption("maximize-text", {"maximize": "yes"}, TypeError, ("maximize must be True or False",)),
-)
-
-
-@pytest.mark.parametrize("row", BAD_OPTIONS, ids=lambda row: row.name)
-def test_bad_options(row):
-    model = network()
-    with pytest.raises(row.error) as caught:
-        HFOptimizer(model.parameters(), **row.options)
-    assert_says(caught.value, row.says)
-
-
-OF_A_GROUP = [row for row in BAD_OPTIONS if row.options.keys() <= {"lr", "weight_decay"}]
-
-
-@pytest.mark.parametrize("row", OF_A_GROUP, ids=lambda row: row.name)
-def test_bad_options_of_a_group(row):
-    model = network()
-    groups = [
-        {"params": model[0].parameters()},
-        {"params": model[3].parameters(), **row.options},
-    ]
-    with pytest.raises(row.error) as caught:
-        HFOptimizer(groups)
-    assert_says(caught.value, row.says)
-    optimizer = HFOptimizer(model[0].parameters())
-    with pytest.raises(row.error) as caught:
-        optimizer.add_param_group(groups[1] | {"params": model[3].parameters()})
-    assert_says(caught.value, row.says)
-    assert len(optimizer.param_groups) == 1
-
-
-class BadParameters(NamedTuple):
-    name: str
-    params: Callable[[], Any]
-    error: type[Exception]
-    says: tuple[str, ...]
-
-
-def _frozen() -> Iterable[Tensor]:
-    return network().requires_grad_(False).parameters()
-
-
-def _integers() -> list[Tensor]:
-    return [nn.Parameter(torch.ones(2, dtype=torch.int64), requires_grad=False)]
-
-
-def _complex() -> list[Tensor]:
-    return [nn.Parameter(torch.ones(2, dtype=torch.complex64))]
-
-
-def _scattered() -> list[Tensor]:
-    return [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, device="meta"))]
-
-
-BAD_PARAMETERS = (
-    BadParameters("none", lambda: [], ValueError, ("empty parameter list",)),
-    BadParameters("tensor", lambda: torch.ones(2), TypeError, ("an iterable of Tensors",)),
-    BadParameters("number", lambda: [1.0], TypeError, ("can only optimize Tensors",)),
-    BadParameters(
-        "frozen", _frozen, ValueError, ("nothing to optimize", "model.requires_grad_(True)")
-    ),
-    BadParameters(
-        "integers", _integers, ValueError, ("nothing to optimize", "Pass model.parameters()")
-    ),
-    BadParameters(
-        "complex",
-        _complex,
-        TypeError,
-        ("real floating-point parameters", "torch.complex64", "torch.complex(real, imag)"),
-    ),
-    BadParameters(
-        "devices",
-        _scattered,
-        ValueError,
-        ("all parameters on one device", "cpu, meta", "model.to(device)"),
-    ),
-)
-
-
-@pytest.mark.parametrize("row", BAD_PARAMETERS, ids=lambda row: row.name)
-def test_bad_parameters(row):
-    with pytest.raises(row.error) as caught:
-        HFOptimizer(row.params())
-    assert_says(caught.value, row.says)
-
-
-# Closures and batches
 
 
 class BadStep(NamedTuple):
@@ -200,10 +24,6 @@ class BadStep(NamedTuple):
     says: tuple[str, ...]
     step: dict[str, Any] = {}  # noqa: RUF012
     options: dict[str, Any] = {}  # noqa: RUF012
-
-
-def mse(model):
-    return F.mse_loss(model(X), Y)
 
 
 def _backward_then(value: Any) -> Callable[[nn.Module], Any]:
@@ -296,13 +116,9 @@ def _explicit_cases(cases: Any) -> Callable[..., Any]:
 
 _OWN_LOSS = _of_batch(lambda z, y, c: (z - y).square().logsumexp(1).mean())
 _BATCH_LOSS = _of_batch(lambda z, y, c: F.mse_loss(z, y))
-BATCH = (X, Y, PADDED)
-BATCHES = [tuple(t[a:b] for t in BATCH) for a, b in ((0, 4), (4, 6))]
-
 _FORM_3 = ("return loss, outputs", 'curvature="hessian"')
 _RETURN = ("`return loss`",)
 _TAKES_ONE = ("takes", "batches")
-
 BAD_STEPS = (
     BadStep("no_closure", None, RuntimeError, ("needs a closure", "optimizer.step(closure)")),
     BadStep("no_callable", 3.0, TypeError, ("expects a closure", "a float", "def closure()")),
@@ -561,17 +377,6 @@ def test_no_closure_is_an_error_where_there_are_gradients():
     assert_identical(snapshot(model, optimizer), before)
 
 
-def test_a_bad_option_set_later_is_found_at_the_step():
-    model = network()
-    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters()}]
-    optimizer = HFOptimizer(groups)
-    optimizer.param_groups[1]["weight_decay"] = -1.0
-    before = snapshot(model, optimizer)
-    with pytest.raises(ValueError, match="weight_decay must be"):
-        optimizer.step(lambda: mse(model))
-    assert_identical(snapshot(model, optimizer), before)
-
-
 def test_no_message_speaks_of_what_a_user_does_not_know():
     """Messages speak of closures, losses, outputs and batches, and end in a full stop."""
     for row in BAD_STEPS:
@@ -582,54 +387,3 @@ def test_no_message_speaks_of_what_a_user_does_not_know():
         message = str(caught.value)
         assert message.endswith((".", "`.", ")."))
         assert not any(word in message for word in ("Backward", "record", "edge", "node"))
-
-
-# Unusual input that is right
-
-
-def test_batches_may_be_a_generator_and_are_read_once():
-    model = network()
-    read = []
-
-    def batches():
-        for batch in BATCHES:
-            read.append(batch)
-            yield batch
-
-    optimizer = HFOptimizer(model.parameters())
-    optimizer.step(lambda batch: F.mse_loss(model(batch[0]), batch[1]), batches())
-    assert len(read) == 2
-    assert optimizer.last_report.accepted
-
-
-@pytest.mark.parametrize("takes", [lambda *a, **k: None, lambda batch=None: None])
-def test_closures_that_may_take_a_batch_are_given_it(takes):
-    model = network()
-    seen = []
-
-    class Closure:
-        def __call__(self, *args):
-            seen.append(len(args))
-            return mse(model)
-
-    for closure in (Closure(), lambda batch=None: Closure()(*([] if batch is None else [batch]))):
-        seen.clear()
-        HFOptimizer(model.parameters()).step(closure)
-        assert set(seen) == {0}
-        seen.clear()
-        HFOptimizer(model.parameters()).step(closure, batches=[X])
-        assert set(seen) == {1}
-
-
-def test_a_callable_that_hides_its_signature_is_called():
-    model = network()
-
-    class Hidden:
-        __signature__ = "none"
-
-        def __call__(self):
-            return mse(model)
-
-    optimizer = HFOptimizer(model.parameters())
-    optimizer.step(Hidden())
-    assert optimizer.last_report.accepted
