@@ -17,6 +17,7 @@ from torch_hf.curvature import ObjectiveOperator
 from torch_hf.distributed import Reducer
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import Replay
+from torch_hf.objective.results import Evaluation
 from torch_hf.vector import ParameterVector
 
 CPU = torch.device("cpu")
@@ -48,8 +49,8 @@ def gradient_of(loss: Tensor, model: nn.Module) -> Tensor:
     return flat(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def matrix_of(objective: Objective) -> Tensor:
-    operator = ObjectiveOperator(objective, "ggn")
+def matrix_of(objective: Objective, here: Evaluation | None = None) -> Tensor:
+    operator = ObjectiveOperator(objective, "ggn", here=here)
     eye = torch.eye(objective.vector.numel, dtype=torch.float64)
     return torch.stack([operator(e) for e in eye], dim=1)
 
@@ -177,11 +178,11 @@ def test_all_forms_of_a_closure_are_the_same_objective(form):
     curvature = dense_gauss_newton(*dense_total(model))
 
     objective = objective_of(lambda: form(model), model.parameters())
-    here = objective.value()
+    here = objective.evaluate()
     assert here.loss == pytest.approx(truth.item(), rel=1e-14)
     assert_same(here.gradient, slope, 1e-12)
     assert_same(matrix_of(objective), curvature, 1e-10)
-    assert objective.loss() == here.loss
+    assert objective.trial_loss(here) == here.loss
     assert here.cases == 7
 
 
@@ -221,7 +222,7 @@ def test_the_closures_own_zero_grad_does_not_reach_the_gradients():
         model.zero_grad(set_to_none=False)
         return lbfgs(model)
 
-    objective_of(closure, model.parameters()).value()
+    objective_of(closure, model.parameters()).evaluate()
     assert all(p.grad is g and g.eq(1).all() for p, g in zip(model.parameters(), kept, strict=True))
 
 
@@ -257,8 +258,7 @@ def test_trial_points_of_batches_build_no_graph():
 
     closure, modes = watched(form, model)
     objective = objective_of(closure, model.parameters(), batches=split_batch((X, Y), 3))
-    objective.value()
-    objective.loss()
+    objective.trial_loss(objective.evaluate())
     assert modes == [True] * 3 + [False] * 3
 
 
@@ -296,10 +296,10 @@ def test_a_closure_that_differentiates_inside_has_its_graph_at_trial_points(form
     slope = gradient_of(truth, model)
     closure, modes = watched(form, model)
     objective = objective_of(closure, model.parameters())
-    here = objective.value()
+    here = objective.evaluate()
     assert here.loss == pytest.approx(truth.item(), rel=1e-14)
     assert_same(here.gradient, slope, 1e-12)
-    assert objective.loss() == here.loss
+    assert objective.trial_loss(here) == here.loss
     assert modes == [True, True]
 
 
@@ -320,9 +320,9 @@ def test_a_closure_that_needs_its_graph_gets_it(form):
     model = network()
     closure, modes = watched(form, model)
     objective = objective_of(closure, model.parameters())
-    here = objective.value()
-    assert objective.loss() == here.loss
-    assert objective.loss() == here.loss
+    here = objective.evaluate()
+    assert objective.trial_loss(here) == here.loss
+    assert objective.trial_loss(here) == here.loss
     assert modes == [True, False, True, True]
     assert objective.evaluations == 2
 
@@ -338,9 +338,9 @@ def test_a_users_error_at_a_trial_point_is_not_tried_again():
         return total(model)
 
     objective = objective_of(closure, model.parameters())
-    objective.value()
+    here = objective.evaluate()
     with pytest.raises(RuntimeError, match="disk full"):
-        objective.loss()
+        objective.trial_loss(here)
     assert len(calls) == 2
 
 
@@ -404,11 +404,11 @@ def test_batches_are_the_whole(row):
 
     whole = objective_of(closure, model.parameters(), batches=[BATCH])
     parts = objective_of(closure, model.parameters(), batches=iter(BATCHES))
-    truth, here = whole.value(), parts.value()
+    truth, here = whole.evaluate(), parts.evaluate()
     assert here.loss == pytest.approx(truth.loss, rel=1e-13)
     assert here.cases == truth.cases == row.cases
     assert_same(here.gradient, truth.gradient, 1e-12)
-    assert parts.loss() == pytest.approx(truth.loss, rel=1e-13)
+    assert parts.trial_loss(here) == pytest.approx(truth.loss, rel=1e-13)
     assert_same(matrix_of(parts), matrix_of(whole), 1e-10)
 
 
@@ -428,13 +428,11 @@ def test_curvature_batches_are_averaged_likewise(row):
         closure, model.parameters(), batches=BATCHES, curvature_batches=[BATCHES[0]]
     )
     first = objective_of(closure, model.parameters(), batches=[BATCHES[0]])
-    for objective in (parts, whole, other, first):
-        objective.value()
     assert_same(matrix_of(parts), matrix_of(whole), 1e-10)
-    with first.curvature_graph(0) as graph:
-        adds = graph.cases.adds
-    scale = other.cases / first.cases if adds else 1.0  # a sum over some stands for that over all
-    assert_same(matrix_of(other), matrix_of(first) * scale, 1e-12)
+    here, there = other.evaluate(), first.evaluate()
+    adds = first.curvature_graph(0).cases.adds
+    scale = here.cases / there.cases if adds else 1.0  # a sum over some stands for that over all
+    assert_same(matrix_of(other, here), matrix_of(first, there) * scale, 1e-12)
 
 
 class Scaled(nn.Module):
@@ -475,8 +473,8 @@ def test_outputs_count_the_cases_of_a_loss_that_does_not_tell():
         z = model(batch[0])
         return (z - batch[1]).square().logsumexp(1).mean(), z
 
-    whole = objective_of(closure, model.parameters(), batches=[BATCH]).value()
-    parts = objective_of(closure, model.parameters(), batches=BATCHES).value()
+    whole = objective_of(closure, model.parameters(), batches=[BATCH]).evaluate()
+    parts = objective_of(closure, model.parameters(), batches=BATCHES).evaluate()
     assert parts.loss == pytest.approx(whole.loss, rel=1e-13)
     assert parts.cases == 7
 
@@ -492,7 +490,7 @@ def test_cases_that_the_closure_returns_are_the_weights():
 
     whole = objective_of(closure, model.parameters(), batches=[BATCH])
     parts = objective_of(closure, model.parameters(), batches=BATCHES)
-    truth, here = whole.value(), parts.value()
+    truth, here = whole.evaluate(), parts.evaluate()
     assert here.loss == pytest.approx(truth.loss, rel=1e-13)
     assert here.cases == truth.cases == 5
     assert_same(here.gradient, truth.gradient, 1e-12)
@@ -507,7 +505,7 @@ def test_sequences_of_several_lengths_count_by_their_entries():
         return F.mse_loss(model(batch[0]), batch[1])
 
     truth = sum(F.mse_loss(model(x), y, reduction="sum") for x, y in sequences) / 24
-    here = objective_of(closure, model.parameters(), batches=sequences).value()
+    here = objective_of(closure, model.parameters(), batches=sequences).evaluate()
     assert here.loss == pytest.approx(truth.item(), rel=1e-13)
 
 
@@ -520,7 +518,7 @@ def test_a_penalty_on_parameters_is_no_case():
 
     whole = objective_of(closure, model.parameters(), batches=[BATCH])
     parts = objective_of(closure, model.parameters(), batches=BATCHES)
-    truth, here = whole.value(), parts.value()
+    truth, here = whole.evaluate(), parts.evaluate()
     assert here.loss == pytest.approx(truth.loss, rel=1e-13)
     assert_same(matrix_of(parts), matrix_of(whole), 1e-10)
 
@@ -550,16 +548,16 @@ def test_weight_decay_is_in_loss_gradient_and_curvature():
     decay = [0.1, 0.0, 0.3, 0.0]
     plain = objective_of(lambda: total(model), params)
     decayed = objective_of(lambda: total(model), params, decay=decay)
-    base, here = plain.value(), decayed.value()
+    base, here = plain.evaluate(), decayed.evaluate()
 
     theta = flat([p.detach() for p in params])
     rates = flat([torch.full_like(p.detach(), d) for p, d in zip(params, decay, strict=True)])
     penalty = 0.5 * (rates * theta.square()).sum().item()
     assert here.loss == pytest.approx(base.loss + penalty, rel=1e-14)
-    assert decayed.loss() == here.loss
+    assert decayed.trial_loss(here) == here.loss
     assert_same(here.gradient, base.gradient + rates * theta, 1e-12)
     assert_same(matrix_of(decayed), matrix_of(plain) + torch.diag(rates), 1e-12)
-    for own, with_decay in zip(base.plain_gradient(), here.plain_gradient(), strict=True):
+    for own, with_decay in zip(base.hand_over_gradients(), here.hand_over_gradients(), strict=True):
         assert torch.equal(own, with_decay)
 
 
@@ -603,9 +601,9 @@ STATES = {
 def test_every_evaluation_of_a_step_sees_the_same_noise(form):
     model = network()
     objective = objective_of(lambda: form(model), model.parameters())
-    here = objective.value()
-    assert objective.loss() == here.loss
-    assert objective.loss() == here.loss
+    here = objective.evaluate()
+    assert objective.trial_loss(here) == here.loss
+    assert objective.trial_loss(here) == here.loss
     assert form(model).item() != here.loss
 
 
@@ -635,8 +633,8 @@ def test_reading_the_batches_may_draw_numbers():
     objective = objective_of(
         lambda batch: F.mse_loss(model(batch[0]), batch[1]), model.parameters(), batches=batches()
     )
-    here = objective.value()
-    assert objective.loss() == here.loss
+    here = objective.evaluate()
+    assert objective.trial_loss(here) == here.loss
 
 
 def batch_norm() -> nn.Module:
@@ -693,14 +691,14 @@ def test_every_evaluation_sees_the_same_buffers(build, split):
     objective = objective_of(
         lambda batch=BATCH: F.mse_loss(model(batch[0]), batch[1]), model.parameters(), **options
     )
-    here = objective.value()
-    operator = ObjectiveOperator(objective, "ggn")
+    here = objective.evaluate()
+    operator = ObjectiveOperator(objective, "ggn", here=here)
     v = torch.ones(objective.vector.numel, dtype=torch.float64)
     product = operator(v).clone()
-    assert objective.loss() == here.loss
+    assert objective.trial_loss(here) == here.loss
     assert torch.equal(operator(v), product)
     operator.release()
-    assert objective.loss() == here.loss
+    assert objective.trial_loss(here) == here.loss
 
 
 def test_a_buffer_that_is_replaced_or_expanded():
@@ -717,10 +715,10 @@ def test_a_buffer_that_is_replaced_or_expanded():
     model = network(lambda: nn.Sequential(nn.Linear(3, 2), Counter()))
     first = model[1].seen
     objective = objective_of(lambda: mean_square(model), model.parameters())
-    here = objective.value()
-    assert objective.loss() == here.loss
+    here = objective.evaluate()
+    assert objective.trial_loss(here) == here.loss
     assert model[1].seen == 7
-    objective.world.undo()
+    objective.replay.undo()
     assert model[1].seen is first
 
 

@@ -250,8 +250,8 @@ def _objective(closure, params, decay=0.0, **options):
 
 def _diagonal(closure, params, damping, decay=0.0, **options):
     objective = _objective(closure, params, decay, **options)
-    objective.value()
-    return LayerStatistics(ObjectiveOperator(objective, "ggn")).diagonal(damping)
+    operator = ObjectiveOperator(objective, "ggn", here=objective.evaluate())
+    return LayerStatistics(operator).diagonal(damping)
 
 
 NAMES = [
@@ -353,7 +353,7 @@ def test_gradient_variance_is_that_of_the_cases(batches, decay, penalty):
     draws = []
     for _ in range(DRAWS // 4):
         objective = _objective(closure, params, decay, batches=batches)
-        here = objective.value()
+        here = objective.evaluate()
         draws.append(objective.gradient_variance(here))
         torch.rand(1)  # on to other signs
     mean = torch.tensor(draws, dtype=torch.float64).mean().item()
@@ -366,4 +366,4 @@ def test_gradient_variance_of_a_single_case_is_zero():
         lambda: F.cross_entropy(problem.model(problem.x[:1]), problem.y[:1]),
         trainable(problem.model),
     )
-    assert objective.gradient_variance(objective.value()) == 0.0
+    assert objective.gradient_variance(objective.evaluate()) == 0.0
