@@ -428,7 +428,7 @@ def test_curvature_batches_are_averaged_likewise(row):
         closure, model.parameters(), batches=BATCHES, curvature_batches=[BATCHES[0]]
     )
     first = objective_of(closure, model.parameters(), batches=[BATCHES[0]])
-    assert_same(matrix_of(parts), matrix_of(whole), 1e-10)
+    assert_same(matrix_of(parts, parts.evaluate()), matrix_of(whole, whole.evaluate()), 1e-10)
     here, there = other.evaluate(), first.evaluate()
     adds = first.curvature_graph(0).cases.adds
     scale = here.cases / there.cases if adds else 1.0  # a sum over some stands for that over all

@@ -139,6 +139,9 @@ class ObjectiveOperator:
         here: The objective's evaluation at these parameters, whose graph the operator takes; None
             where there is none, so that the closure runs for a graph.
 
+    Raises:
+        RuntimeError: There are batches for products alone, and no evaluation that they stand for.
+
     Attributes:
         engine: How products are taken.
         cases: Number of cases in the curvature batches.
@@ -153,6 +156,11 @@ class ObjectiveOperator:
         *,
         here: Evaluation | None = None,
     ) -> None:
+        if here is None and objective.own_curvature_batches:
+            raise RuntimeError(
+                "An operator on curvature_batches needs the evaluation whose cases they stand for. "
+                "Make it with ObjectiveOperator(objective, curvature, here=objective.evaluate())."
+            )
         self.objective = objective
         self.curvature = curvature
         self.wanted = engine
