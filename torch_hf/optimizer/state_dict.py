@@ -164,7 +164,8 @@ def upgraded(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
         state[owner] = Progress.restored(old)._asdict() | state.get(owner, {})
     known = (*_ALWAYS_WRITTEN, "differentiable")  # torch adds that one to the defaults on loading
     later = {k: v for k, v in defaults.items() if k not in known}
-    groups = [later | {k: v for k, v in g.items() if k not in Progress._fields} for g in given]
+    options = [{k: v for k, v in g.items() if k not in Progress._fields} for g in given]
+    groups = [g | {k: v for k, v in later.items() if k not in g} for g in options]
     return {**saved, "state": state, "param_groups": groups}
 
 
