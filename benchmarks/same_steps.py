@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -105,8 +106,24 @@ class Record:
     def end(self, optimizer: Any) -> None:
         """The optimizer's state, as of the last step."""
         state = optimizer.state_dict()
-        groups = dict(enumerate(state["param_groups"]))
-        self.rows[-1] |= leaves("state", {"groups": groups} | state["state"])
+        groups = {i: dict(group) for i, group in enumerate(state["param_groups"])}
+        entries = {key: dict(found) for key, found in state["state"].items()}
+        numbers = moved_numbers([*groups.values(), *entries.values()])
+        self.rows[-1] |= leaves("state", {"groups": groups, "numbers": numbers} | entries)
+
+
+def moved_numbers(places: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Numbers that moved from the first group to the first parameter's state, taken out of all.
+
+    None, where there was no step to tell of, became nan, and 0 for cases.
+    """
+    none = {"last_loss": math.nan, "last_cases": 0.0, "last_ratio": math.nan}
+    found: dict[str, Any] = {}
+    for place in places:
+        for name in ("steps", "rejections", *none):
+            if name in place:
+                found.setdefault(name, place.pop(name))
+    return {k: none.get(k) if v is None else v for k, v in found.items()}
 
 
 # --- what is trained ------------------------------------------------------------------------

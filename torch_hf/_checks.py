@@ -66,9 +66,14 @@ def group(given: Any, defaults: Mapping[str, Any]) -> None:
     options({**defaults, **given})
     for name in defaults.keys() - {"lr", "weight_decay"}:
         if given.get(name, defaults[name]) != defaults[name]:
+            told = f"{name} holds for all parameters and cannot be {given[name]!r} for one group. "
+            if name in ("preconditioner", "base"):
+                raise ValueError(
+                    f"{told}These groups are of an optimizer with another preconditioner: take "
+                    f"the entry {name!r} out, and pass the constructor the preconditioner you want."
+                )
             raise ValueError(
-                f"{name} holds for all parameters and cannot be {given[name]!r} for one group. "
-                f"Pass it to the constructor: HFOptimizer(groups, {name}={given[name]!r})."
+                f"{told}Pass it to the constructor: HFOptimizer(groups, {name}={given[name]!r})."
             )
 
 

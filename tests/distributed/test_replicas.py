@@ -102,7 +102,12 @@ def faulty(rank, group, where, wrapped=False):
         runs += 1
         inputs, targets = batch
         loss = F.cross_entropy(called(inputs), targets)
-        if optimizer.param_groups[0]["steps"] == 2 and rank == 1 and runs == where:
+        if (
+            optimizer.state
+            and next(iter(optimizer.state.values()))["steps"] == 2
+            and rank == 1
+            and runs == where
+        ):
             raise ValueError("a file of the data set is broken")
         return loss
 

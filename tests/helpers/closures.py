@@ -11,6 +11,7 @@ from torch_hf.curvature import ObjectiveOperator
 from torch_hf.distributed import Reducer
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import Replay
+from torch_hf.objective.results import Evaluation
 from torch_hf.vector import ParameterVector
 
 CPU = torch.device("cpu")
@@ -36,8 +37,8 @@ def objective_of(closure, params, **options) -> Objective:
     return Objective(closure, ParameterVector(params), world, reducer=reducer, **options)
 
 
-def matrix_of(objective: Objective) -> Tensor:
-    operator = ObjectiveOperator(objective, "ggn")
+def matrix_of(objective: Objective, here: Evaluation | None = None) -> Tensor:
+    operator = ObjectiveOperator(objective, "ggn", here=here)
     eye = torch.eye(objective.vector.numel, dtype=torch.float64)
     return torch.stack([operator(e) for e in eye], dim=1)
 

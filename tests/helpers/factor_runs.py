@@ -23,8 +23,7 @@ def operator_of(model, closure, batches=None):
         layers=True,
         reducer=Reducer(None, vector.device),
     )
-    objective.value()
-    return ObjectiveOperator(objective, "ggn")
+    return ObjectiveOperator(objective, "ggn", here=objective.evaluate())
 
 
 def statistics_of(*args):

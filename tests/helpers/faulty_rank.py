@@ -24,7 +24,9 @@ def arm(fault, step):
     seen = {"steps": 0, "collectives": 0}
 
     def counted_step(self, *args, **options):
-        seen["steps"] = self.param_groups[0]["steps"] + 1
+        seen["steps"] = (next(iter(self.state.values())) if self.state else {"steps": 0})[
+            "steps"
+        ] + 1
         seen["collectives"] = 0
         return take(self, *args, **options)
 

@@ -23,4 +23,8 @@ def assert_same_state(a, b):
     for key in a["state"]:
         for name, value in a["state"][key].items():
             other = b["state"][key][name]
-            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
+            assert (
+                torch.equal(value, other)
+                if isinstance(value, torch.Tensor)
+                else str(value) == str(other)
+            )

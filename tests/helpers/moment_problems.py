@@ -124,5 +124,5 @@ def objective_of(closure, params, decay=0.0, **options):
 
 def diagonal_of(closure, params, damping, decay=0.0, **options):
     objective = objective_of(closure, params, decay, **options)
-    objective.value()
-    return LayerStatistics(ObjectiveOperator(objective, "ggn")).diagonal(damping)
+    operator = ObjectiveOperator(objective, "ggn", here=objective.evaluate())
+    return LayerStatistics(operator).diagonal(damping)

@@ -62,7 +62,8 @@ class Run:
             loss.backward()
             return loss
 
-        torch.manual_seed(len(x) + self.optimizer.param_groups[0]["steps"])
+        entries = next(iter(self.optimizer.state.values()), {})
+        torch.manual_seed(len(x) + entries.get("steps", 0))
         self.optimizer.step(closure)
         self.reports.append(self.optimizer.last_report)
 

@@ -73,11 +73,11 @@ def test_batches_are_the_whole(row):
 
     whole = objective_of(closure, model.parameters(), batches=[BATCH])
     parts = objective_of(closure, model.parameters(), batches=iter(BATCHES))
-    truth, here = whole.value(), parts.value()
+    truth, here = whole.evaluate(), parts.evaluate()
     assert here.loss == pytest.approx(truth.loss, rel=1e-13)
     assert here.cases == truth.cases == row.cases
     assert_same(here.gradient, truth.gradient, 1e-12)
-    assert parts.loss() == pytest.approx(truth.loss, rel=1e-13)
+    assert parts.trial_loss(here) == pytest.approx(truth.loss, rel=1e-13)
     assert_same(matrix_of(parts), matrix_of(whole), 1e-10)
 
 
@@ -97,13 +97,11 @@ def test_curvature_batches_are_averaged_likewise(row):
         closure, model.parameters(), batches=BATCHES, curvature_batches=[BATCHES[0]]
     )
     first = objective_of(closure, model.parameters(), batches=[BATCHES[0]])
-    for objective in (parts, whole, other, first):
-        objective.value()
-    assert_same(matrix_of(parts), matrix_of(whole), 1e-10)
-    with first.curvature_graph(0) as graph:
-        adds = graph.cases.adds
-    scale = other.cases / first.cases if adds else 1.0  # a sum over some stands for that over all
-    assert_same(matrix_of(other), matrix_of(first) * scale, 1e-12)
+    assert_same(matrix_of(parts, parts.evaluate()), matrix_of(whole, whole.evaluate()), 1e-10)
+    here, there = other.evaluate(), first.evaluate()
+    adds = first.curvature_graph(0).cases.adds
+    scale = here.cases / there.cases if adds else 1.0  # a sum over some stands for that over all
+    assert_same(matrix_of(other, here), matrix_of(first, there) * scale, 1e-12)
 
 
 class Scaled(nn.Module):
@@ -144,8 +142,8 @@ def test_outputs_count_the_cases_of_a_loss_that_does_not_tell():
         z = model(batch[0])
         return (z - batch[1]).square().logsumexp(1).mean(), z
 
-    whole = objective_of(closure, model.parameters(), batches=[BATCH]).value()
-    parts = objective_of(closure, model.parameters(), batches=BATCHES).value()
+    whole = objective_of(closure, model.parameters(), batches=[BATCH]).evaluate()
+    parts = objective_of(closure, model.parameters(), batches=BATCHES).evaluate()
     assert parts.loss == pytest.approx(whole.loss, rel=1e-13)
     assert parts.cases == 7
 
@@ -161,7 +159,7 @@ def test_cases_that_the_closure_returns_are_the_weights():
 
     whole = objective_of(closure, model.parameters(), batches=[BATCH])
     parts = objective_of(closure, model.parameters(), batches=BATCHES)
-    truth, here = whole.value(), parts.value()
+    truth, here = whole.evaluate(), parts.evaluate()
     assert here.loss == pytest.approx(truth.loss, rel=1e-13)
     assert here.cases == truth.cases == 5
     assert_same(here.gradient, truth.gradient, 1e-12)
@@ -176,7 +174,7 @@ def test_sequences_of_several_lengths_count_by_their_entries():
         return F.mse_loss(model(batch[0]), batch[1])
 
     truth = sum(F.mse_loss(model(x), y, reduction="sum") for x, y in sequences) / 24
-    here = objective_of(closure, model.parameters(), batches=sequences).value()
+    here = objective_of(closure, model.parameters(), batches=sequences).evaluate()
     assert here.loss == pytest.approx(truth.item(), rel=1e-13)
 
 
@@ -189,7 +187,7 @@ def test_a_penalty_on_parameters_is_no_case():
 
     whole = objective_of(closure, model.parameters(), batches=[BATCH])
     parts = objective_of(closure, model.parameters(), batches=BATCHES)
-    truth, here = whole.value(), parts.value()
+    truth, here = whole.evaluate(), parts.evaluate()
     assert here.loss == pytest.approx(truth.loss, rel=1e-13)
     assert_same(matrix_of(parts), matrix_of(whole), 1e-10)
 

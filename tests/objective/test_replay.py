@@ -46,9 +46,9 @@ STATES = {
 def test_every_evaluation_of_a_step_sees_the_same_noise(form):
     model = network()
     objective = objective_of(lambda: form(model), model.parameters())
-    here = objective.value()
-    assert objective.loss() == here.loss
-    assert objective.loss() == here.loss
+    here = objective.evaluate()
+    assert objective.trial_loss(here) == here.loss
+    assert objective.trial_loss(here) == here.loss
     assert form(model).item() != here.loss
 
 
@@ -78,8 +78,8 @@ def test_reading_the_batches_may_draw_numbers():
     objective = objective_of(
         lambda batch: F.mse_loss(model(batch[0]), batch[1]), model.parameters(), batches=batches()
     )
-    here = objective.value()
-    assert objective.loss() == here.loss
+    here = objective.evaluate()
+    assert objective.trial_loss(here) == here.loss
 
 
 def batch_norm() -> nn.Module:
@@ -136,14 +136,14 @@ def test_every_evaluation_sees_the_same_buffers(build, split):
     objective = objective_of(
         lambda batch=BATCH: F.mse_loss(model(batch[0]), batch[1]), model.parameters(), **options
     )
-    here = objective.value()
-    operator = ObjectiveOperator(objective, "ggn")
+    here = objective.evaluate()
+    operator = ObjectiveOperator(objective, "ggn", here=here)
     v = torch.ones(objective.vector.numel, dtype=torch.float64)
     product = operator(v).clone()
-    assert objective.loss() == here.loss
+    assert objective.trial_loss(here) == here.loss
     assert torch.equal(operator(v), product)
     operator.release()
-    assert objective.loss() == here.loss
+    assert objective.trial_loss(here) == here.loss
 
 
 def test_a_buffer_that_is_replaced_or_expanded():
@@ -160,8 +160,8 @@ def test_a_buffer_that_is_replaced_or_expanded():
     model = network(lambda: nn.Sequential(nn.Linear(3, 2), Counter()))
     first = model[1].seen
     objective = objective_of(lambda: mean_square(model), model.parameters())
-    here = objective.value()
-    assert objective.loss() == here.loss
+    here = objective.evaluate()
+    assert objective.trial_loss(here) == here.loss
     assert model[1].seen == 7
-    objective.world.undo()
+    objective.replay.undo()
     assert model[1].seen is first

@@ -15,16 +15,16 @@ def test_weight_decay_is_in_loss_gradient_and_curvature():
     decay = [0.1, 0.0, 0.3, 0.0]
     plain = objective_of(lambda: total(model), params)
     decayed = objective_of(lambda: total(model), params, decay=decay)
-    base, here = plain.value(), decayed.value()
+    base, here = plain.evaluate(), decayed.evaluate()
 
     theta = flat([p.detach() for p in params])
     rates = flat([torch.full_like(p.detach(), d) for p, d in zip(params, decay, strict=True)])
     penalty = 0.5 * (rates * theta.square()).sum().item()
     assert here.loss == pytest.approx(base.loss + penalty, rel=1e-14)
-    assert decayed.loss() == here.loss
+    assert decayed.trial_loss(here) == here.loss
     assert_same(here.gradient, base.gradient + rates * theta, 1e-12)
     assert_same(matrix_of(decayed), matrix_of(plain) + torch.diag(rates), 1e-12)
-    for own, with_decay in zip(base.plain_gradient(), here.plain_gradient(), strict=True):
+    for own, with_decay in zip(base.hand_over_gradients(), here.hand_over_gradients(), strict=True):
         assert torch.equal(own, with_decay)
 
 

@@ -131,7 +131,7 @@ class TestInverse:
         for i in range(6):
             x, y = torch.randn(60, 4, dtype=torch.float64), torch.randint(3, (60,))
             parts = {"curvature_batches": [(x[:30], y[:30])]} if i % 2 else {}
-            before = optimizer.param_groups[0]["last_ratio"]
+            before = next(iter(optimizer.state.values()), {}).get("last_ratio")
             optimizer.step(closure, batches=[(x, y)], **parts)
             assert optimizer.last_report.cg_iterations == 3
             started = bool(parts) and before > 0 and optimizer.last_report.accepted

@@ -174,7 +174,7 @@ def test_gradient_variance_is_that_of_the_cases(batches, decay, penalty):
     draws = []
     for _ in range(DRAWS // 4):
         objective = objective_of(closure, params, decay, batches=batches)
-        here = objective.value()
+        here = objective.evaluate()
         draws.append(objective.gradient_variance(here))
         torch.rand(1)  # on to other signs
     mean = torch.tensor(draws, dtype=torch.float64).mean().item()
@@ -187,4 +187,4 @@ def test_gradient_variance_of_a_single_case_is_zero():
         lambda: F.cross_entropy(problem.model(problem.x[:1]), problem.y[:1]),
         trainable(problem.model),
     )
-    assert objective.gradient_variance(objective.value()) == 0.0
+    assert objective.gradient_variance(objective.evaluate()) == 0.0

@@ -208,15 +208,16 @@ def _diagnose(objective: Objective, curvature: str, checks_loss: bool) -> Diagno
     engine = error = ""
     deterministic = None
     try:
-        here = objective.value()
+        here = objective.evaluate()
         if not math.isfinite(here.loss):
             return Diagnosis(findings, "", _messages.not_finite(here.loss), operations)
-        operator = ObjectiveOperator(objective, curvature)
+        operator = ObjectiveOperator(objective, curvature, here=here)
         operator(here.gradient)
         engine = operator.engine
         operator.release()
         if checks_loss:
-            deterministic = same_loss(objective.loss(), objective.loss(), objective.vector.dtype)
+            first, second = (objective.trial_loss(here) for _ in range(2))
+            deterministic = same_loss(first, second, objective.vector.dtype)
     except (RuntimeError, TypeError, ValueError) as failure:
         error = _messages.not_twice(failure) or _messages.not_once(failure) or str(failure)
     return Diagnosis(findings, engine, error, operations, deterministic)
