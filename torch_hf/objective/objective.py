@@ -94,11 +94,11 @@ class Objective:
 
     # --- the first run: loss and gradient ---
 
-    def value(self, check: Callable[[], None] = lambda: None) -> Evaluation:
+    def value(self, check: Callable[[Sequence[Tensor]], None] = lambda _: None) -> Evaluation:
         """Runs the closure on all batches for the loss and its gradient.
 
         Args:
-            check: Called where the closure leaves gradients as it finds them.
+            check: Called with gradients that the closure leaves as it finds them, if any.
 
         Raises:
             TypeError, ValueError, RuntimeError: The closure returned something unusable; the
@@ -133,7 +133,7 @@ class Objective:
         where = self.reducer.named([i for i, row in enumerate(table) if not math.isfinite(row[0])])
         return Evaluation(full, flat, plain, norm, self.cases or 1.0, returned, where)
 
-    def _first_run(self, check: Callable[[], None]) -> LocalEvaluation:
+    def _first_run(self, check: Callable[[Sequence[Tensor]], None]) -> LocalEvaluation:
         gradient: list[Tensor | None] = [None] * len(self.vector.params)
         losses, counts, returned = [], [], None
         with self.replay.first_run():
@@ -149,8 +149,8 @@ class Objective:
         message = "" if self.reducer.group else unreduced(self.replay.buffers.seen)
         if message:
             raise RuntimeError(message)
-        if self.runs.accumulates:
-            check()
+        if self.runs.uncleared:
+            check(self.runs.uncleared)
         shares = [1.0] if self._alone() else shares_of(counts, "batches")
         return LocalEvaluation(gradient, losses, counts, shares, returned)
 
