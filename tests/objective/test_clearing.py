@@ -358,3 +358,18 @@ def test_an_error_in_the_closure_leaves_gradients_as_they_were():
         run.step(CLEARING["optimizer, in place"], fail)
     assert all(p.grad is g for p, g in zip(run.optimized(), kept, strict=True))
     assert same(run.gradients(), values)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look at it
+@pytest.mark.parametrize("compiled", ["model", "loss"])
+def test_a_compiled_model_sees_nothing_of_it(compiled):
+    run, plain = Run(), Run(waiting=False)
+    for other in (run, plain):
+        if compiled == "model":
+            other.model.compile(backend="eager")
+        else:
+            other.loss = torch.compile(other.loss, backend="eager")
+    for _ in range(2):
+        run.step(CLEARING["zero_"])
+        plain.step(CLEARING["optimizer"])
+    assert same(run.state(), plain.state())

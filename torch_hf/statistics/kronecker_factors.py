@@ -34,7 +34,7 @@ WIDEST = 4096
 
 @dataclass
 class LayerFactors:
-    """One layer's factors.
+    """One layer's factors, those of K-FAC.
 
     Attributes:
         weight: Which parameter, of shape (O, ...) with I entries a row.
