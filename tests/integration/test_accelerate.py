@@ -169,7 +169,9 @@ def test_accumulated_gradients_are_refused_and_batches_serve(accelerator):
 
     optimizer.optimizer.step(closure, batches=split_batch((X, Y), 20))
     whole = HFOptimizer(before.parameters())
-    whole.step(lambda: F.cross_entropy(before(X), Y))
+    with pytest.raises(RuntimeError, match=r"step\(closure, batches=\[batch\]\)"):
+        whole.step(lambda: F.cross_entropy(before(X), Y))  # its state does not tell who calls
+    whole.step(lambda batch: F.cross_entropy(before(batch[0]), batch[1]), batches=[(X, Y)])
     assert optimizer.optimizer.last_report.new_loss == pytest.approx(
         whole.last_report.new_loss, rel=1e-4
     )

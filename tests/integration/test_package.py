@@ -134,7 +134,8 @@ def test_imports_have_no_cycle():
 CHECKS = {f"torch_hf.{name}" for name in ("_checks", "checks", "_messages", "_foreign")}
 GROUND = CHECKS | {f"torch_hf.{name}" for name in ("report", "clock", "_version")}
 REDUCE = {name for name in NAMES if f"{name}.".startswith("torch_hf.distributed.")}
-LOW = GROUND | REDUCE | {"torch_hf.vector"}
+WALKS = {f"torch_hf.capture.{name}" for name in ("autograd_graph", "op_names")}
+LOW = GROUND | REDUCE | WALKS | {"torch_hf.vector", "torch_hf.capture"}
 RECORDED = LOW | {
     f"torch_hf.{name}" for name in ("capture", "convolution", "heads", "names", "terms")
 }
@@ -144,7 +145,8 @@ FLOORS = [
     ("torch_hf.report", GROUND),
     ("torch_hf.vector", GROUND),
     ("torch_hf.capture.op_names", set()),
-    ("torch_hf.loss.linear_terms", {"torch_hf.capture.op_names"}),
+    ("torch_hf.capture.autograd_graph", {"torch_hf.capture.op_names"}),
+    ("torch_hf.loss.linear_terms", WALKS | {"torch_hf.capture"}),
     ("torch_hf.loss.loss_hessians", {"torch_hf.capture.op_names", "torch_hf.loss.linear_terms"}),
     *((name, LOW) for name in sorted(REDUCE)),
     ("torch_hf.solver.trust_region", LOW),

@@ -89,13 +89,13 @@ class Objective:
 
     # --- the first run: loss and gradient ---
 
-    def evaluate(self, check: Callable[[], None] = lambda: None) -> Evaluation:
+    def evaluate(self, check: Callable[[Sequence[Tensor]], None] = lambda _: None) -> Evaluation:
         """Runs the closure on all batches for the loss and its gradient.
 
         The graph of a single batch is kept where products are taken on it, too.
 
         Args:
-            check: Called where the closure leaves gradients as it finds them.
+            check: Called with gradients that the closure leaves as it finds them, if any.
 
         Raises:
             TypeError, ValueError, RuntimeError: The closure returned something unusable; the
@@ -138,7 +138,7 @@ class Objective:
             where=where,
         )
 
-    def _first_run(self, check: Callable[[], None]) -> LocalEvaluation:
+    def _first_run(self, check: Callable[[Sequence[Tensor]], None]) -> LocalEvaluation:
         gradient: list[Tensor | None] = [None] * len(self.vector.params)
         losses, counts, returned, kept = [], [], None, None
         keep = len(self.batches) == 1 and not self.own_curvature_batches
@@ -157,8 +157,8 @@ class Objective:
         message = "" if self.reducer.group else unreduced(self.replay.buffers.seen)
         if message:
             raise RuntimeError(message)
-        if self.runs.accumulates:
-            check()
+        if self.runs.uncleared:
+            check(self.runs.uncleared)
         shares = [1.0] if self._alone() else shares_of(counts, "batches")
         return LocalEvaluation(gradient, losses, counts, shares, returned, kept)
 

@@ -176,11 +176,10 @@ class HFOptimizer(FlatStateOptimizer):
             return self._initialise()
         timer = StepTimer(("gradient", "products", "preconditioner", "evaluations"))
         vector = self._vector()
-        before = [p.grad for p in vector.params]
         attempt = self._attempt(closure, batches, curvature_batches, vector)
         with attempt as objective, objective.replay.arithmetic():
             with timer.part("gradient"):
-                here = objective.evaluate(lambda: checks.accumulated(before, self._left))
+                here = objective.evaluate(lambda waiting: checks.accumulated(waiting, self._left))
             outcome = self._decide(objective, here, timer)
         self._commit(vector, objective.space, here, outcome)
         objective.replay.settle(counts=math.isfinite(here.loss))
