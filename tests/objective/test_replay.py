@@ -163,5 +163,5 @@ def test_a_buffer_that_is_replaced_or_expanded():
     here = objective.value()
     assert objective.loss() == here.loss
     assert model[1].seen == 7
-    objective.world.undo()
+    objective.replay.undo()
     assert model[1].seen is first
