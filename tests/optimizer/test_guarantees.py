@@ -226,7 +226,7 @@ def drawn(examples):
     return lambda test: setting(given(p=problems, o=options)(test))
 
 
-@drawn(150)
+@drawn(300)
 def test_no_step_hurts(p, o):
     check_that_no_step_hurts(p, o)
 
