@@ -33,8 +33,8 @@ def network(build: Callable[[], nn.Module] | None = None) -> nn.Module:
 def objective_of(closure, params, **options) -> Objective:
     params = list(params)
     options = {"decay": [0.0] * len(params)} | options
-    world, reducer = Replay(CPU), Reducer(None, CPU)
-    return Objective(closure, ParameterVector(params), world, reducer=reducer, **options)
+    replay, reducer = Replay(CPU), Reducer(None, CPU)
+    return Objective(closure, ParameterVector(params), replay, reducer=reducer, **options)
 
 
 def matrix_of(objective: Objective, here: Evaluation | None = None) -> Tensor:

@@ -209,6 +209,7 @@ def test_a_gradient_scaler_is_refused(scaled_before, error, message, accelerator
     assert_same(model, make_network())
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path):
     _, columns = three_steps("accelerate_digits", cwd=tmp_path)
     assert falls(columns)

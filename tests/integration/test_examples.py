@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import wave
 
 import pytest
@@ -177,13 +179,26 @@ def test_other_classes_than_cifar10s(tmp_path):
     assert "unicorn" in done.stderr
 
 
+def test_an_example_as_it_is_typed(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "digits.py"), "--max-steps", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert drawn(tmp_path / "runs" / "digits", "training.png")
+
+
 @pytest.mark.slow
 def test_digits_reach_97_percent(tmp_path):
     done = run_example("digits", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     columns = read_csv(tmp_path / "runs" / "digits" / "training.csv")
     assert columns["test_accuracy"][-1] >= 0.97
-    assert columns["elapsed"][-1] < 120
 
 
 @pytest.mark.slow

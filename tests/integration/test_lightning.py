@@ -232,6 +232,7 @@ def test_16_mixed_is_refused(kind, trainer):
     assert_same(module.network, make_network())
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path):
     _, columns = three_steps("lightning_digits", cwd=tmp_path)
     assert falls(columns)

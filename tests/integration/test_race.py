@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -179,8 +180,10 @@ def arguments(tmp_path, *more):
     return [*common, "--rates", str(tmp_path / "rates.json"), "--search-budget", "0.02", *more]
 
 
-def test_race_leaves_record_table_and_plot(race, tmp_path, capsys):
+def test_race_leaves_record_table_and_plot(race, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
+    clock = itertools.count()  # each step takes 0.02 s, on a busy machine too
+    monkeypatch.setattr(race.runner, "time", Namespace(perf_counter=lambda: 0.02 * next(clock)))
     more = ["--optimizers", "hf", "adam", "--budget", "0.5"]
     race.cli.main(arguments(tmp_path, *more))
     path = tmp_path / "race-regression-cpu.json"

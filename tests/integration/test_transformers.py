@@ -174,6 +174,7 @@ def test_the_documentation_shows_the_classes_of_the_example():
         assert definition.group().strip() in page
 
 
+@pytest.mark.slow
 def test_the_example(tmp_path):
     _, columns = three_steps("transformers_tiny", cwd=tmp_path)
     assert falls(columns)

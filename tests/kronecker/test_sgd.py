@@ -119,14 +119,21 @@ OPTIONS = {
 LOSSES = {"squares": (_squared, _fixed_top), "entropy": (_cross_entropy, _trainable_top)}
 
 
+# The drift of 500 steps would show; most mistakes show within a few.
+by_steps = pytest.mark.parametrize("steps", [100, pytest.param(500, marks=pytest.mark.slow)])
+
+
+@by_steps
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-def test_500_steps_are_those_of_dense_sgd(options, loss):
+def test_steps_are_those_of_dense_sgd(options, loss, steps):
     objective, top = LOSSES[loss]
     model, dense = _pair(top)
     options = {"lr": 0.1, **options}
-    found = _train(model, KroneckerSGD(model.parameters(), **options), _batches(500), objective)
-    truth = _train(dense, torch.optim.SGD(dense.parameters(), **options), _batches(500), objective)
+    found = _train(model, KroneckerSGD(model.parameters(), **options), _batches(steps), objective)
+    truth = _train(
+        dense, torch.optim.SGD(dense.parameters(), **options), _batches(steps), objective
+    )
     assert (dense.hidden.weight - model[0].start.weight).norm() > 0.1  # it went somewhere
     assert_close(found, truth, **EXACT)
     _assert_same_networks(model, dense)

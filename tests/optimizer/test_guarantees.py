@@ -215,14 +215,29 @@ def network(widths, activation, dtype):
     return nn.Sequential(*layers[:-1]).to(dtype)
 
 
-@settings(
-    max_examples=1000,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-@given(p=problems, o=options)
+def drawn(examples):
+    """So many random problems and options, the same at each run."""
+    setting = settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+    )
+    return lambda test: setting(given(p=problems, o=options)(test))
+
+
+@drawn(300)
 def test_no_step_hurts(p, o):
+    check_that_no_step_hurts(p, o)
+
+
+@pytest.mark.slow
+@drawn(1000)
+def test_no_step_hurts_in_more_problems(p, o):
+    check_that_no_step_hurts(p, o)
+
+
+def check_that_no_step_hurts(p, o):
     generator = torch.Generator().manual_seed(p["seed"])
     torch.manual_seed(p["seed"])
     model = network(p["widths"], p["activation"], p["dtype"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import subprocess
 import sys
 
 import pytest
@@ -80,17 +79,6 @@ class TestPlots:
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         with pytest.raises(ImportError, match=r"pip install torch_hf\[plot\]"):
             plot_training(run, tmp_path / "run.png")
-
-    def test_importing_torch_hf_imports_nothing_optional(self):
-        optional = "{'matplotlib', 'tqdm', 'tensorboard', 'torchvision', 'sklearn'}"
-        code = (
-            "import sys, torch; before = set(sys.modules); "
-            f"import torch_hf; print({optional} & (set(sys.modules) - before))"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip() == "set()"
 
 
 def test_why_cg_ended_is_read_from_the_file(tmp_path):

@@ -73,7 +73,7 @@ class TestInverse:
         preconditioner, _ = self.begun(model, closure, 0.1)
         r = torch.randn(15 + 160, dtype=torch.float64)
         assert torch.equal(preconditioner.apply(r), r)
-        assert not preconditioner.strong
+        assert not preconditioner.has_layer_factors
 
     def test_dead_layers_and_a_damping_of_zero_leave_it_finite(self):
         model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
