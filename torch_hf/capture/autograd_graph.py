@@ -79,8 +79,7 @@ def _field(node: Any, name: str) -> Any:
     if found is None:
         raise RuntimeError(
             f"The node {node.name()} of autograd's graph must have the field {name}, got none in "
-            f"torch {torch.__version__}. Take a release of torch that this one of torch_hf was "
-            "tested with (see CHANGELOG.md), or a newer torch_hf."
+            f"torch {torch.__version__}. Take an older torch or a newer torch_hf."
         )
     return found
 
