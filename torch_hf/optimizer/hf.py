@@ -157,6 +157,9 @@ class HFOptimizer(FlatStateOptimizer):
     ) -> Any:
         """One step: lowers the closure's loss on this data, or leaves the parameters alone.
 
+        Afterwards ``.grad`` is the closure's own gradient at the old parameters, in memory that
+        nothing else holds.
+
         Args:
             closure: Computes the loss, in one of three forms: an L-BFGS closure as it stands
                 (calls ``backward()``, returns the loss); returns a loss with its graph; returns
