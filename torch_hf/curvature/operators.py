@@ -85,7 +85,7 @@ class GaussNewtonOperator:
         objective = Objective(
             closure,
             vector,
-            Replay(vector.device),
+            Replay(vector.device, vector.params),
             decay=[0.0] * len(vector.params),
             fast_convolutions=engine != DOUBLE_BACKWARD,
             reducer=Reducer(None, vector.device),

@@ -70,7 +70,7 @@ class FlatStateOptimizer(Optimizer):
         vector: ParameterVector,
     ) -> Iterator[Objective]:
         """The step's objective; an error inside leaves everything as it was before."""
-        replay = Replay(vector.device)
+        replay = Replay(vector.device, vector.params)
         gradients = [p.grad for p in vector.params]
         objective = forgotten = None
         try:
