@@ -20,11 +20,16 @@ venv: $(VENV)/.with-examples $(VENV)/.with-test $(VENV)/.with-dev ## set up .ven
 train: $(VENV)/.with-examples ## train a classifier of handwritten digits; table, CSV and plot in runs/digits
 	$(BIN)/python examples/digits.py
 
-test: $(VENV)/.with-test ## run the tests that are not slow
-	$(BIN)/python -m pytest -m "not slow"
+# A worker a core, at most 8, each of one thread: small tensors on several wait for each other.
+# WORKERS=0 runs all in one process, as `python -m pytest FILE` does.
+WORKERS ?= auto
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-test-all: $(VENV)/.with-test ## run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.with-test ## run the tests that are not slow, on all cores
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.with-test ## run all tests, on all cores
+	$(PYTEST)
 
 lint: $(VENV)/.with-dev ## check style, formatting and types
 	$(BIN)/ruff check .

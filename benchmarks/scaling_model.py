@@ -1,7 +1,8 @@
 """The model behind benchmarks/scaling.py: what a step on N ranks computes, sends, and takes.
 
-Every formula is of numbers that are counted (collectives of a step, see tests/test_scaling.py),
-measured here (Gloo on this machine), or given on the command line (GPUs and their links).
+Every formula is of numbers that are counted (collectives of a step, see
+tests/integration/test_scaling.py), measured here (Gloo on this machine), or given on the command
+line (GPUs and their links).
 """
 
 from __future__ import annotations

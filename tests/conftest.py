@@ -1,5 +1,14 @@
+from pathlib import Path
+
 import pytest
 import torch
+
+HELPERS = sorted(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py"))
+pytest.register_assert_rewrite(*HELPERS)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", f"error:::({'|'.join(HELPERS)})$")
 
 
 @pytest.fixture(autouse=True, scope="session")

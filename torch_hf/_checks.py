@@ -66,9 +66,15 @@ def group(given: Any, defaults: Mapping[str, Any]) -> None:
     options({**defaults, **given})
     for name in defaults.keys() - {"lr", "weight_decay"}:
         if given.get(name, defaults[name]) != defaults[name]:
+            hint = f"Pass it to the constructor: HFOptimizer(groups, {name}={given[name]!r})."
+            if name in ("preconditioner", "base"):
+                hint = (
+                    "These groups are of an optimizer with another preconditioner: take the entry "
+                    f"{name!r} out, and pass the constructor the preconditioner you want."
+                )
             raise ValueError(
                 f"{name} holds for all parameters and cannot be {given[name]!r} for one group. "
-                f"Pass it to the constructor: HFOptimizer(groups, {name}={given[name]!r})."
+                f"{hint}"
             )
 
 

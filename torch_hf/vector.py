@@ -174,5 +174,5 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     if len(devices) > 1:
         raise ValueError(
             f"HFOptimizer expects all parameters on one device, got {', '.join(devices)}. "
-            "SearchResult the model with model.to(device), or give each part its own optimizer."
+            "Move the model with model.to(device), or give each part its own optimizer."
         )

@@ -8,7 +8,6 @@ see the inputs of linear layers, and to give convolutions a cheaper tangent.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from torch_hf import _messages
+from torch_hf.capture.autograd_graph import is_foreign, operands
 from torch_hf.capture.convolution import convolve, geometry, has_rule
 from torch_hf.capture.op_names import (
     ALIASES,
@@ -34,6 +33,7 @@ from torch_hf.capture.op_names import (
     WATCHED,
     kind,
 )
+from torch_hf.capture.seen_gradients import SeenGradients, StandIn
 
 
 class Call(NamedTuple):
@@ -70,19 +70,20 @@ class Record:
     layers: list[Layer] = field(default_factory=list)
     differentiates_inside: bool = False
     fast_convolutions: bool = False
-    clears: bool = False  # whether gradients were set, or read by a zero_grad
 
     def maker(self, z: Tensor, *names: str) -> Call | None:
         """The call of one of these names that made a tensor, seen through changes of shape."""
         node = z.grad_fn
-        while node is not None and node not in self.calls and kind(node) in SHAPING:
-            node = node.next_functions[0][0]
+        while node is not None and node not in self.calls:
+            if kind(node) not in SHAPING or is_foreign(node):
+                return None
+            node = operands(node)[0][0]
         call = self.calls.get(node)
         return call if call is not None and call.name in names else None
 
 
 class Capture(TorchFunctionMode):
-    """Runs a closure and keeps a :class:`Record` of it.
+    """Runs a closure and keeps a :class:`Record` of it; in ``.grad`` it sees stand-ins.
 
     Args:
         parameters: The optimizer's parameters; ``backward()`` towards them is held back.
@@ -103,6 +104,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.record = Record()
         self.ids = {id(p) for p in parameters}
+        self.gradients = SeenGradients(parameters)
         self.layers = layers
         self.calls = calls
         self.fast_convolutions = fast_convolutions
@@ -121,8 +123,14 @@ class Capture(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "backward" and func in (torch.Tensor.backward, torch.autograd.backward):
             return self._backward(func, args, kwargs)
-        if name in ("__get__", "__set__") and id(args[0]) in self.ids:
-            self._gradient(func)
+        if name in ("__get__", "__set__", "__delete__") and id(args[0]) in self.ids:
+            if func == _GRAD.__get__:
+                return self.gradients.read(args[0])
+            if func in (_GRAD.__set__, _GRAD.__delete__):
+                value = args[1] if len(args) > 1 else None
+                self.gradients.write(args[0], value)
+                if isinstance(value, StandIn):
+                    return None
         if func is torch.autograd.grad:
             self.record.differentiates_inside = True
         if name not in WATCHED:
@@ -136,14 +144,6 @@ class Capture(TorchFunctionMode):
         if self.calls and isinstance(result, Tensor):
             self._keep(func, name, args, kwargs, result)
         return result
-
-    def _gradient(self, func: Any) -> None:
-        """Notes that gradients are cleared, and that they are looked at where they are not made."""
-        reads = func == _GRAD.__get__
-        if func == _GRAD.__set__ or (reads and _clearing()):
-            self.record.clears = True
-        elif reads and self.record.held:
-            raise RuntimeError(_messages.HELD_BACK)
 
     def _keep(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
         if name == "linear" or name in CONVOLUTIONS:
@@ -187,6 +187,7 @@ class Capture(TorchFunctionMode):
         for i, tensor in enumerate(tensors):
             weight = weights[i] if i < len(weights) else None
             self.record.held.append(tensor if weight is None else (tensor * weight).sum())
+        self.gradients.held.extend(tensors)
         return None
 
 
@@ -206,16 +207,6 @@ def differentiable_kernels(name: str) -> Iterator[None]:
 
 
 _GRAD: Any = torch.Tensor.grad
-
-
-def _clearing() -> bool:
-    """Whether a ``zero_grad`` is on the way from the closure to here."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code is not Capture.run.__code__:
-        if frame.f_code.co_name == "zero_grad":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def as_layer(name: str, args: Any, kwargs: Any, result: Tensor) -> Layer | None:

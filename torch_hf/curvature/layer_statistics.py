@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from torch_hf import _messages
 from torch_hf.curvature.operators import ObjectiveOperator
-from torch_hf.loss.loss_hessians import LossTerm
-from torch_hf.objective.results import Graph
 from torch_hf.statistics.gradient_moments import EXPONENT, squared_gradients, trace_and_slopes
 from torch_hf.statistics.kronecker_factors import LayerFactors, averaged, measure
 
@@ -55,12 +51,12 @@ class LayerStatistics:
         for i, weight in enumerate(self._operator.weights):
             if not weight:
                 continue
-            with self._objective.curvature_graph(i) as graph:
-                loss_terms = self._loss_terms(graph)
-                squares = squared_gradients(loss_terms, vector.params, graph.record.layers)
-                total.add_(vector.flatten(squares), alpha=weight**2)
-                parts = trace_and_slopes(loss_terms, vector.params)
-                trace, slopes = trace + weight * parts[0], slopes + weight**2 * parts[1]
+            graph = self._operator.graph(i)
+            loss_terms = self._operator.loss_terms(graph)
+            squares = squared_gradients(loss_terms, vector.params, graph.record.layers)
+            total.add_(vector.flatten(squares), alpha=weight**2)
+            parts = trace_and_slopes(loss_terms, vector.params)
+            trace, slopes = trace + weight * parts[0], slopes + weight**2 * parts[1]
         return total, trace, slopes
 
     def factors(self, salt: int) -> list[LayerFactors]:
@@ -86,14 +82,14 @@ class LayerStatistics:
         for i, weight in enumerate(self._operator.weights):
             if not weight:
                 continue
-            with self._objective.curvature_graph(i) as graph:
-                try:
-                    loss_terms = self._loss_terms(graph)
-                except RuntimeError:
-                    if self._operator.curvature == "hessian":  # which needs no split
-                        return [], rows
-                    raise
-                found, count = measure(loss_terms, self.vector.params, graph.record.layers, salt)
+            graph = self._operator.graph(i)
+            try:
+                loss_terms = self._operator.loss_terms(graph)
+            except RuntimeError:
+                if self._operator.curvature == "hessian":  # which needs no split
+                    return [], rows
+                raise
+            found, count = measure(loss_terms, self.vector.params, graph.record.layers, salt)
             for block in found:
                 block.outputs *= weight
             if not blocks:
@@ -104,8 +100,3 @@ class LayerStatistics:
                     total.inputs += part.inputs
                     total.outputs += part.outputs
         return blocks, rows
-
-    def _loss_terms(self, graph: Graph) -> Sequence[LossTerm]:
-        """The loss's terms in this graph; the split at hand may be that of another batch."""
-        kept = self._operator.split if graph is self._objective.kept else None
-        return (kept or self._objective.split(graph)).loss_terms

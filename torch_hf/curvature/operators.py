@@ -18,9 +18,10 @@ from torch_hf.curvature.products import BatchGaussNewton, BatchHessian, LocalPro
 from torch_hf.distributed import LOCAL, Reducer
 from torch_hf.loss.case_counts import Cases
 from torch_hf.loss.ggn_split import Split, split_by_outputs
+from torch_hf.loss.loss_hessians import LossTerm
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import Replay
-from torch_hf.objective.results import Graph
+from torch_hf.objective.results import Evaluation, Graph
 from torch_hf.vector import ParameterVector
 
 DOUBLE_BACKWARD, TANGENT_RULES = "double_backward", "tangent_rules"
@@ -135,13 +136,35 @@ class ObjectiveOperator:
     each product, at the memory of one. An operation that cannot be differentiated twice is met by
     finite differences.
 
+    Args:
+        objective: Its curvature batches are those of the products.
+        curvature: ``"ggn"`` or ``"hessian"``.
+        engine: One of ``ENGINES``.
+        here: The objective's evaluation at these parameters, whose graph the operator takes; None
+            where there is none, so that the closure runs for a graph.
+
+    Raises:
+        RuntimeError: There are batches for products alone, and no evaluation that they stand for.
+
     Attributes:
         engine: How products are taken.
         cases: Number of cases in the curvature batches.
         products: Number of products taken.
     """
 
-    def __init__(self, objective: Objective, curvature: str, engine: str = "auto") -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        curvature: str,
+        engine: str = "auto",
+        *,
+        here: Evaluation | None = None,
+    ) -> None:
+        if here is None and objective.own_curvature_batches:
+            raise RuntimeError(
+                "An operator on curvature_batches needs the evaluation whose cases they stand for. "
+                "Make it with ObjectiveOperator(objective, curvature, here=objective.evaluate())."
+            )
         self.objective = objective
         self.curvature = curvature
         self.wanted = engine
@@ -153,22 +176,24 @@ class ObjectiveOperator:
         decay = objective.vector.spread(objective.decay)
         self.decay = objective.space.own(decay) if isinstance(decay, Tensor) else decay
         self._local: LocalProduct | None = None
+        self._graph = here.take_graph() if here is not None else None
+        self._released = False
         counts = objective.reducer.attempt(self._prepare)
-        self.weights, self.cases = objective.curvature_weights(counts)
+        self.weights, self.cases = objective.curvature_weights(counts, here)
 
     def _prepare(self) -> list[Cases]:
         """Builds the product of a single batch; how many cases each batch has."""
         objective = self.objective
         counts = []
         for i in range(len(objective.curvature_batches)):
-            with objective.curvature_graph(i) as graph:
-                if len(objective.curvature_batches) == 1:
-                    objective.kept = graph
-                counts.append(graph.cases)
-                if i == 0:
-                    local = self._build(i, graph)
-                if graph.record.fast_convolutions and self.engine == DOUBLE_BACKWARD:
-                    self.engine = TANGENT_RULES
+            graph = self.graph(i)
+            if len(objective.curvature_batches) == 1:
+                self._graph = graph
+            counts.append(graph.cases)
+            if i == 0:
+                local = self._build(i, graph)
+            if graph.record.fast_convolutions and self.engine == DOUBLE_BACKWARD:
+                self.engine = TANGENT_RULES
         if len(counts) == 1:
             self._local = local
         else:
@@ -176,7 +201,12 @@ class ObjectiveOperator:
         return counts
 
     def __call__(self, v: Tensor) -> Tensor:
-        """The product with a vector of the objective's space, weight decay included."""
+        """The product with a vector of the objective's space, weight decay included.
+
+        Raises:
+            RuntimeError: The operator was released.
+        """
+        self._check_alive()
         self.products += 1
         objective = self.objective
         tangents = objective.vector.unflatten(objective.space.whole(v))
@@ -202,11 +232,32 @@ class ObjectiveOperator:
             total = part if total is None else total.add_(part)
         return vector.zeros() if total is None else total
 
+    def graph(self, i: int) -> Graph:
+        """The graph of curvature batch ``i``: the one kept, or that of a new run.
+
+        Raises:
+            RuntimeError: The operator was released.
+        """
+        self._check_alive()
+        return self._graph or self.objective.curvature_graph(i)
+
+    def loss_terms(self, graph: Graph) -> Sequence[LossTerm]:
+        """The loss's terms in a graph; the split at hand may be that of another batch."""
+        kept = self.split if graph is self._graph else None
+        return (kept or self.objective.split(graph)).loss_terms
+
     def release(self) -> None:
-        """Lets the kept graph go: parameters may be edited in place after this."""
-        self._local = None
-        self.split = None
-        self.objective.kept = None
+        """Lets the graph go, the operator's last act: parameters may be edited after this."""
+        self._local = self.split = self._graph = None
+        self._released = True
+
+    def _check_alive(self) -> None:
+        if self._released:
+            raise RuntimeError(
+                "This curvature operator was released, and its graph with it, so that trial "
+                "values could be placed into the parameters. Take its products before release(), "
+                "or make a new operator where the parameters are now."
+            )
 
     def _build(self, i: int, graph: Graph) -> LocalProduct:
         if self.engine == DIFFERENCES:
@@ -261,14 +312,14 @@ class ObjectiveOperator:
         return local
 
     def _product(self, i: int, tangents: list[Tensor]) -> Sequence[Tensor | None]:
-        with self.objective.curvature_graph(i) as graph:
-            local = self._local or self._build(i, graph)
-            try:
-                return local(tangents)
-            except RuntimeError as error:
-                if self.engine == DIFFERENCES:
-                    raise
-                local = self._instead(error, i, graph)
-                if self._local is not None:
-                    self._local = local
-                return local(tangents)
+        graph = self.graph(i)
+        local = self._local or self._build(i, graph)
+        try:
+            return local(tangents)
+        except RuntimeError as error:
+            if self.engine == DIFFERENCES:
+                raise
+            local = self._instead(error, i, graph)
+            if self._local is not None:
+                self._local = local
+            return local(tangents)

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from torch_hf.capture.autograd_graph import under
 from torch_hf.capture.convolution import tangents_only
 from torch_hf.capture.op_names import kind
 from torch_hf.loss.ggn_split import Split
-from torch_hf.loss.linear_terms import under
 from torch_hf.loss.loss_hessians import LossTerm, filled
 
 #: Tangents by parameter to a product by parameter; None counts as zeros.

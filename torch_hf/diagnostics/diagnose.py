@@ -18,11 +18,11 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_leaves
 
 from torch_hf import _checks, _messages
+from torch_hf.capture.autograd_graph import operands, results, under
 from torch_hf.capture.op_names import kind
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.diagnostics.module_paths import attributed
 from torch_hf.distributed import Reducer
-from torch_hf.loss.linear_terms import under
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import Replay
 from torch_hf.solver.line_search import same_loss
@@ -208,15 +208,16 @@ def _diagnose(objective: Objective, curvature: str, checks_loss: bool) -> Diagno
     engine = error = ""
     deterministic = None
     try:
-        here = objective.value()
+        here = objective.evaluate()
         if not math.isfinite(here.loss):
             return Diagnosis(findings, "", _messages.not_finite(here.loss), operations)
-        operator = ObjectiveOperator(objective, curvature)
+        operator = ObjectiveOperator(objective, curvature, here=here)
         operator(here.gradient)
         engine = operator.engine
         operator.release()
         if checks_loss:
-            deterministic = same_loss(objective.loss(), objective.loss(), objective.vector.dtype)
+            first, second = (objective.trial_loss(here) for _ in range(2))
+            deterministic = same_loss(first, second, objective.vector.dtype)
     except (RuntimeError, TypeError, ValueError) as failure:
         error = _messages.not_twice(failure) or _messages.not_once(failure) or str(failure)
     return Diagnosis(findings, engine, error, operations, deterministic)
@@ -251,7 +252,7 @@ def _problem(node: Any) -> str:
             torch.zeros(
                 m.shape, dtype=m.dtype, device=m.device, requires_grad=m.dtype.is_floating_point
             )
-            for m in node._input_metadata
+            for m in results(node)
         ]
         try:
             slopes = node(*above) if callable(node) else node.apply(*above)  # a Python function
@@ -263,7 +264,7 @@ def _problem(node: Any) -> str:
             if any(kind(n) == "Error" for n in under({s.grad_fn for s in slopes} - {None})):
                 return SECOND
             ends: list[Any] = [u for u in above if u.requires_grad]
-            ends += [GradientEdge(*edge) for edge in node.next_functions if edge[0] is not None]
+            ends += [GradientEdge(*edge) for edge in operands(node) if edge[0] is not None]
             if slopes and ends:
                 signs = [torch.ones_like(s) for s in slopes]
                 torch.autograd.grad(slopes, ends, signs, retain_graph=True, allow_unused=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
+from torch_hf.capture.autograd_graph import under
 from torch_hf.objective.replay import untraced
 
 
@@ -46,11 +47,9 @@ class Owners:
 
     def _claim(self, tensors: Any, owner: Any) -> None:
         ends = {t.grad_fn for t in tree_leaves(tensors) if isinstance(t, Tensor)} - {None}
-        todo: list[Any] = [node for node in ends if node not in self.owner]
-        while todo:
-            node = todo.pop()
+        new = [node for node in ends if node not in self.owner]
+        for node in under(new, closed=self.owner):
             self.owner[node] = owner
-            todo.extend(n for n, _ in node.next_functions if n is not None and n not in self.owner)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_hf.capture.autograd_graph import reaches
 from torch_hf.vector import ParameterVector
 
 
@@ -81,20 +82,13 @@ class FullyShardedVector(ParameterVector):
     def _check_graph(self, outputs: Sequence[Tensor]) -> None:
         """Under ``fully_shard`` autograd sees gathered copies, never the parameters themselves."""
         own = {id(p) for p in self.params}
-        todo: list[Any] = [z.grad_fn for z in outputs if z.grad_fn is not None]
-        seen = set(todo)
-        while todo:
-            node = todo.pop()
-            if id(getattr(node, "variable", None)) in own:
-                raise RuntimeError(
-                    "The loss depends on DTensor parameters directly: through tensor parallelism, "
-                    "or a penalty on them in the closure. Only modules under fully_shard are "
-                    "supported, their parameters used in forward alone; for an L2 penalty take "
-                    "weight_decay."
-                )
-            below = {fn for fn, _ in node.next_functions if fn is not None} - seen
-            seen |= below
-            todo.extend(below)
+        if reaches({z.grad_fn for z in outputs} - {None}, own):
+            raise RuntimeError(
+                "The loss depends on DTensor parameters directly: through tensor parallelism, "
+                "or a penalty on them in the closure. Only modules under fully_shard are "
+                "supported, their parameters used in forward alone; for an L2 penalty take "
+                "weight_decay."
+            )
         self.checked = True
 
     def _summed(self, p: Any) -> Tensor:

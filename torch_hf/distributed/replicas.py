@@ -39,8 +39,10 @@ def check_replicas(optimizer: Any) -> None:
     device = optimizer.param_groups[0]["params"][0].device
     names = [f"parameter {i} of shape {tuple(p.shape)}" for i, p in enumerate(params)]
     sums = [checksum(p.detach()) for p in params]
-    for name in ("damping", "steps", "rejections"):
-        value = optimizer.param_groups[0][name]
+    numbers = {"damping": optimizer.param_groups[0]["damping"], "steps": 0, "rejections": 0}
+    for entries in optimizer.state.values():
+        numbers.update({k: entries[k] for k in numbers if k in entries})
+    for name, value in numbers.items():
         names.append(f"{name} ({value})")
         number = -1.0 if value is None else float(value)
         sums.append(checksum(torch.tensor([number], dtype=torch.float64, device=device)))

@@ -10,14 +10,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from torch_hf.capture.autograd_graph import edge_of, reaches, touches
 from torch_hf.capture.capture import Record
 from torch_hf.capture.op_names import LOSSES, kind
-from torch_hf.loss.linear_terms import LinearTerm, edge_of, linear_terms, under
+from torch_hf.loss.linear_terms import LinearTerm, linear_terms
 from torch_hf.loss.loss_hessians import AutogradTerm, LossTerm
 from torch_hf.loss.recognise import make_loss_term
 
@@ -61,7 +61,7 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
             continue
         if call is not None and call.name in LOSSES:
             flat.add(call.name)
-        if (call is None or call.name != "l1_loss") and _reaches(term.node, own, ()):
+        if (call is None or call.name != "l1_loss") and reaches([term.node], own, ()):
             others.append(term)  # no curvature in its argument, but that may be curved itself
     if not loss_terms:
         ends = {_spelled(kind(t.node)) for t in others} - {"accumulate_grad"}
@@ -86,8 +86,8 @@ def split_by_outputs(
     stops = {edge_of(z) for z in outputs}
     remainders, connected = [], False
     for term in linear_terms(loss, stops):
-        hits = (term.node, term.place) in stops or _hits(term.node, stops)
-        bypass = (term.node, term.place) not in stops and _reaches(term.node, own, stops)
+        hits = (term.node, term.place) in stops or touches(term.node, stops)
+        bypass = (term.node, term.place) not in stops and reaches([term.node], own, stops)
         if hits and bypass:
             raise RuntimeError(
                 "A term of the loss depends on parameters both through the outputs that the "
@@ -133,18 +133,10 @@ def _remainders(terms: list[LinearTerm]) -> list[tuple[GradientEdge, Tensor]]:
     return [(GradientEdge(t.node, t.place), t.weight) for t in terms]
 
 
-def _reaches(node: Any, own: set[int], stops: Any) -> bool:
-    return any(id(getattr(n, "variable", None)) in own for n in under([node], stops))
-
-
-def _hits(node: Any, stops: Any) -> bool:
-    return any((fn, nr) in stops for n in under([node], stops) for fn, nr in n.next_functions)
-
-
 def _check_separate(outputs: tuple[Tensor, ...]) -> None:
     for i, z in enumerate(outputs):
         others = {edge_of(o) for j, o in enumerate(outputs) if j != i}
-        if edge_of(z) in others or _hits(edge_of(z)[0], others):
+        if edge_of(z) in others or touches(edge_of(z)[0], others):
             raise RuntimeError(
                 f"Output {i} that the closure returned is computed from another of the outputs, "
                 "so the loss would be counted twice. Return only the tensors that the loss "

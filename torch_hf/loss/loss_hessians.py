@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from torch_hf.capture.autograd_graph import connects, edge_of, is_foreign
 from torch_hf.capture.op_names import kind
-from torch_hf.loss.linear_terms import edge_of
 
 #: Second derivatives that are zero although autograd has an edge for them, and which edge.
 FLAT = {
@@ -233,22 +233,13 @@ class AutogradTerm(_TermInGraph):
 
 def _curves(slope: Tensor, ends: set[Any]) -> bool:
     """Whether a slope's graph reaches an output otherwise than by derivatives that are zero."""
-    start = edge_of(slope)
-    todo, seen = [start], {start}
-    while todo:
-        node, place = todo.pop()
-        if (node, place) in ends:
-            return True
-        flat = FLAT.get(kind(node))
-        for i, edge in enumerate(node.next_functions):
-            if edge[0] is not None and i != flat and edge not in seen:
-                seen.add(edge)
-                todo.append(edge)
-    return False
+    return connects(
+        edge_of(slope), ends, lambda node: None if is_foreign(node) else FLAT.get(kind(node))
+    )
 
 
 def random_signs(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Plus or minus one, each with probability 1/2."""
+    """Rademacher signs: plus or minus one, each with probability 1/2."""
     return torch.randint(0, 2, shape, device=like.device).to(like.dtype) * 2 - 1
 
 

@@ -46,15 +46,15 @@ def closure(value: Any) -> None:
         )
 
 
-def accumulated(before: Sequence[Tensor | None], left: Sequence[Any]) -> None:
+def accumulated(waiting: Sequence[Tensor], left: Sequence[Any]) -> None:
     """Gradients at the start of a step are those that the last step left, or none.
 
     Args:
-        before: Gradients before the closure ran, which did not clear them.
+        waiting: Those that the closure found and did not clear.
         left: Weak references to those that the last step left.
     """
     ours = {id(g) for ref in left if (g := ref()) is not None}
-    if any(g is not None and id(g) not in ours and torch.any(g) for g in before):
+    if any(id(g) not in ours and torch.any(g) for g in waiting):
         raise RuntimeError(
             "There are gradients from a backward() outside of the closure, and the closure did "
             "not clear them. They are no part of the step, so gradients cannot be accumulated "
@@ -66,18 +66,16 @@ def accumulated(before: Sequence[Tensor | None], left: Sequence[Any]) -> None:
 
 def accumulates(batches: Any) -> None:
     """Accelerate leaves out the steps between, and with them their batches."""
-    if batches is not None or "accelerate.optimizer" not in sys.modules:
+    if batches is not None or "accelerate.state" not in sys.modules:
         return
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__") != "accelerate.optimizer":
-        frame = frame.f_back
-    state = getattr(frame.f_locals.get("self"), "gradient_state", None)
-    if state is not None and state.num_steps > 1:
+    steps = sys.modules["accelerate.state"].GradientState().num_steps
+    if steps > 1:
         raise RuntimeError(
-            f"Accelerate was asked to accumulate gradients over {state.num_steps} batches, but "
+            f"Accelerate was asked to accumulate gradients over {steps} batches, but "
             "it calls the closure for the last of them only. Leave gradient_accumulation_steps "
             "at 1 and hand the batches to one step: "
-            "optimizer.optimizer.step(closure, batches=[...])."
+            "optimizer.optimizer.step(closure, batches=[...]), or step(closure, batches=[batch]) "
+            "of an optimizer that Accelerate did not prepare."
         )
 
 

@@ -36,7 +36,7 @@ class ClosureRuns:
 
     Attributes:
         needs_graph: Whether the closure differentiates by itself, so that its loss needs a graph.
-        accumulates: Whether ``backward()`` found gradients that were not cleared.
+        uncleared: Gradients from outside that ``backward()`` would have added to.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class ClosureRuns:
         self.layers = layers
         self.fast_convolutions = fast_convolutions
         self.needs_graph = False
-        self.accumulates = False
+        self.uncleared: list[Tensor] = []
 
     @torch.enable_grad()
     def graph(self, batch: Any) -> Graph:
@@ -70,7 +70,9 @@ class ClosureRuns:
             self.vector.params, layers=self.layers, fast_convolutions=self.fast_convolutions
         )
         record = self._call(capture, batch)
-        self.accumulates |= bool(record.held) and not record.clears
+        if record.held:
+            found = [*self.uncleared, *capture.gradients.uncleared()]
+            self.uncleared = list({id(g): g for g in found}.values())
         loss = self._objective(record)
         returned, outputs, cases = checks.returned(record.returned)
         if not loss.requires_grad:
@@ -107,7 +109,7 @@ class ClosureRuns:
         args = () if batch is NO_BATCH else (batch,)
         gradients = [p.grad for p in self.vector.params]
         for p in self.vector.params:
-            p.grad = None  # so that the closure's zero_grad() does not reach the present ones
+            p.grad = None  # the closure sees stand-ins, whatever looks past these sees none
         try:
             with self.replay.surroundings():
                 return capture.run(self.closure, *args)

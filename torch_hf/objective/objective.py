@@ -80,12 +80,7 @@ class Objective:
             layers=layers,
             fast_convolutions=fast_convolutions,
         )
-        self.shares: list[float] = []
-        self.divisor = 1.0
-        self.weights: list[float] = []  # shares over the divisor
-        self.cases = 0.0
-        self.kept: Graph | None = None  # the graph of a single batch, for the curvature
-        self.evaluations = 0
+        self.evaluations = 0  # at trial points
 
     def _listed(self, name: str, batches: Iterable[Any] | None) -> list[Any]:
         if batches is None:
@@ -94,11 +89,13 @@ class Objective:
 
     # --- the first run: loss and gradient ---
 
-    def value(self, check: Callable[[], None] = lambda: None) -> Evaluation:
+    def evaluate(self, check: Callable[[Sequence[Tensor]], None] = lambda _: None) -> Evaluation:
         """Runs the closure on all batches for the loss and its gradient.
 
+        The graph of a single batch is kept where products are taken on it, too.
+
         Args:
-            check: Called where the closure leaves gradients as it finds them.
+            check: Called with gradients that the closure leaves as it finds them, if any.
 
         Raises:
             TypeError, ValueError, RuntimeError: The closure returned something unusable; the
@@ -112,59 +109,70 @@ class Objective:
         flat = self.vector.flatten(found.gradient)
         reached = [g is not None or self.reducer.group is not None for g in found.gradient]
         flat, table = self.space.reduce_with(flat, found.numbers())
-        loss, self.cases, divisor = (sum(column) for column in list(zip(*table, strict=True))[:3])
+        loss, cases, divisor = (sum(column) for column in list(zip(*table, strict=True))[:3])
         if found.counts[0].adds or self._alone():
             divisor = 1.0
         elif divisor <= 0:
             raise ValueError("The batches hold no case at all. Leave out empty batches.")
         checks.same_terms([row[3] for row in table if row[2]])
-        self.shares, self.divisor = found.shares, divisor
-        self.weights = [s / divisor for s in found.shares]
         if divisor != 1.0:
             loss, flat = loss / divisor, flat.div_(divisor)
         returned = found.returned
         if len(found.losses) > 1:
             dtype, device = self.vector.dtype, self.vector.device
             returned = torch.tensor(self.sign * loss, dtype=dtype, device=device)
-        plain = self._plain(flat, reached)
+        closures_gradient = flat.clone() if any(self.decay) else None
         self.penalty.add_gradient(flat)
-        full = loss + self.penalty.loss()
-        norm = self.space.norm(flat)
         where = self.reducer.named([i for i, row in enumerate(table) if not math.isfinite(row[0])])
-        return Evaluation(full, flat, plain, norm, self.cases or 1.0, returned, where)
+        return Evaluation(
+            loss=loss + self.penalty.loss(),
+            gradient=flat,
+            closures_gradient=closures_gradient,
+            as_grads=self._as_grads(reached),
+            gradient_norm=self.space.norm(flat),
+            cases=cases or 1.0,
+            shares=found.shares,
+            divisor=divisor,
+            returned=returned,
+            graph=found.graph,
+            where=where,
+        )
 
-    def _first_run(self, check: Callable[[], None]) -> LocalEvaluation:
+    def _first_run(self, check: Callable[[Sequence[Tensor]], None]) -> LocalEvaluation:
         gradient: list[Tensor | None] = [None] * len(self.vector.params)
-        losses, counts, returned = [], [], None
+        losses, counts, returned, kept = [], [], None, None
+        keep = len(self.batches) == 1 and not self.own_curvature_batches
         with self.replay.first_run():
             for i, batch in enumerate(self.batches):
                 graph = self.runs.graph(batch)
                 self.runs.needs_graph |= graph.record.differentiates_inside
                 losses.append(float(graph.loss.detach()))
                 counts.append(graph.cases)
-                self._add_gradient(gradient, graph, self._share(graph.cases, counts[0].adds))
+                share = self._share(graph.cases, counts[0].adds)
+                self._add_gradient(gradient, graph, share, keep)
+                kept = graph if keep else None
                 if i == 0:
                     returned = graph.returned
                 self.replay.mark()
         message = "" if self.reducer.group else unreduced(self.replay.buffers.seen)
         if message:
             raise RuntimeError(message)
-        if self.runs.accumulates:
-            check()
+        if self.runs.uncleared:
+            check(self.runs.uncleared)
         shares = [1.0] if self._alone() else shares_of(counts, "batches")
-        return LocalEvaluation(gradient, losses, counts, shares, returned)
+        return LocalEvaluation(gradient, losses, counts, shares, returned, kept)
 
     def _alone(self) -> bool:
         """Whether there is but one batch of one process, which needs no weight."""
         return len(self.batches) == 1 and self.reducer.group is None
 
-    def _add_gradient(self, total: list[Tensor | None], graph: Graph, share: float) -> None:
+    def _add_gradient(
+        self, total: list[Tensor | None], graph: Graph, share: float, keep: bool
+    ) -> None:
         """One batch's gradient onto the sum so far, so that no two batches' are held."""
-        keep = len(self.batches) == 1 and not self.own_curvature_batches
         inside, share = (share, 1.0) if self.vector.sums else (1.0, share)
         found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, inside)], keep)
         checks.gradients(found)
-        self.kept = graph if keep else None
         for i, g in enumerate(found):
             if g is not None:
                 part = g if share == 1 else g * share if share else torch.zeros_like(g)
@@ -177,53 +185,57 @@ class Objective:
             return 1.0
         return cases.denominators[0]
 
-    def _plain(self, flat: Tensor, reached: list[bool]) -> Callable[[], list[Tensor | None]]:
-        """The closure's own gradient as ``.grad`` shows it: views of ``flat`` where it is that."""
+    def _as_grads(self, reached: Sequence[bool]) -> Callable[[Tensor], list[Tensor | None]]:
+        """How the closure's gradient, what this rank holds of (P,), becomes ``.grad``."""
         vector, space, sign = self.vector, self.space, self.sign
-        own = flat.clone() if any(self.decay) else flat
 
-        def gradients() -> list[Tensor | None]:
-            whole = space.whole(own if sign == 1.0 else own * sign)
+        def grads(own: Tensor) -> list[Tensor | None]:
+            whole = space.whole(own if sign == 1.0 else own.mul_(sign))
             found = vector.gradients(whole)
             return [g if r else None for g, r in zip(found, reached, strict=True)]
 
-        return gradients
+        return grads
 
     # --- trial points ---
 
-    def loss(self) -> float:
-        """The objective at whatever values the parameters hold now, without a graph if it can."""
+    def trial_loss(self, here: Evaluation) -> float:
+        """The objective at whatever values the parameters hold now, without a graph if it can.
+
+        Args:
+            here: Whose batches are averaged alike.
+        """
         self.evaluations += 1
-        weighted = self.reducer.attempt(self._own_loss)
+        weighted = self.reducer.attempt(lambda: self._own_loss(here.shares))
         penalty = self.penalty.own_loss() * self.space.share
         total, penalty = self.reducer.numbers([0.0 if weighted is None else weighted, penalty])
-        return total / self.divisor + penalty
+        return total / here.divisor + penalty
 
-    def _own_loss(self) -> float:
+    def _own_loss(self, shares: Sequence[float]) -> float:
         losses = self.runs.losses(self.batches)
-        return sum(s * float(x) for s, x in zip(self.shares, losses, strict=True) if s)
+        return sum(s * float(x) for s, x in zip(shares, losses, strict=True) if s)
 
     def gradient_variance(self, here: Evaluation) -> float:
         """The L1 norm of the gradient's variance over cases, ``sum_j Var_i g_ij``.
 
+        Args:
+            here: Of the parameters as they are. It is cheaper before an operator takes its graph.
+
         Source: Byrd, Chin, Nocedal & Wu 2012, "Sample size selection in optimization methods
         for machine learning", section 3.
         """
-        total = self.reducer.attempt(self._own_variance)
+        total = self.reducer.attempt(lambda: self._own_variance(here))
         (total,) = self.reducer.numbers([total or 0.0])
         return total * here.cases
 
-    def _own_variance(self) -> float:
+    def _own_variance(self, here: Evaluation) -> float:
         if self.vector.sums:
             raise RuntimeError(_messages.PER_CASE.format(what="VarianceGrowth"))
         total = 0.0
-        shared = self.kept is not None and not self.own_curvature_batches
-        for i, (batch, weight) in enumerate(zip(self.batches, self.weights, strict=True)):
+        for i, (batch, weight) in enumerate(zip(self.batches, here.weights, strict=True)):
             if not weight:
                 continue
             with self.replay.rerun(i):
-                graph = self.kept if shared else self.runs.graph(batch)
-            assert graph is not None
+                graph = here.graph or self.runs.graph(batch)
             loss_terms = self.split(graph).loss_terms
             total += weight**2 * variance_over_cases(loss_terms, self.vector.params)
         return total
@@ -237,13 +249,16 @@ class Objective:
             graph = self.runs.graph(self.batches[0])
         yield graph
 
-    def curvature_weights(self, counts: list[Cases] | None) -> tuple[list[float], float]:
+    def curvature_weights(
+        self, counts: list[Cases] | None, here: Evaluation | None
+    ) -> tuple[list[float], float]:
         """Each curvature batch's weight, and the number of cases in all.
 
         Where losses add, the sum over a sample stands for the sum over all cases.
 
         Args:
             counts: Of this rank's batches; None where it failed, which all learn of here.
+            here: Whose cases a sample stands for; it may lack where there is no sample.
         """
         if counts and len(counts) == 1 and self.reducer.group is None:
             shares = [1.0]
@@ -258,18 +273,14 @@ class Objective:
         if not counts[0].adds:
             return [x / divisor for x in shares], cases or 1.0
         if self.own_curvature_batches:
-            return [x * self.cases / cases for x in shares], cases
+            assert here is not None
+            return [x * here.cases / cases for x in shares], cases
         return shares, cases or 1.0
 
-    @contextmanager
-    def curvature_graph(self, i: int) -> Iterator[Graph]:
-        """The graph of curvature batch ``i``: the kept one, or that of a new run."""
-        if self.kept is not None:
-            yield self.kept
-            return
+    def curvature_graph(self, i: int) -> Graph:
+        """The graph of curvature batch ``i``, of a new run."""
         with self.replay.rerun(i):
-            graph = self.runs.graph(self.curvature_batches[i])
-        yield graph
+            return self.runs.graph(self.curvature_batches[i])
 
     def outputs_at(self, i: int, values: Sequence[Tensor]) -> list[Tensor | None]:
         """The outputs of curvature batch ``i``, with other values in the parameters."""
@@ -287,9 +298,7 @@ class Objective:
     @contextmanager
     def _graph_at(self, i: int, values: Sequence[Tensor]) -> Iterator[Graph]:
         with self.vector.lent(values):
-            with self.replay.rerun(i):
-                graph = self.runs.graph(self.curvature_batches[i])
-            yield graph
+            yield self.curvature_graph(i)
 
     def split(self, graph: Graph) -> Split:
         """The Gauss-Newton split of a graph."""

@@ -17,7 +17,15 @@ from torch_hf.distributed import PeerError, Reducer, Sharded, Space, parameter_v
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import Replay
-from torch_hf.optimizer.state_dict import check_state, pack, unpack, whole_state
+from torch_hf.optimizer.progress import Progress
+from torch_hf.optimizer.state_dict import (
+    check_state,
+    pack,
+    saved_progress,
+    unpack,
+    upgraded,
+    whole_state,
+)
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.vector import ParameterVector
@@ -27,7 +35,7 @@ class FlatStateOptimizer(Optimizer):
     """A ``torch.optim.Optimizer`` whose state is a few vectors over all parameters.
 
     ``self.state`` holds each parameter's pieces of them, so that checkpoints of any kind know whose
-    they are.
+    they are. ``self.param_groups`` holds options alone, lambda among them.
     """
 
     preconditioner: Preconditioner
@@ -38,6 +46,7 @@ class FlatStateOptimizer(Optimizer):
     _requests: Requests
     _start: Tensor | None  # where CG ended
     _format: tuple[torch.dtype, torch.device] | None = None  # of the vectors kept
+    _progress: Progress
 
     def _trainable(self) -> list[Tensor]:
         return [p for _, p in self._owned()]
@@ -157,19 +166,30 @@ class FlatStateOptimizer(Optimizer):
         params = self._trainable()
         checks.no_closure(params, [g["lr"] for g in self.param_groups])
         vector = self._vector()
-        pack(self.state, vector, self._start, self.preconditioner, self._space(vector)[1])
+        self._pack(vector, self._space(vector)[1])
+
+    def _pack(self, vector: ParameterVector, space: Space) -> None:
+        pack(self.state, vector, self._start, self.preconditioner, self._progress, space)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in ``torch.optim``; a group may have its own ``lr`` and ``weight_decay``."""
+        """As in ``torch.optim``; a group may have its own ``lr`` and ``weight_decay``.
+
+        The dictionary is copied, so that it can serve another optimizer, too.
+        """
         _checks.group(param_group, self.defaults)
-        super().add_param_group(param_group)
+        if isinstance(param_group.get("params"), Iterator):
+            param_group["params"] = list(param_group["params"])  # it can be read but once
+        super().add_param_group(dict(param_group))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state that ``state_dict`` gave, vectors in the precision they were saved in.
 
+        A state of an older version loads; an option that it did not have is this optimizer's.
+
         Raises:
             ValueError: An entry does not fit these parameters or options; the message says which.
         """
+        state_dict = upgraded(state_dict, self.defaults)
         check_state(state_dict, self.param_groups, self.defaults)
         vector = self._vector()
         _, space = self._space(vector)
@@ -177,7 +197,8 @@ class FlatStateOptimizer(Optimizer):
         super().load_state_dict(whole)  # of what is sharded no rank is to hold all
         self._start = unpack(state_dict, self.param_groups, vector, self.preconditioner, space)
         self._format = vector.dtype, vector.device
-        pack(self.state, vector, self._start, self.preconditioner, space)
+        self._progress = saved_progress(state_dict)
+        self._pack(vector, space)
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, vectors by parameter.
@@ -192,12 +213,14 @@ class FlatStateOptimizer(Optimizer):
         kept = self.state
         try:
             self.state = defaultdict(dict)
-            self.state |= whole_state(vector, self._start, self.preconditioner, space)
+            self.state |= whole_state(
+                vector, self._start, self.preconditioner, self._progress, space
+            )
             return super().state_dict()
         finally:
             self.state = kept
 
     def __getstate__(self) -> dict[str, Any]:
         own = ["preconditioner", "curvature", "process_group", "shard_state"]
-        own += ["last_report", "_requests", "_start", "_format"]
+        own += ["last_report", "_requests", "_start", "_format", "_progress"]
         return super().__getstate__() | {name: getattr(self, name) for name in own}

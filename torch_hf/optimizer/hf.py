@@ -24,7 +24,7 @@ from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
 from torch_hf.optimizer.outcome import StepDecision
-from torch_hf.optimizer.state_dict import pack
+from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.preconditioner.choose import make_preconditioner, worth_observing
 from torch_hf.preconditioner.protocol import Preconditioner
@@ -123,14 +123,12 @@ class HFOptimizer(FlatStateOptimizer):
             "cg_tol": cg_tol,
             "cg_decay": cg_decay,
             "maximize": maximize,
-            "steps": 0,
-            "rejections": 0,
-            **dict.fromkeys(("last_loss", "last_cases", "last_ratio")),
             "curvature": curvature,
         }
         _checks.options(defaults)
         self.preconditioner = make_preconditioner(preconditioner, history_size)
         defaults["preconditioner"] = type(self.preconditioner).__name__
+        defaults["base"] = getattr(self.preconditioner, "base", None)
         defaults["history_size"] = getattr(self.preconditioner, "history_size", 0)
         check_group(process_group)
         _checks.shard_state(shard_state, process_group, self.preconditioner)
@@ -140,6 +138,7 @@ class HFOptimizer(FlatStateOptimizer):
         self.last_report: StepReport | None = None
         self._requests = Requests()
         self._start: Tensor | None = None
+        self._progress = Progress()
         super().__init__(params, defaults)
         self._vector()  # complains now rather than at the first step
 
@@ -160,6 +159,9 @@ class HFOptimizer(FlatStateOptimizer):
     ) -> Any:
         """One step: lowers the closure's loss on this data, or leaves the parameters alone.
 
+        Afterwards ``.grad`` is the closure's own gradient at the old parameters, in memory that
+        nothing else holds.
+
         Args:
             closure: Computes the loss, in one of three forms: an L-BFGS closure as it stands
                 (calls ``backward()``, returns the loss); returns a loss with its graph; returns
@@ -179,19 +181,18 @@ class HFOptimizer(FlatStateOptimizer):
             return self._initialise()
         timer = StepTimer(("gradient", "products", "preconditioner", "evaluations"))
         vector = self._vector()
-        before = [p.grad for p in vector.params]
         attempt = self._attempt(closure, batches, curvature_batches, vector)
         with attempt as objective, objective.replay.arithmetic():
             with timer.part("gradient"):
-                here = objective.value(lambda: checks.accumulated(before, self._left))
+                here = objective.evaluate(lambda waiting: checks.accumulated(waiting, self._left))
             self._look_at_precision(objective)
             outcome = self._decide(objective, here, timer)
         self._commit(vector, objective.space, here, outcome)
         objective.replay.settle(counts=math.isfinite(here.loss))
-        state = self.param_groups[0]
-        self.last_report = outcome.report(state["steps"], objective, here, timer, self._requests)
-        if state["rejections"] and state["rejections"] % PATIENCE == 0:
-            message = _messages.rejected(state["rejections"], outcome.move.reason)
+        steps, rejections = self._progress.steps, self._progress.rejections
+        self.last_report = outcome.report(steps, objective, here, timer, self._requests)
+        if rejections and rejections % PATIENCE == 0:
+            message = _messages.rejected(rejections, outcome.move.reason)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
         return here.returned
 
@@ -214,9 +215,9 @@ class HFOptimizer(FlatStateOptimizer):
         with timer.part("gradient"):
             asked = self._requests.gradient_variance
             variance = objective.gradient_variance(here) if asked else None
-            curvature = ObjectiveOperator(objective, self.curvature)
+            curvature = ObjectiveOperator(objective, self.curvature, here=here)
         damping = self.param_groups[0]["damping"]
-        same_data = is_same_data(self.param_groups[0], here.loss, here.cases, vector.dtype)
+        same_data = is_same_data(self._progress._asdict(), here.loss, here.cases, vector.dtype)
         if damping is None:
             with timer.part("products"):
                 damping = initial_damping(here.gradient, curvature(here.gradient), space)
@@ -234,7 +235,7 @@ class HFOptimizer(FlatStateOptimizer):
 
             def loss_along(direction: Tensor, length: float) -> float:
                 trial.place(whole(direction), length)
-                return objective.loss()
+                return objective.trial_loss(here)
 
             move = search(loss_along, candidates, length, here.loss, damping, space)
             odd = move.direction is None or ratio_is_absurd(move.ratio)
@@ -246,7 +247,7 @@ class HFOptimizer(FlatStateOptimizer):
     def _no_step(self, here: Evaluation) -> str:
         """Why there is nothing to solve; empty where there is."""
         if not math.isfinite(here.loss):
-            if not self.param_groups[0]["steps"]:  # nothing has ever worked: that is bad input
+            if not self._progress.steps:  # nothing has ever worked: that is bad input
                 raise RuntimeError(_messages.not_finite(here.loss, here.where))
             return f"the loss before the step is {here.loss}{here.where}"
         if here.gradient_norm == 0.0:
@@ -272,7 +273,7 @@ class HFOptimizer(FlatStateOptimizer):
         decay = options["cg_decay"]
         if decay is None:
             ratio_misses_noise = not same_data and not curvature.objective.own_curvature_batches
-            decay = warm_start_factor(options["last_ratio"], most, ratio_misses_noise)
+            decay = warm_start_factor(self._progress.ratio, most, ratio_misses_noise)
         observe = timer.timed("preconditioner", self.preconditioner.observe)
         return conjugate_gradients(
             timer.timed("products", damped),
@@ -291,21 +292,25 @@ class HFOptimizer(FlatStateOptimizer):
     ) -> None:
         """The only place where parameters and the state for the next step change."""
         move, solution = outcome.move, outcome.solution
-        gradients = here.plain_gradient()
+        gradients = here.hand_over_gradients()
         if move.direction is not None:
             vector.move(space.whole(move.direction), move.length)
         if solution is not None:
             self.preconditioner.end()
-        state = self.param_groups[0]
+        progress = self._progress
         if not outcome.nothing_to_do:
             self._start = solution.last.vector if outcome.accepted and solution else None
-            state["rejections"] = 0 if outcome.accepted else state["rejections"] + 1
-            state["last_loss"], state["last_cases"] = move.loss, here.cases
-            state["last_ratio"] = move.ratio
+            progress = Progress(
+                steps=progress.steps,
+                rejections=0 if outcome.accepted else progress.rejections + 1,
+                last_loss=move.loss,
+                last_cases=here.cases,
+                last_ratio=move.ratio,
+            )
+        self._progress = progress._replace(steps=progress.steps + 1)
         for group in self.param_groups:
             group["damping"] = outcome.next_damping()
-        state["steps"] += 1
-        pack(self.state, vector, self._start, self.preconditioner, space)
+        self._pack(vector, space)
         for p, g in zip(vector.params, gradients, strict=True):
             p.grad = g
         self._left = [ref(p.grad) for p in vector.params if p.grad is not None]

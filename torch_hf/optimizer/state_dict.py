@@ -1,7 +1,8 @@
-"""Flat vectors of the optimizer as per-parameter state, and back.
+"""What the optimizer keeps between steps as per-parameter state, and back.
 
 ``torch.optim`` and its checkpoints know state by parameter. Here each parameter's piece is a
-view of the flat vector, so that keeping it costs nothing.
+view of the flat vector, so that keeping it costs nothing. Numbers lie with the first parameter, as
+those of ``torch.optim.LBFGS`` do, and are Python's: tensors would be cast to the parameter's type.
 """
 
 from __future__ import annotations
@@ -14,10 +15,24 @@ from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.distributed import LOCAL, Sharded, Space
+from torch_hf.optimizer.progress import Progress
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.vector import ParameterVector
 
 _PREFIX = "preconditioner."
+#: What every version wrote into each group; options that came later take their defaults.
+_ALWAYS_WRITTEN = (
+    "lr",
+    "weight_decay",
+    "damping",
+    "cg_max_iter",
+    "cg_tol",
+    "cg_decay",
+    "maximize",
+    "curvature",
+    "preconditioner",
+    "history_size",
+)
 
 
 def pack(
@@ -25,6 +40,7 @@ def pack(
     vector: ParameterVector,
     start: Tensor | None,
     preconditioner: Preconditioner,
+    progress: Progress,
     space: Space = LOCAL,
 ) -> None:
     """Lays CG's last iterate and the preconditioner's vectors out by parameter.
@@ -35,6 +51,7 @@ def pack(
     state.clear()
     for p in vector.params:
         state[p] = {}
+    state[vector.params[0]].update(progress._asdict())
     if isinstance(space, Sharded):
         return
     flats = {"cg_iterate": vector.zeros() if start is None else start}
@@ -42,7 +59,11 @@ def pack(
 
 
 def whole_state(
-    vector: ParameterVector, start: Tensor | None, preconditioner: Preconditioner, space: Sharded
+    vector: ParameterVector,
+    start: Tensor | None,
+    preconditioner: Preconditioner,
+    progress: Progress,
+    space: Sharded,
 ) -> dict[Tensor, dict[str, Any]]:
     """What :func:`pack` would have laid out, gathered from all ranks into host memory.
 
@@ -57,6 +78,7 @@ def whole_state(
             rows = [space.whole(row).cpu() for row in value.reshape(-1, space.length)]
             flats[key] = torch.stack(rows).view(*value.shape[:-1], vector.numel)
     state: dict[Tensor, dict[str, Any]] = {p: {} for p in vector.params}
+    state[vector.params[0]].update(progress._asdict())
     _lay_out(state, vector, flats, vector.numel)
     return state
 
@@ -98,7 +120,7 @@ def unpack(
     if owners != {id(p) for p in vector.params}:  # none, or of other parameters: of no use here
         preconditioner.load_state_dict({})
         return None
-    first = original[vector.params[0]]
+    first = {k: v for k, v in original[vector.params[0]].items() if k not in Progress._fields}
     flats: dict[str, Any] = {}
     for key, value in first.items():
         shape = vector.params[0].shape
@@ -120,6 +142,33 @@ def unpack(
     return start if nonzero else None
 
 
+def saved_progress(saved: Mapping[str, Any]) -> Progress:
+    """The numbers, from whichever parameter has them: the first may have been frozen since."""
+    for entries in saved["state"].values():
+        if "steps" in entries:
+            return Progress.restored(entries)
+    return Progress()
+
+
+def upgraded(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A state of any version as this one writes it; what was given is left as it is.
+
+    Version 0.1 had the numbers in the first group, among the options. Options that a version did
+    not have take this optimizer's.
+    """
+    given = list(saved.get("param_groups", []))
+    state = dict(saved.get("state", {}))
+    old = {k: v for k, v in (given[0] if given else {}).items() if k in Progress._fields}
+    if old and given[0]["params"] and not any("steps" in e for e in state.values()):
+        owner = next(iter(state), given[0]["params"][0])
+        state[owner] = Progress.restored(old)._asdict() | state.get(owner, {})
+    known = (*_ALWAYS_WRITTEN, "differentiable")  # torch adds that one to the defaults on loading
+    later = {k: v for k, v in defaults.items() if k not in known}
+    options = [{k: v for k, v in g.items() if k not in Progress._fields} for g in given]
+    groups = [g | {k: v for k, v in later.items() if k not in g} for g in options]
+    return {**saved, "state": state, "param_groups": groups}
+
+
 def check_state(
     saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> None:
@@ -132,15 +181,15 @@ def check_state(
             "optimizer from the same parameters in the same groups as when the state was saved."
         )
     for i, group in enumerate(given):
-        for name in defaults:
-            if name not in group and name != "differentiable":  # torch adds that one on pickling
+        for name in _ALWAYS_WRITTEN:
+            if name not in group:
                 raise ValueError(
                     f"The state's param_groups[{i}] has no entry {name!r}: it was saved by another "
                     "optimizer, or by another version of torch_hf. Begin with a new optimizer; the "
                     "model's weights are enough."
                 )
         _checks.options(group)
-    for name in ("curvature", "preconditioner", "history_size"):
+    for name in ("curvature", "preconditioner", "base", "history_size"):
         if given and given[0][name] != defaults[name]:
             raise ValueError(
                 f"The state's {name} is {given[0][name]!r}, this optimizer's {defaults[name]!r}. "

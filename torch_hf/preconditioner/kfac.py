@@ -66,7 +66,7 @@ class FactorHistory(NamedTuple):
 
 
 class KroneckerPreconditioner:
-    """The inverses of the layers' blocks, ``(A + pi e I)^-1 (x) (S + e/pi I)^-1``.
+    """K-FAC: the inverses of the layers' blocks, ``(A + pi e I)^-1 (x) (S + e/pi I)^-1``.
 
     ``e^2 = lambda + weight decay + half the mean curvature``, the mean over all parameters of
     layers: what lies below it a small sample cannot tell from noise. ``pi^2 = mean A / mean S``.

@@ -1,4 +1,4 @@
-"""Random signs without a generator: each case draws its own from the bits of its data.
+"""Rademacher signs without a generator: each case draws its own from the bits of its data.
 
 So the signs of a case are the same wherever it stands in a batch, in whichever part of a split
 batch, and on whichever process.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from torch_hf.capture.autograd_graph import leaf_uses
 from torch_hf.capture.capture import Layer
 from torch_hf.loss.loss_hessians import LossTerm, random_signs
 
@@ -68,7 +69,7 @@ def _used_once(
     """Layers whose weight and bias are parameters themselves and serve nowhere else."""
     own = {id(p) for p in params}
     seen = Counter(id(p) for layer in layers for p in (layer.weight, layer.bias))
-    uses = uses_below(outputs)
+    uses = leaf_uses(outputs)
 
     def once(p: Tensor) -> bool:
         return seen[id(p)] == 1 and uses[id(p)] <= 1  # 0 where it is frozen
@@ -81,22 +82,6 @@ def _used_once(
         and once(layer.weight)
         and (layer.bias is None or once(layer.bias))
     ]
-
-
-def uses_below(outputs: Sequence[Tensor]) -> Counter[int]:
-    """How often each leaf stands in the graph under the outputs."""
-    todo = list({z.grad_fn for z in outputs})
-    seen, uses = set(todo), Counter[int]()
-    while todo:
-        node = todo.pop()
-        for below, _ in node.next_functions if node is not None else ():
-            leaf = getattr(below, "variable", None)
-            if leaf is not None:
-                uses[id(leaf)] += 1
-            elif below is not None and below not in seen:
-                seen.add(below)
-                todo.append(below)
-    return uses
 
 
 def _of_layer(layer: Layer, delta: Tensor) -> dict[int, Tensor]:

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from torch_hf.capture.autograd_graph import leaf_uses
 from torch_hf.capture.capture import Layer
 from torch_hf.distributed import Reducer
 from torch_hf.loss.loss_hessians import LossTerm
 from torch_hf.statistics.case_signs import case_signs
-from torch_hf.statistics.gradient_moments import over_cases, uses_below
+from torch_hf.statistics.gradient_moments import over_cases
 from torch_hf.statistics.layer_rows import input_rows, output_rows
 
 #: A side wider than this has its factor's diagonal alone: its inverse would cost the cube.
@@ -33,7 +34,7 @@ WIDEST = 4096
 
 @dataclass
 class LayerFactors:
-    """One layer's factors.
+    """One layer's factors, those of K-FAC.
 
     Attributes:
         weight: Which parameter, of shape (O, ...) with I entries a row.
@@ -119,7 +120,7 @@ def _eligible(
         if weight >= 0 and layer.groups == 1:
             bias = -1 if layer.bias is None else place.get(id(layer.bias), -2)
             groups.setdefault((weight, bias), []).append(layer)
-    uses = uses_below(outputs)
+    uses = leaf_uses(outputs)
 
     def alone(key: tuple[int, int]) -> bool:
         weight, bias = key

@@ -1,0 +1,86 @@
+"""The reduction ratio and the rule of the damping on cases made by hand."""
+
+import math
+
+import pytest
+import torch
+
+from torch_hf.solver.cg import Iterate
+from torch_hf.solver.trust_region import initial_damping, next_damping, predict, reduction_ratio
+
+NAN, INF = math.nan, math.inf
+
+
+# The ratio and lambda
+
+
+@pytest.mark.parametrize(
+    ("loss", "new_loss", "predicted", "ratio"),
+    [
+        (3.0, 1.0, -2.0, 1.0),
+        (3.0, 2.5, -2.0, 0.25),
+        (3.0, 4.0, -2.0, -0.5),  # it rose
+        (-1.0, -2.0, -4.0, 0.25),
+        (3.0, 3.0, -2.0, 0.0),
+        (3.0, 1.0, 2.0, NAN),  # a rise was predicted: no ratio, not a positive one
+        (3.0, 4.0, 2.0, NAN),
+        (3.0, 1.0, 0.0, NAN),
+        (3.0, 1.0, NAN, NAN),
+        (3.0, NAN, -2.0, NAN),
+        (3.0, INF, -2.0, NAN),
+    ],
+)
+def test_reduction_ratio(loss, new_loss, predicted, ratio):
+    found = reduction_ratio(loss, new_loss, predicted)
+    assert found == ratio or (math.isnan(found) and math.isnan(ratio))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "accepted", "damping"),
+    [
+        (-1.0, True, 9.0),
+        (0.2499, True, 9.0),
+        (0.25, True, 6.0),  # the thresholds themselves change nothing
+        (0.5, True, 6.0),
+        (0.75, True, 6.0),
+        (0.7501, True, 4.0),
+        (1.0, True, 4.0),
+        (50.0, True, 4.0),
+        (NAN, True, 9.0),
+        (0.5, False, 9.0),
+        (1.0, False, 9.0),
+        (NAN, False, 9.0),
+    ],
+)
+def test_next_damping(ratio, accepted, damping):
+    assert next_damping(6.0, ratio, accepted, 0.0) == pytest.approx(damping)
+
+
+@pytest.mark.parametrize(
+    ("product", "damping"),
+    [([6.0, 5.0], 3.0), ([-6.0, 5.0], 6.0), ([0.0, 5.0], 1.0), ([NAN, 0.0], 1.0), ([INF, 0], 1.0)],
+)
+def test_initial_damping(product, damping):
+    # Under negative curvature twice its size: with 3 the damped curvature along g would be 0.
+    assert initial_damping(torch.tensor([2.0, 0.0]), torch.tensor(product)) == damping
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_damping_has_a_floor(ratio):
+    assert next_damping(1e-9, ratio, True, 1e-3) == 1e-3
+    assert next_damping(1.0, ratio, True, 1e-3) > 1e-3
+
+
+@pytest.mark.parametrize("length", [1.0, 0.5, 1.5])
+@pytest.mark.parametrize("damping", [0.0, 0.3, 4.0])
+def test_the_prediction_is_the_quadratic_without_damping_where_the_step_ends(length, damping):
+    generator = torch.Generator().manual_seed(0)
+    root, g, d = torch.randn(3, 4, 4, dtype=torch.float64, generator=generator)
+    G, g, d = root @ root.T, g[0], d[0]
+    A = G + damping * torch.eye(4)
+    iterate = Iterate(3, (g @ d + d @ A @ d / 2).item(), (g @ d).item(), d)
+    predicted, floor = predict(iterate, length, damping)
+    step = length * d
+    assert predicted == pytest.approx((g @ step + step @ G @ step / 2).item())
+    # Below it, adding lambda to the curvature along d changes no bit.
+    assert 0 < floor == pytest.approx(2.0**-52 * (d @ A @ d / (d @ d)).item())

@@ -1,0 +1,41 @@
+"""The numbers that one step hands to the next, and how checkpoints hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Progress(NamedTuple):
+    """What is known of the steps so far; lambda is with the options, where users read and set it.
+
+    All are ints and floats, and always there, so that any checkpoint takes them: of
+    ``optimizer.state``, distributed checkpoints take no None, and load what has a place already.
+
+    Attributes:
+        steps: How many were taken.
+        rejections: How many in a row left the parameters alone.
+        last_loss: Where the last step that had something to do ended; nan before there was one.
+        last_cases: How many cases it saw; 0 before there was one.
+        last_ratio: Its actual over predicted change; nan where that is undefined.
+    """
+
+    steps: int = 0
+    rejections: int = 0
+    last_loss: float = math.nan
+    last_cases: float = 0.0
+    last_ratio: float = math.nan
+
+    @property
+    def ratio(self) -> float | None:
+        """The last step's ratio; None before there was a step that had something to do."""
+        return self.last_ratio if self.last_cases else None
+
+    @classmethod
+    def restored(cls, entries: Mapping[str, Any]) -> Progress:
+        """From a state's entries, of this version or another; what is missing takes its default."""
+        given = {name: entries.get(name) for name in cls._fields}
+        numbers = {k: v for k, v in given.items() if v is not None and v != {}}  # {}: flattened
+        progress = cls(**numbers)
+        return cls(int(progress.steps), int(progress.rejections), *map(float, progress[2:]))
