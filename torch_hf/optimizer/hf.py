@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_hf import _checks, _messages
 from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.curvature.operators import ObjectiveOperator
+from torch_hf.curvature.precision import warn_of_tf32
 from torch_hf.distributed import Space, check_group
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
@@ -141,6 +142,7 @@ class HFOptimizer(FlatStateOptimizer):
         super().__init__(params, defaults)
         self._vector()  # complains now rather than at the first step
 
+    _knows_precision = False  # whether a step has looked at it
     _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
 
     @property
@@ -183,6 +185,7 @@ class HFOptimizer(FlatStateOptimizer):
         with attempt as objective, objective.replay.arithmetic():
             with timer.part("gradient"):
                 here = objective.evaluate(lambda waiting: checks.accumulated(waiting, self._left))
+            self._look_at_precision(objective)
             outcome = self._decide(objective, here, timer)
         self._commit(vector, objective.space, here, outcome)
         objective.replay.settle(counts=math.isfinite(here.loss))
@@ -192,6 +195,12 @@ class HFOptimizer(FlatStateOptimizer):
             message = _messages.rejected(rejections, outcome.move.reason)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
         return here.returned
+
+    def _look_at_precision(self, objective: Objective) -> None:
+        if not self._knows_precision:
+            self._knows_precision = True
+            vector = objective.vector
+            warn_of_tf32(vector.device, vector.dtype, objective.replay.buffers.seen)
 
     # --- the parts of a step, in the order it takes them ---
 
