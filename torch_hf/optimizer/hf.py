@@ -58,7 +58,7 @@ class HFOptimizer(FlatStateOptimizer):
         preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"kronecker"`` (factors of
             the layers' blocks, Martens & Grosse 2015), ``"kronecker-lbfgs"`` (the pairs of long
             runs on these), ``"diagonal"`` (Martens 2010, section 4.7), ``"none"``, or an object
-            with the methods of :class:`torch_hf.preconditioner.lbfgs.Preconditioner`.
+            with the methods of :class:`torch_hf.preconditioner.Preconditioner`.
         history_size: M, how many pairs are kept, an even number.
         cg_max_iter: The most CG iterations. None is 250 (Martens & Sutskever 2012) where the loss
             begins where the last step left it, on as many cases (so the data are the same), few
