@@ -278,7 +278,7 @@ class HFOptimizer(FlatStateOptimizer):
         self, given: float | None, here: Evaluation, curvature: ObjectiveOperator, space: Space
     ) -> float:
         """Lambda of this step: that given, within what the curvature gives sense to."""
-        known = self._progress.curvature
+        known = self._progress.curvature_seen
         if given is None or (not known and self._progress.steps):  # of an older version's state
             slope = here.gradient
             product = curvature(slope)

@@ -19,7 +19,7 @@ class Progress(NamedTuple):
         last_loss: Where the last step that had something to do ended; nan before there was one.
         last_cases: How many cases it saw; 0 before there was one.
         last_ratio: Its actual over predicted change; nan where that is undefined.
-        curvature: The largest seen along a vector that was multiplied, lately; 0 before there was
+        curvature_seen: The largest seen along a vector that was multiplied, lately; 0 before there was
             one.
         noise: By how much the loss was seen to scatter on these data.
         converged_at: The gradient's norm where rounding hid what was left to gain; nan elsewhere.
@@ -30,7 +30,7 @@ class Progress(NamedTuple):
     last_loss: float = math.nan
     last_cases: float = 0.0
     last_ratio: float = math.nan
-    curvature: float = 0.0
+    curvature_seen: float = 0.0
     noise: float = 0.0
     converged_at: float = math.nan
 
@@ -45,8 +45,8 @@ class Progress(NamedTuple):
 
     def with_curvature(self, seen: float) -> Progress:
         """With a curvature seen, which counts for some steps."""
-        kept = 0.9 * self.curvature
-        return self._replace(curvature=max(seen, kept) if math.isfinite(seen) else kept)
+        kept = 0.9 * self.curvature_seen
+        return self._replace(curvature_seen=max(seen, kept) if math.isfinite(seen) else kept)
 
     @classmethod
     def restored(cls, entries: Mapping[str, Any]) -> Progress:
