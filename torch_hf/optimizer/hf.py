@@ -357,7 +357,7 @@ class HFOptimizer(FlatStateOptimizer):
                 last_cases=here.cases,
                 last_ratio=move.ratio,
                 noise=max(move.noise, progress.noise if outcome.same_data else 0.0),
-                converged_at=math.nan,
+                converged_at=-1.0,
             )
         elif not math.isfinite(here.loss):  # such a batch says nothing, but many in a row do
             progress = progress._replace(rejections=progress.rejections + 1)

@@ -22,7 +22,7 @@ class Progress(NamedTuple):
         curvature_seen: The largest seen along a vector that was multiplied, lately; 0 before there was
             one.
         noise: By how much the loss was seen to scatter on these data.
-        converged_at: The gradient's norm where rounding hid what was left to gain; nan elsewhere.
+        converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
 
     steps: int = 0
@@ -32,7 +32,7 @@ class Progress(NamedTuple):
     last_ratio: float = math.nan
     curvature_seen: float = 0.0
     noise: float = 0.0
-    converged_at: float = math.nan
+    converged_at: float = -1.0
 
     @property
     def ratio(self) -> float | None:

@@ -13,10 +13,8 @@ from torch_hf.distributed import LOCAL, Space
 from torch_hf.solver.cg import Iterate
 from torch_hf.solver.trust_region import TRUSTED_RATIO, predict, reduction_ratio
 
-#: Martens 2010's code: sufficient decrease c, most tries.
-SUFFICIENT_DECREASE, MAX_TRIES = 1e-2, 60
-#: A length that failed is shortened to where a parabola has its minimum, within these factors.
-LEAST_SHRINK, MOST_SHRINK = 0.1, 0.8
+#: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
+SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
 #: Said where rounding hides what is left to gain.
 CONVERGED = "converged: what the quadratic still predicts is below the rounding of the loss"
 
@@ -211,10 +209,7 @@ def armijo(
     first_loss: float,
     least: float = 0.0,
 ) -> Step:
-    """The first length with enough decrease (Armijo 1966), ever shorter.
-
-    After a failure the next length is where the parabola through the loss, its slope and the
-    failure is least, within factors of 0.1 and 0.8 (Nocedal & Wright 2006, section 3.5).
+    """The first length of ``length * 0.8^j`` with enough decrease (Armijo 1966).
 
     Args:
         loss_along: The loss at theta + length * direction.
@@ -230,36 +225,22 @@ def armijo(
         The step; of length 0 and with ``start_loss`` where no try was good enough.
     """
     loss = first_loss
-    for _ in range(MAX_TRIES):
+    for tries in range(MAX_TRIES):
+        if tries:
+            if length * SHRINK * abs(slope) < least:
+                break
+            length *= SHRINK
+            loss = loss_along(direction, length)
         if -math.inf < loss <= start_loss + SUFFICIENT_DECREASE * length * slope:
             return Step(length, loss)
-        shorter = length * shrink(start_loss, slope * length, loss)
-        if shorter * abs(slope) < least:
-            break
-        length = shorter
-        loss = loss_along(direction, length)
-    return Step(0.0, start_loss, _noise(start_loss, length * slope, loss))
+    return Step(0.0, start_loss, _noise(start_loss, length * slope, loss, direction.dtype))
 
 
-def shrink(start_loss: float, change: float, loss: float) -> float:
-    """The factor on a length that failed: to the least value of the parabola.
+def _noise(start_loss: float, change: float, loss: float, dtype: torch.dtype) -> float:
+    """By how much the loss scatters: its rise at a length where the slope alone should show.
 
-    Args:
-        start_loss: At length 0.
-        change: Slope times length, below 0.
-        loss: At that length.
-
-    Example:
-        >>> shrink(1.0, -1.0, 1.0), shrink(1.0, -1.0, 1e9), shrink(1.0, -1.0, float("inf"))
-        (0.5, 0.1, 0.1)
+    A rise of more than half of the digits is no rounding: the gradient is not that of the loss.
     """
-    bend = loss - start_loss - change
-    if not math.isfinite(bend) or bend <= 0:
-        return LEAST_SHRINK
-    return min(max(-change / (2.0 * bend), LEAST_SHRINK), MOST_SHRINK)
-
-
-def _noise(start_loss: float, change: float, loss: float) -> float:
-    """By how much the loss scatters: its rise at a length where the slope alone should show."""
     rise = loss - start_loss
-    return rise if math.isfinite(rise) and rise > abs(change) else 0.0
+    most = math.sqrt(torch.finfo(dtype).eps) * abs(start_loss)
+    return rise if abs(change) < rise <= most else 0.0
