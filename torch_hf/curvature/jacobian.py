@@ -1,0 +1,330 @@
+"""The root of the Gauss-Newton matrix: R = S J with ``R^T R = G``, a row for each case and output.
+
+J is the Jacobian of the network's outputs in the parameters, S a root of the loss's Hessian in the
+outputs (:mod:`torch_hf.loss.hessian_roots`). Where autograd's graph is one of operations whose
+gradients by case are known, one backward pass gives a row for every case at once: an operation
+that a parameter enters, ``a W^T`` say, is told the gradient b of its result, and the products
+``b_n a_n^T`` of the cases n, which autograd would add up, are kept apart. It is the graph of the
+closure's own run, so a parameter may be used any number of times, also in what
+``torch.autograd.grad`` added to the graph from inside the closure.
+
+That this is right rests on the cases' not being mixed and on the first dimension's counting them
+everywhere. Neither is believed: the rows are multiplied by one random vector and compared with
+autograd's own product, and where they differ, or where an operation is unknown, rows come from
+batched backward passes, which are right for any graph.
+
+Memory: M P numbers for R, with M rows (cases times outputs; for cross-entropy times classes less
+one) and P parameters, and during a pass those of one parameter's rows again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import grad
+
+from torch_hf.curvature.parameter_uses import (
+    PerCase,
+    UnknownUseError,
+    Use,
+    find_uses,
+    written_apart,
+)
+from torch_hf.loss.ggn_split import Split
+from torch_hf.loss.hessian_roots import HessianRoot, hessian_root, nonnegative, root_width
+from torch_hf.loss.loss_hessians import DiagonalTerm, ElementwiseTerm, LossTerm
+
+ONE_BACKWARD, BATCHED = "one backward", "batched backward"
+#: Backward passes that autograd takes at once, where cases cannot be kept apart in one.
+CHUNK = 64
+
+
+@dataclass
+class JacobianRoot:
+    """``G = R^T R + diag(diagonal)`` and ``g = R^T residual + rest``, of one batch.
+
+    Attributes:
+        rows: R, of shape (M, P).
+        residual: r of shape (M,); for squared losses, ``1/2 |r + R d|^2`` is the quadratic itself.
+        rest: What of the loss's gradient in the terms is not ``R^T r``, (P,); None if nothing.
+        diagonal: Curvature of squares of the parameters themselves, (P,); None without such.
+        routes: How the rows of each loss term were found.
+    """
+
+    rows: Tensor
+    residual: Tensor
+    rest: Tensor | None
+    diagonal: Tensor | None
+    routes: list[str]
+
+
+class Cost(NamedTuple):
+    """What something takes: multiplications with additions, and bytes that are held at once."""
+
+    operations: float
+    bytes: float
+
+
+def jacobian_root(split: Split, params: Sequence[Tensor], chunk: int = CHUNK) -> JacobianRoot:
+    """The root of a batch's Gauss-Newton matrix, from its kept graph.
+
+    Args:
+        split: Of the loss.
+        params: The parameters, P numbers together; R is in the widest of their types, and at
+            least in float32.
+        chunk: How many backward passes autograd takes at once, where rows need one each.
+
+    Raises:
+        RuntimeError: A term of the loss bypasses the outputs, so that G is more than ``R^T R``.
+        NoRootError: A term is not convex in the outputs, or couples too many of them.
+    """
+    if split.remainders:
+        raise RuntimeError(
+            "A term of the loss bypasses the network's outputs, so that its curvature is no square "
+            "of a Jacobian. Return the outputs of that term too, or take conjugate gradients, "
+            'which need no Jacobian: solver="cg".'
+        )
+    columns = _Columns(params)
+    diagonal: Tensor | None = None
+    rest: Tensor | None = None
+    terms = []
+    for term in split.loss_terms:
+        place = columns.of(term.outputs[0])
+        if place is not None and _separates(term):
+            (weight,) = term.hessian(torch.ones_like(term.outputs[0]))
+            diagonal = columns.add(diagonal, place, nonnegative(weight.detach()))
+            rest = columns.add(rest, place, term.gradient()[0])
+        else:
+            terms.append(term)
+    roots = [hessian_root(term) for term in terms]
+    rows = columns.empty(sum(root.rows for root in roots))
+    residual = rows.new_zeros(len(rows))
+    routes, start = [], 0
+    for term, root in zip(terms, roots, strict=True):
+        stop = start + root.rows
+        routes.append(_fill(rows[start:stop], root, columns, chunk))
+        if root.finish is not None:
+            root.finish(rows[start:stop])
+        if root.residual is not None:
+            residual[start:stop] = root.residual
+        else:
+            slopes = columns.pull(term.outputs, term.gradient())
+            rest = slopes if rest is None else rest + slopes
+        start = stop
+    return JacobianRoot(rows, residual, rest, diagonal, routes)
+
+
+def count_rows(split: Split, params: Sequence[Tensor]) -> int:
+    """M, the rows of R, at the most; found from shapes alone."""
+    own = {id(p) for p in params}
+    terms = [t for t in split.loss_terms if not (_separates(t) and id(t.outputs[0]) in own)]
+    return sum(math.prod(root_width(term)) for term in terms)
+
+
+def jacobian_cost(split: Split, params: Sequence[Tensor]) -> Cost:
+    """What R takes on the fast route, in operations and bytes.
+
+    A row's entries cost one multiplication for each use of its parameter; one is counted.
+    """
+    rows = count_rows(split, params)
+    sizes = [p.numel() for p in params]
+    item = max(max((p.element_size() for p in params), default=4), 4)
+    held = rows * sum(sizes) + rows * max(sizes, default=0)
+    return Cost(float(rows * sum(sizes)), float(held * item))
+
+
+def _separates(term: LossTerm) -> bool:
+    return isinstance(term, (DiagonalTerm, ElementwiseTerm)) and len(term.outputs) == 1
+
+
+class _Columns:
+    """Which columns of R belong to which parameter."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = list(params)
+        self.own = {id(p): i for i, p in enumerate(params)}
+        self.sizes = [p.numel() for p in params]
+        self.starts = [sum(self.sizes[:i]) for i in range(len(params))]
+        dtype = torch.float32
+        for p in params:
+            dtype = torch.promote_types(dtype, p.dtype)
+        self.dtype = dtype
+
+    def empty(self, rows: int) -> Tensor:
+        return torch.empty(rows, sum(self.sizes), dtype=self.dtype, device=self.params[0].device)
+
+    def of(self, z: Tensor) -> slice | None:
+        i = self.own.get(id(z))
+        return None if i is None else slice(self.starts[i], self.starts[i] + self.sizes[i])
+
+    def add(self, total: Tensor | None, place: slice, part: Tensor) -> Tensor:
+        total = self.empty(1)[0].zero_() if total is None else total
+        total[place] += part.detach().reshape(-1)
+        return total
+
+    def flat(self, found: Sequence[Tensor | None], batch: tuple[int, ...] = ()) -> Tensor:
+        return torch.cat(
+            [
+                p.new_zeros(*batch, n, dtype=self.dtype)
+                if t is None
+                else t.reshape(*batch, n).to(self.dtype)
+                for t, p, n in zip(found, self.params, self.sizes, strict=True)
+            ],
+            dim=-1,
+        )
+
+    def pull(self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
+        """``J^T u`` as a vector (P,)."""
+        return self.flat(
+            grad(outputs, self.params, list(cotangents), retain_graph=True, allow_unused=True)
+        )
+
+
+def _fill(rows: Tensor, root: HessianRoot, columns: _Columns, chunk: int) -> str:
+    """Writes the rows of one loss term; the route that was taken."""
+    if not len(rows):
+        return ONE_BACKWARD
+    try:
+        uses = find_uses([z for z in root.outputs if z.grad_fn is not None], columns.own)
+        _one_backward(rows, root, columns, uses)
+        if _is_right(rows, root, columns):
+            return ONE_BACKWARD
+    except UnknownUseError:
+        pass
+    _batched(rows, root, columns, chunk)
+    return BATCHED
+
+
+# --- the fast route -------------------------------------------------------------------------
+
+
+def _one_backward(rows: Tensor, root: HessianRoot, columns: _Columns, uses: Sequence[Use]) -> None:
+    """One pass for each row of a case, all cases at once."""
+    cases = math.gcd(root.cases, *(use.leading for use in uses))
+    if cases < 2:
+        raise UnknownUseError
+    inner = root.cases // cases  # where the loss's positions are finer than the network's cases
+    table = rows.view(cases, inner, root.width, -1)
+    for c in range(root.width):
+        cotangents = root.cotangents(c)
+        for k in range(inner):
+            mine = cotangents if inner == 1 else [_only(u, k, inner) for u in cotangents]
+            found = _gradients_at(root.outputs, columns.params, mine, uses)
+            _write(table[:, k, c], written_apart(found, cases, columns.params), columns)
+
+
+def _only(cotangent: Tensor, k: int, inner: int) -> Tensor:
+    """A cotangent of every inner-th entry from the k-th, the others are zero."""
+    part = torch.zeros_like(cotangent)
+    part[k::inner] = cotangent[k::inner]
+    return part
+
+
+def _gradients_at(
+    outputs: Sequence[Tensor],
+    params: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    uses: Sequence[Use],
+) -> list[tuple[Use, Tensor]]:
+    """The gradient of each operation's result in one backward pass."""
+    arrived: dict[Any, Tensor] = {}
+
+    def watch(node: Any) -> Any:
+        def note(gradients: Sequence[Tensor | None]) -> None:
+            if gradients[0] is not None:
+                arrived[node] = gradients[0].detach()
+
+        return node.register_prehook(note)
+
+    hooks = [watch(node) for node in {use.node for use in uses}]
+    try:
+        grad(outputs, params, list(cotangents), retain_graph=True, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [(use, arrived[use.node]) for use in uses if use.node in arrived]
+
+
+def _write(block: Tensor, found: Sequence[PerCase], columns: _Columns) -> None:
+    """Gradients by case into the rows (cases, P)."""
+    written: set[int] = set()
+    for part in found:
+        i = part.index
+        start, size = columns.starts[i], columns.sizes[i]
+        part.into(block[:, start : start + size], add=i in written)
+        written.add(i)
+    for i, (start, size) in enumerate(zip(columns.starts, columns.sizes, strict=True)):
+        if i not in written:
+            block[:, start : start + size] = 0
+
+
+def _is_right(rows: Tensor, root: HessianRoot, columns: _Columns) -> bool:
+    """Whether the rows' product with a random vector is autograd's, parameter by parameter.
+
+    A difference between the rows and the true ones is not seen only where the random vector is at
+    right angles to it.
+    """
+    like = root.outputs[0]
+    generator = torch.Generator(like.device).manual_seed(root.rows)
+    signs = torch.randn(
+        root.cases, root.width, generator=generator, dtype=like.dtype, device=like.device
+    )
+    total: list[Tensor] = [torch.zeros_like(z) for z in root.outputs]
+    for c in range(root.width):
+        for t, u in zip(total, root.cotangents(c), strict=True):
+            t += u * signs[:, c].to(u.dtype).view(-1, *[1] * (u.ndim - 1))
+    truth = columns.pull(root.outputs, total)
+    ours = rows.T @ signs.reshape(-1).to(rows.dtype)
+    tolerance = torch.finfo(like.dtype).eps ** 0.375  # 1e-6 in float64, 2.5e-3 in float32
+    difference = torch.split(ours - truth, columns.sizes)
+    norms = torch.stack([torch.linalg.vector_norm(d) for d in difference])
+    sizes = torch.stack([torch.linalg.vector_norm(t) for t in torch.split(truth, columns.sizes)])
+    allowed = tolerance * (sizes + tolerance * torch.linalg.vector_norm(truth))
+    return bool((norms <= allowed).all())
+
+
+# --- the route that is always right ---------------------------------------------------------
+
+
+def _batched(rows: Tensor, root: HessianRoot, columns: _Columns, chunk: int) -> None:
+    """A backward pass for each row, some at once."""
+    table = rows.view(root.cases, root.width, -1)
+    for c in range(root.width):
+        cotangents = root.cotangents(c)
+        for start in range(0, root.cases, chunk):
+            stop = min(start + chunk, root.cases)
+            single = [_each_case(u, start, stop, root.cases) for u in cotangents]
+            table[start:stop, c] = _pull_each(root.outputs, single, columns)
+
+
+def _each_case(cotangent: Tensor, start: int, stop: int, cases: int) -> Tensor:
+    """Cotangents of one case each, stacked."""
+    stacked = cotangent.new_zeros(stop - start, *cotangent.shape)
+    if cases == 1:
+        stacked[0] = cotangent
+        return stacked
+    own = torch.arange(stop - start, device=cotangent.device)
+    stacked[own, own + start] = cotangent[start:stop]
+    return stacked
+
+
+def _pull_each(outputs: Sequence[Tensor], stacked: list[Tensor], columns: _Columns) -> Tensor:
+    count = len(stacked[0])
+    try:
+        found = grad(
+            outputs,
+            columns.params,
+            stacked,
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=True,
+        )
+    except Exception:  # no rule for batches: an operation of C++'s, or a function of the user's
+        single = [columns.pull(outputs, [u[k] for u in stacked]) for k in range(count)]
+        return torch.stack(single)
+    return columns.flat(found, (count,))
