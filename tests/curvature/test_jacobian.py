@@ -255,6 +255,10 @@ def mse(target: Tensor) -> Callable[..., Tensor]:
     return lambda z: F.mse_loss(z, target)
 
 
+def mse_of_one(z: Tensor) -> Tensor:
+    return (z.square() * (torch.arange(N)[:, None] == 2)).sum()
+
+
 def two_losses(a: Tensor, b: Tensor) -> Tensor:
     return F.huber_loss(a, Y1) + 0.3 * F.cross_entropy(b, CLASSES)
 
@@ -344,6 +348,13 @@ TABLE = [
     Row("poisson", lambda: mlp(2, 4, 4, 1), poisson, squares),
     Row("burgers", lambda: mlp(2, 4, 4, 1), burgers, squares),
     Row("inverse problem", Inverse, inverse, squares),
+    Row(
+        "a part of the points",
+        lambda: mlp(2, 4, 1),
+        lambda m: (lambda u: (u[1:4] - Y1[1:4], u[[0, 4, 5]] - Y1[:3], u[::2]))(m(POINTS)),
+        squares,
+    ),
+    Row("every case but one is dead", lambda: mlp(3, 5, 2), of(X), mse_of_one),
     Row("time first", TimeFirst, of(SERIES), mse(Y2), BATCHED),
     Row("mixed cases", Mixing, of(X), mse(Y2), BATCHED),
     Row(
@@ -354,6 +365,13 @@ TABLE = [
         BATCHED,
     ),
     Row("a row for each case", PerCaseTable, of(X), mse(Y2), BATCHED),
+    Row(
+        "another order of the points",
+        lambda: mlp(2, 4, 1),
+        lambda m: (m(POINTS)[[4, 1, 2]],),
+        squares,
+        BATCHED,
+    ),
     Row("bilinear", lambda: nn.Bilinear(3, 3, 2), lambda m: (m(X, X),), mse(Y2), BATCHED),
 ]
 

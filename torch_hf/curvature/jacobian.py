@@ -20,7 +20,7 @@ one) and P parameters, and during a pass those of one parameter's rows again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from torch_hf.curvature.parameter_uses import (
     PerCase,
     UnknownUseError,
     Use,
+    by_case,
     find_uses,
     written_apart,
 )
@@ -191,9 +192,10 @@ def _fill(rows: Tensor, root: HessianRoot, columns: _Columns, chunk: int) -> str
         return ONE_BACKWARD
     try:
         uses = find_uses([z for z in root.outputs if z.grad_fn is not None], columns.own)
-        _one_backward(rows, root, columns, uses)
-        if _is_right(rows, root, columns):
-            return ONE_BACKWARD
+        for cases, places in _ways_to_count(root, columns, uses):
+            _one_backward(rows, root, columns, uses, cases, places)
+            if _is_right(rows, root, columns):
+                return ONE_BACKWARD
     except UnknownUseError:
         pass
     _batched(rows, root, columns, chunk)
@@ -203,19 +205,62 @@ def _fill(rows: Tensor, root: HessianRoot, columns: _Columns, chunk: int) -> str
 # --- the fast route -------------------------------------------------------------------------
 
 
-def _one_backward(rows: Tensor, root: HessianRoot, columns: _Columns, uses: Sequence[Use]) -> None:
+def _ways_to_count(
+    root: HessianRoot, columns: _Columns, uses: Sequence[Use]
+) -> Iterator[tuple[int, Tensor | None]]:
+    """How many cases the network may have seen, and which of them the loss term looks at.
+
+    The loss may count finer, if it takes each position of a sequence for a case, or take a part of
+    the cases alone, as a loss on the boundary does of points that went through the network in one.
+    """
+    seen = math.gcd(*(use.leading for use in uses))
+    cases = math.gcd(root.cases, seen)
+    if cases > 1 and cases in (root.cases, seen):
+        yield cases, None
+    if seen > root.cases > 1:
+        places = _cases_with_gradients(root, columns, uses, seen)
+        if len(places) == root.cases:
+            yield seen, places
+
+
+def _cases_with_gradients(
+    root: HessianRoot, columns: _Columns, uses: Sequence[Use], cases: int
+) -> Tensor:
+    """The cases that a loss term's outputs depend on."""
+    cotangents = [
+        torch.randn(z.shape, generator=_generator(z), dtype=z.dtype, device=z.device)
+        for z in root.outputs
+    ]
+    reached = torch.zeros(cases, dtype=torch.bool, device=cotangents[0].device)
+    for use, gradient in _gradients_at(root.outputs, columns.params, cotangents, uses):
+        reached |= by_case(use, gradient, cases).flatten(1).any(1)
+    return reached.nonzero()[:, 0]
+
+
+def _generator(like: Tensor) -> torch.Generator:
+    """Random numbers that are none of the user's."""
+    return torch.Generator(like.device).manual_seed(like.numel())
+
+
+def _one_backward(
+    rows: Tensor,
+    root: HessianRoot,
+    columns: _Columns,
+    uses: Sequence[Use],
+    cases: int,
+    places: Tensor | None,
+) -> None:
     """One pass for each row of a case, all cases at once."""
-    cases = math.gcd(root.cases, *(use.leading for use in uses))
-    if cases < 2:
-        raise UnknownUseError
-    inner = root.cases // cases  # where the loss's positions are finer than the network's cases
-    table = rows.view(cases, inner, root.width, -1)
+    own = cases if places is None else len(places)
+    inner = root.cases // own  # where the loss's positions are finer than the network's cases
+    table = rows.view(own, inner, root.width, -1)
     for c in range(root.width):
         cotangents = root.cotangents(c)
         for k in range(inner):
             mine = cotangents if inner == 1 else [_only(u, k, inner) for u in cotangents]
             found = _gradients_at(root.outputs, columns.params, mine, uses)
-            _write(table[:, k, c], written_apart(found, cases, columns.params), columns)
+            parts = written_apart(found, cases, columns.params, places)
+            _write(table[:, k, c], parts, columns)
 
 
 def _only(cotangent: Tensor, k: int, inner: int) -> Tensor:
@@ -267,19 +312,19 @@ def _is_right(rows: Tensor, root: HessianRoot, columns: _Columns) -> bool:
     """Whether the rows' product with a random vector is autograd's, parameter by parameter.
 
     A difference between the rows and the true ones is not seen only where the random vector is at
-    right angles to it.
+    right angles to it. The vector makes all rows equally long, so that none is too short to count.
     """
     like = root.outputs[0]
-    generator = torch.Generator(like.device).manual_seed(root.rows)
-    signs = torch.randn(
-        root.cases, root.width, generator=generator, dtype=like.dtype, device=like.device
-    )
+    signs = torch.randn(root.rows, generator=_generator(like), dtype=rows.dtype, device=like.device)
+    lengths = torch.linalg.vector_norm(rows, dim=1)
+    signs = signs / lengths.clamp(min=torch.finfo(rows.dtype).eps * float(lengths.max()))
+    signs = (signs * lengths.max()).view(root.cases, root.width)
     total: list[Tensor] = [torch.zeros_like(z) for z in root.outputs]
     for c in range(root.width):
         for t, u in zip(total, root.cotangents(c), strict=True):
             t += u * signs[:, c].to(u.dtype).view(-1, *[1] * (u.ndim - 1))
     truth = columns.pull(root.outputs, total)
-    ours = rows.T @ signs.reshape(-1).to(rows.dtype)
+    ours = rows.T @ signs.reshape(-1)
     tolerance = torch.finfo(like.dtype).eps ** 0.375  # 1e-6 in float64, 2.5e-3 in float32
     difference = torch.split(ours - truth, columns.sizes)
     norms = torch.stack([torch.linalg.vector_norm(d) for d in difference])

@@ -222,19 +222,26 @@ def _use(node: Any, operand: int, weight: Weight) -> Use:
     shape = _shape(node)
     if rule is None or not shape:
         raise UnknownUseError
-    columns = (kind(node), operand) in (("Mm", 0), ("Addmm", 1))
     if kind(node) == "Bmm":
         if shape[0] != 1 or weight.shape[0] != 1:
             raise UnknownUseError
         return Use(node, operand, weight, shape[2 if operand == 0 else 1])
-    return Use(node, operand, weight, shape[1] if columns else shape[0])
+    leading = shape[1] if _has_cases_in_columns(node, operand) else shape[0]
+    return Use(node, operand, weight, leading)
+
+
+def _has_cases_in_columns(node: Any, operand: int) -> bool:
+    return (kind(node), operand) in (("Mm", 0), ("Addmm", 1))
 
 
 # --- gradients by case ----------------------------------------------------------------------
 
 
 def written_apart(
-    found: Sequence[tuple[Use, Tensor]], cases: int, params: Sequence[Tensor]
+    found: Sequence[tuple[Use, Tensor]],
+    cases: int,
+    params: Sequence[Tensor],
+    places: Tensor | None = None,
 ) -> list[PerCase]:
     """Gradients of the parameters by case, from those of the results of their uses.
 
@@ -242,6 +249,7 @@ def written_apart(
         found: Uses, and the gradient of each one's result in one backward pass.
         cases: Their number; it divides the leading dimension of every use.
         params: The parameters.
+        places: Of the cases that are wanted; None for all.
 
     Raises:
         UnknownUseError: A use's gradient by case is not known after all.
@@ -251,12 +259,14 @@ def written_apart(
     for use, gradient in found:
         weight = use.weight
         left, right = RULES[kind(use.node)](use, gradient, cases)
+        if places is not None:
+            left, right = left[places], None if right is None else right[places]
         if right is not None and weight.index is not None:
             pair = (right, left) if weight.transposed else (left, right)
             outer.setdefault(weight.index, []).append(pair)
             continue
         part = left if right is None else torch.bmm(left.transpose(1, 2), right)
-        part = part.reshape(cases, *weight.shape)
+        part = part.reshape(len(part), *weight.shape)
         if weight.transposed:
             part = part.transpose(1, 2)
         key = weight.edge if weight.index is None else weight.index
@@ -291,6 +301,15 @@ def _to_parameters(weight: Weight, part: Tensor, params: Sequence[Tensor]) -> li
     except RuntimeError as error:  # no rule for batches
         raise UnknownUseError from error
     return [PerCase(i, full=t.reshape(len(part), -1)) for i, t in zip(indices, found, strict=True)]
+
+
+def by_case(use: Use, gradient: Tensor, cases: int) -> Tensor:
+    """The gradient of a use's result, ``(cases, ...)``."""
+    if _has_cases_in_columns(use.node, use.operand):
+        gradient = gradient.movedim(-1, 0)
+    elif kind(use.node) == "Bmm":
+        gradient = gradient[0].T if use.operand == 0 else gradient[0]
+    return _by_case(gradient, cases)
 
 
 def _by_case(rows: Tensor, cases: int) -> Tensor:
