@@ -111,12 +111,13 @@ class GolubKahan:
                 "Pass rest=gradient."
             )
         like = given.new_zeros(size)
-        rooted = (like + decay).sqrt()
-        if not bool((rooted >= 0).all()):
+        spread = like + decay
+        if not bool((spread >= 0).all()):
             raise ValueError(
-                "decay must not be negative, got an entry below 0 or nan: such a quadratic may "
+                f"decay must not be negative, got {float(spread.min())}: such a quadratic may "
                 "have no minimum. Clamp it at 0."
             )
+        rooted = spread.sqrt()
         self.max_pairs = max_pairs
         self._operator = _Operator(push, pull, rooted if bool(rooted.any()) else None, root)
         self._like = like
