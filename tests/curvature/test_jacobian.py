@@ -135,6 +135,28 @@ class Recurrent(nn.Module):
         return self.out(h)
 
 
+class Last(nn.Module):
+    """What torch's recurrent layers say last; inside they run through time first."""
+
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.out = layer(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(x)[0][:, -1])
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 4)
+        self.place = nn.Parameter(normal(1, 4, 4))
+        self.layer = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.layer(self.embed(words) + self.place).mean(1)
+
+
 class TimeFirst(nn.Module):
     """The first dimension of what the layer sees is time, so that rows are not cases."""
 
@@ -355,7 +377,18 @@ TABLE = [
         squares,
     ),
     Row("every case but one is dead", lambda: mlp(3, 5, 2), of(X), mse_of_one),
-    Row("time first", TimeFirst, of(SERIES), mse(Y2), BATCHED),
+    Row("time first", TimeFirst, of(SERIES), mse(Y2)),
+    *(
+        Row(layer.__name__, lambda layer=layer: Last(layer), of(SERIES), mse(Y2))
+        for layer in (nn.RNN, nn.GRU, nn.LSTM)
+    ),
+    Row("transformer", Encoder, of(WORDS), lambda z: z.square().mean()),
+    Row(
+        "every position for itself",
+        lambda: mlp(3, 5, 2),
+        lambda m: (m(SERIES).view(-1, 2),),
+        mse(YS.view(-1, 2)),
+    ),
     Row("mixed cases", Mixing, of(X), mse(Y2), BATCHED),
     Row(
         "batch norm",

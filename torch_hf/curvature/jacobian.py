@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +33,8 @@ from torch_hf.curvature.parameter_uses import (
     PerCase,
     UnknownUseError,
     Use,
-    by_case,
     find_uses,
+    rows_of,
     written_apart,
 )
 from torch_hf.loss.ggn_split import Split
@@ -42,7 +43,7 @@ from torch_hf.loss.loss_hessians import DiagonalTerm, ElementwiseTerm, LossTerm
 
 ONE_BACKWARD, BATCHED = "one backward", "batched backward"
 #: Backward passes that autograd takes at once, where cases cannot be kept apart in one.
-CHUNK = 64
+CHUNK = 16
 
 
 @dataclass
@@ -192,12 +193,15 @@ def _fill(rows: Tensor, root: HessianRoot, columns: _Columns, chunk: int) -> str
         return ONE_BACKWARD
     try:
         uses = find_uses([z for z in root.outputs if z.grad_fn is not None], columns.own)
-        for cases, places in _ways_to_count(root, columns, uses):
-            _one_backward(rows, root, columns, uses, cases, places)
+        ways = _ways_to_count(root, columns, uses)
+    except UnknownUseError:
+        ways = iter(())
+    for cases, places in ways:
+        with suppress(UnknownUseError):
+            laid = _laid_out(root, columns, uses, cases)
+            _one_backward(rows, root, columns, laid, cases, places)
             if _is_right(rows, root, columns):
                 return ONE_BACKWARD
-    except UnknownUseError:
-        pass
     _batched(rows, root, columns, chunk)
     return BATCHED
 
@@ -214,10 +218,11 @@ def _ways_to_count(
     the cases alone, as a loss on the boundary does of points that went through the network in one.
     """
     seen = math.gcd(*(use.leading for use in uses))
-    cases = math.gcd(root.cases, seen)
-    if cases > 1 and cases in (root.cases, seen):
-        yield cases, None
-    if seen > root.cases > 1:
+    whole = {math.gcd(root.cases, seen), math.gcd(root.cases, *(use.first for use in uses))}
+    for cases in sorted(whole, reverse=True):
+        if cases > 1 and cases in (root.cases, *(use.first for use in uses)):
+            yield cases, None
+    if seen > root.cases > 1 and all(use.leading == seen for use in uses):
         places = _cases_with_gradients(root, columns, uses, seen)
         if len(places) == root.cases:
             yield seen, places
@@ -233,8 +238,42 @@ def _cases_with_gradients(
     ]
     reached = torch.zeros(cases, dtype=torch.bool, device=cotangents[0].device)
     for use, gradient in _gradients_at(root.outputs, columns.params, cotangents, uses):
-        reached |= by_case(use, gradient, cases).flatten(1).any(1)
+        reached |= rows_of(use, gradient).flatten(1).any(1)
     return reached.nonzero()[:, 0]
+
+
+def _laid_out(
+    root: HessianRoot, columns: _Columns, uses: Sequence[Use], cases: int
+) -> Sequence[Use]:
+    """The uses, and which of them run through all cases at one position, then at the next.
+
+    It shows in which rows have a gradient where only the last case of the loss term has one.
+
+    Raises:
+        UnknownUseError: Rows of other cases have one.
+    """
+    if all(use.leading == cases for use in uses):
+        return uses
+    cotangents = []
+    for z in root.outputs:
+        last = torch.zeros_like(z)
+        last[-(len(z) // cases) :] = torch.randn(
+            last[-(len(z) // cases) :].shape,
+            generator=_generator(z),
+            dtype=z.dtype,
+            device=z.device,
+        )
+        cotangents.append(last)
+    found = []
+    for use, gradient in _gradients_at(root.outputs, columns.params, cotangents, uses):
+        reached = rows_of(use, gradient).flatten(1).any(1)
+        if not bool(reached.view(cases, -1)[:-1].any()):
+            found.append(use)
+        elif not bool(reached.view(-1, cases)[:, :-1].any()):
+            found.append(replace(use, positions_first=True))
+        else:
+            raise UnknownUseError
+    return found
 
 
 def _generator(like: Tensor) -> torch.Generator:
@@ -317,8 +356,10 @@ def _is_right(rows: Tensor, root: HessianRoot, columns: _Columns) -> bool:
     like = root.outputs[0]
     signs = torch.randn(root.rows, generator=_generator(like), dtype=rows.dtype, device=like.device)
     lengths = torch.linalg.vector_norm(rows, dim=1)
-    signs = signs / lengths.clamp(min=torch.finfo(rows.dtype).eps * float(lengths.max()))
-    signs = (signs * lengths.max()).view(root.cases, root.width)
+    longest = lengths.max()
+    if longest > 0:
+        signs = signs * longest / lengths.clamp(min=torch.finfo(rows.dtype).eps * float(longest))
+    signs = signs.view(root.cases, root.width)
     total: list[Tensor] = [torch.zeros_like(z) for z in root.outputs]
     for c in range(root.width):
         for t, u in zip(total, root.cotangents(c), strict=True):

@@ -8,6 +8,7 @@ of its result, so that it can be kept apart by case.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +47,9 @@ OF_ONE = (SHAPING - {"Expand", "Repeat"}) | {
     "Tanh",
 }
 ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Rsub"}
+#: Operations that repeat a weight over leading dimensions, of which the first two may be cases and
+#: positions in any order.
+BROADCASTING = ELEMENTWISE | {"NativeLayerNorm"}
 #: Operations on several: of weights alone they are a weight.
 OF_SEVERAL = ELEMENTWISE | {
     "Mm",
@@ -90,13 +94,28 @@ class Use:
         node: The operation's node.
         operand: The weight's place among the operands.
         weight: The weight.
-        leading: The dimension that counts cases, or cases and positions.
+        leading: Rows of the result: of cases, or of cases and positions together.
+        first: The first of the dimensions that count them.
+        flattened: Leading dimensions of the result that these are.
+        positions_first: Whether rows run through the cases at one position, then at the next.
     """
 
     node: Any
     operand: int
     weight: Weight
     leading: int
+    first: int
+    flattened: int = 1
+    positions_first: bool = False
+
+    def by_case(self, entries: Tensor, cases: int) -> Tensor:
+        """Entries of a result, or of what made it, as (cases, positions, ...)."""
+        rows = entries.flatten(0, self.flattened - 1) if self.flattened > 1 else entries
+        if len(rows) % cases:
+            raise UnknownUseError
+        if self.positions_first:
+            return rows.reshape(len(rows) // cases, cases, *rows.shape[1:]).transpose(0, 1)
+        return rows.reshape(cases, len(rows) // cases, *rows.shape[1:])
 
 
 @dataclass
@@ -225,9 +244,16 @@ def _use(node: Any, operand: int, weight: Weight) -> Use:
     if kind(node) == "Bmm":
         if shape[0] != 1 or weight.shape[0] != 1:
             raise UnknownUseError
-        return Use(node, operand, weight, shape[2 if operand == 0 else 1])
-    leading = shape[1] if _has_cases_in_columns(node, operand) else shape[0]
-    return Use(node, operand, weight, leading)
+        rows = shape[2 if operand == 0 else 1]
+        return Use(node, operand, weight, rows, rows)
+    if _has_cases_in_columns(node, operand):
+        return Use(node, operand, weight, shape[1], shape[1])
+    flattened = 1
+    if kind(node) == "Embedding":
+        flattened = len(shape) - 1
+    elif kind(node) in BROADCASTING and len(shape) > 2:
+        flattened = 2 if _aligned(weight.shape, len(shape))[:2] == (1, 1) else 1
+    return Use(node, operand, weight, math.prod(shape[:flattened]), shape[0], flattened)
 
 
 def _has_cases_in_columns(node: Any, operand: int) -> bool:
@@ -303,29 +329,30 @@ def _to_parameters(weight: Weight, part: Tensor, params: Sequence[Tensor]) -> li
     return [PerCase(i, full=t.reshape(len(part), -1)) for i, t in zip(indices, found, strict=True)]
 
 
-def by_case(use: Use, gradient: Tensor, cases: int) -> Tensor:
-    """The gradient of a use's result, ``(cases, ...)``."""
+def rows_of(use: Use, gradient: Tensor) -> Tensor:
+    """The gradient of a use's result, its rows first."""
     if _has_cases_in_columns(use.node, use.operand):
-        gradient = gradient.movedim(-1, 0)
-    elif kind(use.node) == "Bmm":
-        gradient = gradient[0].T if use.operand == 0 else gradient[0]
-    return _by_case(gradient, cases)
+        return gradient.movedim(-1, 0)
+    if kind(use.node) == "Bmm":
+        return gradient[0].T if use.operand == 0 else gradient[0]
+    return gradient.flatten(0, use.flattened - 1) if use.flattened > 1 else gradient
 
 
-def _by_case(rows: Tensor, cases: int) -> Tensor:
-    return rows.reshape(cases, len(rows) // cases, *rows.shape[1:])
-
-
-def _summed_to(entries: Tensor, shape: torch.Size, cases: int) -> Tensor:
-    """What broadcasting a weight of this shape to the entries sums over, case by case."""
-    aligned = (1,) * (entries.ndim - len(shape)) + tuple(shape)
+def _summed_to(use: Use, entries: Tensor, cases: int) -> Tensor:
+    """What broadcasting a weight to the entries sums over, case by case."""
+    aligned = _aligned(use.weight.shape, entries.ndim)[use.flattened - 1 :]
     if aligned[0] != 1:
         raise UnknownUseError  # it has rows for cases of its own
-    total = _by_case(entries, cases).sum(1)
+    total = use.by_case(entries, cases).sum(1)
     spread = [i for i in range(1, total.ndim) if aligned[i] == 1 and total.shape[i] != 1]
     if spread:
         total = total.sum(spread)
-    return total.reshape(cases, *shape)
+    return total.reshape(cases, *use.weight.shape)
+
+
+def _aligned(shape: torch.Size, ndim: int) -> tuple[int, ...]:
+    """A shape with ones in front, as it is broadcast."""
+    return (1,) * (ndim - len(shape)) + tuple(shape)
 
 
 #: A pair of rows (cases, T, a) and (cases, T, b), whose outer products are to be summed, or the
@@ -336,31 +363,31 @@ Parts = tuple[Tensor, Tensor | None]
 def _addmm(use: Use, g: Tensor, cases: int) -> Parts:
     node = use.node
     if use.operand == 0:
-        return _summed_to(g * node._saved_beta, use.weight.shape, cases), None
+        return _summed_to(use, g * node._saved_beta, cases), None
     if node._saved_alpha != 1:
         g = g * node._saved_alpha
     if use.operand == 1:
-        return _by_case(g.T, cases), _by_case(node._saved_mat2.detach().T, cases)
-    return _by_case(node._saved_mat1.detach(), cases), _by_case(g, cases)
+        return use.by_case(g.T, cases), use.by_case(node._saved_mat2.detach().T, cases)
+    return use.by_case(node._saved_mat1.detach(), cases), use.by_case(g, cases)
 
 
 def _mm(use: Use, g: Tensor, cases: int) -> Parts:
     if use.operand == 0:  # the cases are columns
-        return _by_case(g.T, cases), _by_case(use.node._saved_mat2.detach().T, cases)
-    return _by_case(use.node._saved_self.detach(), cases), _by_case(g, cases)
+        return use.by_case(g.T, cases), use.by_case(use.node._saved_mat2.detach().T, cases)
+    return use.by_case(use.node._saved_self.detach(), cases), use.by_case(g, cases)
 
 
 def _bmm(use: Use, g: Tensor, cases: int) -> Parts:
     g = g[0]
     if use.operand == 0:
-        return _by_case(g.T, cases), _by_case(use.node._saved_mat2.detach()[0].T, cases)
-    return _by_case(use.node._saved_self.detach()[0], cases), _by_case(g, cases)
+        return use.by_case(g.T, cases), use.by_case(use.node._saved_mat2.detach()[0].T, cases)
+    return use.by_case(use.node._saved_self.detach()[0], cases), use.by_case(g, cases)
 
 
 def _mv(use: Use, g: Tensor, cases: int) -> Parts:
     if use.operand == 0:
         raise UnknownUseError
-    return _by_case(g[:, None] * use.node._saved_self.detach(), cases).sum(1), None
+    return use.by_case(g[:, None] * use.node._saved_self.detach(), cases).sum(1), None
 
 
 def _add(use: Use, g: Tensor, cases: int) -> Parts:
@@ -379,30 +406,30 @@ def _rsub(use: Use, g: Tensor, cases: int) -> Parts:
 
 
 def _scaled_sum(use: Use, g: Tensor, factor: Any, cases: int) -> Parts:
-    return _summed_to(g if factor == 1 else g * factor, use.weight.shape, cases), None
+    return _summed_to(use, g if factor == 1 else g * factor, cases), None
 
 
 def _mul(use: Use, g: Tensor, cases: int) -> Parts:
     factor = use.node._saved_other if use.operand == 0 else use.node._saved_self
-    return _summed_to(g * factor.detach(), use.weight.shape, cases), None
+    return _summed_to(use, g * factor.detach(), cases), None
 
 
 def _div(use: Use, g: Tensor, cases: int) -> Parts:
     divisor = use.node._saved_other.detach()
     if use.operand == 0:
-        return _summed_to(g / divisor, use.weight.shape, cases), None
+        return _summed_to(use, g / divisor, cases), None
     slope = use.node._saved_self.detach() / divisor.square()
-    return _summed_to(-g * slope, use.weight.shape, cases), None
+    return _summed_to(use, -g * slope, cases), None
 
 
 def _expand(use: Use, g: Tensor, cases: int) -> Parts:
-    return _summed_to(g, use.weight.shape, cases), None
+    return _summed_to(use, g, cases), None
 
 
 def _prelu(use: Use, g: Tensor, cases: int) -> Parts:
     if use.operand != 1:
         raise UnknownUseError
-    return _summed_to(g * use.node._saved_self.detach().clamp(max=0), use.weight.shape, cases), None
+    return _summed_to(use, g * use.node._saved_self.detach().clamp(max=0), cases), None
 
 
 def _normalised(use: Use, g: Tensor, cases: int) -> Parts:
@@ -413,7 +440,7 @@ def _normalised(use: Use, g: Tensor, cases: int) -> Parts:
         g = g * (node._saved_input.detach() - mean) * scale
     elif use.operand != 2:
         raise UnknownUseError
-    return _summed_to(g, use.weight.shape, cases), None
+    return _summed_to(use, g, cases), None
 
 
 def _fixed_batch_norm(use: Use, g: Tensor, cases: int) -> Parts:
@@ -426,7 +453,7 @@ def _fixed_batch_norm(use: Use, g: Tensor, cases: int) -> Parts:
         mean, variance = node._saved_running_mean, node._saved_running_var
         scale = (variance + node._saved_eps).rsqrt().view(shape)
         g = g * (node._saved_input.detach() - mean.view(shape)) * scale
-    total = _by_case(g, cases).sum(1)
+    total = use.by_case(g, cases).sum(1)
     return (total.flatten(2).sum(2) if total.ndim > 2 else total), None
 
 
@@ -435,8 +462,8 @@ def _embedding(use: Use, g: Tensor, cases: int) -> Parts:
     if node._saved_scale_grad_by_freq or node._saved_sparse:
         raise UnknownUseError
     entries, width = use.weight.shape
-    indices = node._saved_indices.reshape(cases, -1)
-    rows = g.reshape(*indices.shape, width)
+    indices = use.by_case(node._saved_indices, cases)
+    rows = use.by_case(g, cases)
     rows = rows * (indices != int(node._saved_padding_idx))[..., None]
     offsets = entries * torch.arange(cases, device=g.device)[:, None]
     total = g.new_zeros(cases * entries, width)
@@ -463,13 +490,14 @@ def _convolved(
     use: Use, g: Tensor, cases: int, inputs: Tensor, weight: Tensor, settings: Any
 ) -> Parts:
     if use.operand == 2:
-        return _by_case(g.flatten(2).sum(2), cases).sum(1), None
+        return use.by_case(g.flatten(2).sum(2), cases).sum(1), None
     if use.operand != 1 or g.ndim != weight.ndim:
         raise UnknownUseError
     inputs, weight = inputs.detach(), weight.detach()
     stride, padding, dilation, transposed, _, groups = settings
     if groups == 1 and not transposed and weight.ndim in (3, 4):
-        return _unfolded(g, inputs, weight, stride, padding, dilation, cases), None
+        by_row = _unfolded(g, inputs, weight, stride, padding, dilation)
+        return use.by_case(by_row, cases).sum(1), None
 
     def one(gradient: Tensor, case: Tensor) -> Tensor:
         found: Tensor = torch.ops.aten.convolution_backward(
@@ -477,11 +505,11 @@ def _convolved(
         )[1]
         return found
 
-    return _by_case(torch.vmap(one)(g, inputs), cases).sum(1), None
+    return use.by_case(torch.vmap(one)(g, inputs), cases).sum(1), None
 
 
 def _unfolded(
-    g: Tensor, inputs: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any, cases: int
+    g: Tensor, inputs: Tensor, weight: Tensor, stride: Any, padding: Any, dilation: Any
 ) -> Tensor:
     """By matrix products of the result's gradient with the input's patches."""
     kernel = list(weight.shape[2:])
@@ -492,8 +520,7 @@ def _unfolded(
     stride, padding, dilation = lists
     unfold: Any = torch.nn.functional.unfold
     patches = unfold(inputs, kernel, dilation, padding, stride)
-    by_row = torch.bmm(g.flatten(2), patches.transpose(1, 2))
-    return _by_case(by_row, cases).sum(1)
+    return torch.bmm(g.flatten(2), patches.transpose(1, 2))
 
 
 Rule = Callable[[Use, Tensor, int], Parts]
