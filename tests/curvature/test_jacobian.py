@@ -592,7 +592,20 @@ def test_the_cost_is_counted():
     cost = jacobian_cost(split, params)
     numbers = sum(p.numel() for p in params)
     assert cost.operations == N * 2 * numbers
-    assert cost.bytes == 8 * N * 2 * (numbers + 15)
+    assert cost.bytes == 8 * (N * 2 + N) * numbers
+    assert cost.passes == 3
+    assert jacobian_cost(split, params, BATCHED).passes == N * 2
+
+
+def test_rows_of_zeros_need_no_backward_pass_each():
+    """As of a network whose units are all dead."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=False)).double()
+    nn.init.constant_(model[0].bias, -100.0)
+    params = list(model.parameters())
+    record = Capture(params).run(lambda: F.mse_loss(model(X), Y2))
+    root = jacobian_root(split_by_calls(record, record.returned, params), params)
+    assert root.routes == [ONE_BACKWARD]
+    assert not root.rows.any()
 
 
 def test_a_term_that_bypasses_the_outputs_is_refused():

@@ -14,7 +14,7 @@ autograd's own product, and where they differ, or where an operation is unknown,
 batched backward passes, which are right for any graph.
 
 Memory: M P numbers for R, with M rows (cases times outputs; for cross-entropy times classes less
-one) and P parameters, and during a pass those of one parameter's rows again.
+one) and P parameters, and during a pass at most N P more, with N cases.
 """
 
 from __future__ import annotations
@@ -66,10 +66,18 @@ class JacobianRoot:
 
 
 class Cost(NamedTuple):
-    """What something takes: multiplications with additions, and bytes that are held at once."""
+    """What something takes.
+
+    Attributes:
+        operations: Multiplications, each with its addition.
+        bytes: Held at once.
+        passes: Backward passes through the network beside them, or products, pairs of which count
+            as two.
+    """
 
     operations: float
     bytes: float
+    passes: int = 0
 
 
 def jacobian_root(split: Split, params: Sequence[Tensor], chunk: int = CHUNK) -> JacobianRoot:
@@ -98,6 +106,7 @@ def jacobian_root(split: Split, params: Sequence[Tensor], chunk: int = CHUNK) ->
     for term in split.loss_terms:
         place = columns.of(term.outputs[0])
         if place is not None and _separates(term):
+            # squares of a parameter itself, whose rows would be those of a diagonal matrix
             (weight,) = term.hessian(torch.ones_like(term.outputs[0]))
             diagonal = columns.add(diagonal, place, nonnegative(weight.detach()))
             rest = columns.add(rest, place, term.gradient()[0])
@@ -123,21 +132,32 @@ def jacobian_root(split: Split, params: Sequence[Tensor], chunk: int = CHUNK) ->
 
 def count_rows(split: Split, params: Sequence[Tensor]) -> int:
     """M, the rows of R, at the most; found from shapes alone."""
-    own = {id(p) for p in params}
-    terms = [t for t in split.loss_terms if not (_separates(t) and id(t.outputs[0]) in own)]
-    return sum(math.prod(root_width(term)) for term in terms)
+    return sum(math.prod(root_width(term)) for term in _terms_with_rows(split, params))
 
 
-def jacobian_cost(split: Split, params: Sequence[Tensor]) -> Cost:
-    """What R takes on the fast route, in operations and bytes.
+def jacobian_cost(split: Split, params: Sequence[Tensor], route: str = ONE_BACKWARD) -> Cost:
+    """What R takes, from shapes alone.
 
-    A row's entries cost one multiplication for each use of its parameter; one is counted.
+    Of a row's entries one multiplication is counted each, however often a parameter is used.
+
+    Args:
+        split: Of the loss.
+        params: The parameters.
+        route: With ``BATCHED`` each row is a backward pass; else each row of a case is, and one
+            more checks them all.
     """
     rows = count_rows(split, params)
-    sizes = [p.numel() for p in params]
+    numbers = sum(p.numel() for p in params)
+    widths = [root_width(term) for term in _terms_with_rows(split, params)]
+    passes = rows if route == BATCHED else sum(width + 1 for _, width in widths)
+    more = CHUNK if route == BATCHED else max((cases for cases, _ in widths), default=0)
     item = max(max((p.element_size() for p in params), default=4), 4)
-    held = rows * sum(sizes) + rows * max(sizes, default=0)
-    return Cost(float(rows * sum(sizes)), float(held * item))
+    return Cost(float(rows * numbers), float((rows + more) * numbers * item), passes)
+
+
+def _terms_with_rows(split: Split, params: Sequence[Tensor]) -> list[LossTerm]:
+    own = {id(p) for p in params}
+    return [t for t in split.loss_terms if not (_separates(t) and id(t.outputs[0]) in own)]
 
 
 def _separates(term: LossTerm) -> bool:

@@ -285,7 +285,7 @@ def exact_cost(rows: int, params: int, element_size: int = 8) -> Cost:
 
     Example:
         >>> exact_cost(1200, 2000)
-        Cost(operations=2016000000.0, bytes=42240000.0)
+        Cost(operations=2016000000.0, bytes=42240000.0, passes=0)
     """
     least, most = min(rows, params), max(rows, params)
     operations = least**2 * most / 2 + least**3 / 3

@@ -29,6 +29,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from torch_hf.curvature.jacobian import Cost
+
 Product = Callable[[Tensor], Tensor]
 #: A vector of the row side: numbers for R's rows, and for those of the weight decay if any.
 Parts = list[Tensor]
@@ -418,6 +420,17 @@ def solve(
         found = run.until(damping, tolerance)
         d = d + run.step(damping)
     return d, found
+
+
+def golub_kahan_cost(pairs: int, rows: int, params: int, element_size: int = 8) -> Cost:
+    """What so many pairs take: reorthogonalisation, vectors, and products.
+
+    Example:
+        >>> golub_kahan_cost(150, 1000, 2000)
+        Cost(operations=90000000.0, bytes=2496000.0, passes=300)
+    """
+    vectors = element_size * ((pairs + 4) * params + 4 * rows)
+    return Cost(2.0 * pairs**2 * params, float(vectors), 2 * pairs)
 
 
 class _Operator:
