@@ -100,6 +100,21 @@ class Direct(nn.Module):
         return torch.stack([z @ self.vector, 1.0 - z[:, 0] * self.slope], 1)
 
 
+class Differences(nn.Module):
+    """Parameters on both sides of sums, differences and quotients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+        self.one, self.two, self.three = (nn.Parameter(normal(3)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.sub(self.layer(x).tanh(), self.one, alpha=0.5)
+        h = torch.add(torch.sub(self.two, h.sin(), alpha=2.0), self.three, alpha=3.0)
+        h = torch.rsub(h.sin(), self.three) / (2.0 + self.one.square())
+        return self.two / (2.0 + h.sin()) + torch.addmm(self.one, h, self.layer.weight, alpha=0.3)
+
+
 class Einsum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -336,6 +351,7 @@ TABLE = [
     Row("shared weights", Shared, of(X), mse(Y3)),
     Row("cases in columns", Columns, of(X), mse(Y2)),
     Row("parameters used directly", Direct, of(X), mse(Y2)),
+    Row("differences and quotients", Differences, of(X), mse(Y3)),
     Row("einsum", Einsum, of(SERIES), mse(Y2)),
     Row("a bias of a sequence", lambda: nn.Linear(3, 2), of(SERIES), mse(YS)),
     Row(
