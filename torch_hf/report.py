@@ -65,6 +65,7 @@ class StepReport:
             the next step on.
         converged: Whether the step stayed because what is left to gain is below the rounding of
             the loss. The run goes on when the data change.
+        solver: What solved the quadratic: ``"cg"`` or ``"exact"``; empty where nothing did.
     """
 
     step: int
@@ -87,6 +88,7 @@ class StepReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     requests: Requests = field(default_factory=Requests, repr=False, compare=False)
     converged: bool = False
+    solver: str = ""
 
     def to_dict(self) -> dict[str, float | int | str | bool | None]:
         """The fields as one flat row; seconds become ``seconds_total`` and so on.

@@ -39,8 +39,13 @@ from torch_hf.curvature.parameter_uses import (
     written_apart,
 )
 from torch_hf.loss.ggn_split import Split
-from torch_hf.loss.hessian_roots import HessianRoot, hessian_root, nonnegative, root_width
-from torch_hf.loss.loss_hessians import DiagonalTerm, ElementwiseTerm, LossTerm
+from torch_hf.loss.hessian_roots import (
+    HessianRoot,
+    hessian_root,
+    nonnegative,
+    root_width,
+    terms_with_rows,
+)
 
 ONE_BACKWARD, BATCHED = "one backward", "batched backward"
 #: Backward passes that autograd takes at once, where cases cannot be kept apart in one.
@@ -103,16 +108,16 @@ def jacobian_root(split: Split, params: Sequence[Tensor], chunk: int = CHUNK) ->
     columns = _Columns(params)
     diagonal: Tensor | None = None
     rest: Tensor | None = None
-    terms = []
+    terms = terms_with_rows(split.loss_terms, params)
     for term in split.loss_terms:
+        if term in terms:
+            continue
+        # squares of a parameter itself, whose rows would be those of a diagonal matrix
         place = columns.of(term.outputs[0])
-        if place is not None and _separates(term):
-            # squares of a parameter itself, whose rows would be those of a diagonal matrix
-            (weight,) = term.hessian(torch.ones_like(term.outputs[0]))
-            diagonal = columns.add(diagonal, place, nonnegative(weight.detach()))
-            rest = columns.add(rest, place, term.gradient()[0])
-        else:
-            terms.append(term)
+        assert place is not None
+        (weight,) = term.hessian(torch.ones_like(term.outputs[0]))
+        diagonal = columns.add(diagonal, place, nonnegative(weight.detach()))
+        rest = columns.add(rest, place, term.gradient()[0])
     roots = [hessian_root(term) for term in terms]
     rows = columns.empty(sum(root.rows for root in roots))
     residual = rows.new_zeros(len(rows))
@@ -133,7 +138,7 @@ def jacobian_root(split: Split, params: Sequence[Tensor], chunk: int = CHUNK) ->
 
 def count_rows(split: Split, params: Sequence[Tensor]) -> int:
     """M, the rows of R, at the most; found from shapes alone."""
-    return sum(math.prod(root_width(term)) for term in _terms_with_rows(split, params))
+    return sum(math.prod(root_width(term)) for term in terms_with_rows(split.loss_terms, params))
 
 
 def jacobian_cost(split: Split, params: Sequence[Tensor], route: str = ONE_BACKWARD) -> Cost:
@@ -149,20 +154,11 @@ def jacobian_cost(split: Split, params: Sequence[Tensor], route: str = ONE_BACKW
     """
     rows = count_rows(split, params)
     numbers = sum(p.numel() for p in params)
-    widths = [root_width(term) for term in _terms_with_rows(split, params)]
+    widths = [root_width(term) for term in terms_with_rows(split.loss_terms, params)]
     passes = rows if route == BATCHED else sum(width + 1 for _, width in widths)
     more = CHUNK if route == BATCHED else max((cases for cases, _ in widths), default=0)
     item = max(max((p.element_size() for p in params), default=4), 4)
     return Cost(float(rows * numbers), float((rows + more) * numbers * item), passes)
-
-
-def _terms_with_rows(split: Split, params: Sequence[Tensor]) -> list[LossTerm]:
-    own = {id(p) for p in params}
-    return [t for t in split.loss_terms if not (_separates(t) and id(t.outputs[0]) in own)]
-
-
-def _separates(term: LossTerm) -> bool:
-    return isinstance(term, (DiagonalTerm, ElementwiseTerm)) and len(term.outputs) == 1
 
 
 class _Columns:

@@ -8,6 +8,7 @@ of its graph is the tangent map: ``J v = d<g(u), v>/du`` (the double-backward tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,22 +32,30 @@ class Jacobian:
         self.outputs = list(outputs)
         self.params = list(params)
         self.cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
+
+    @cached_property
+    def pulled(self) -> tuple[list[int], list[GradientEdge]]:
+        """The parameters that J^T u reaches, and the graph of J^T u there.
+
+        It is built with the first J v: a solver that takes J itself needs none.
+        """
         with torch.enable_grad():
             pulled = grad(
                 self.outputs, self.params, self.cotangents, create_graph=True, allow_unused=True
             )
-        self.reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
-        refuse_errors([pulled[i] for i in self.reached])
+        reached = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
+        refuse_errors([pulled[i] for i in reached])
         # Edges, not tensors: J^T 0 itself is a vector of zeros that nobody reads.
-        self.pulled = [get_gradient_edge(pulled[i]) for i in self.reached]
+        return reached, [get_gradient_edge(pulled[i]) for i in reached]
 
     def push(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """J v."""
+        reached, edges = self.pulled
         with tangents_only():
             found = grad(
-                self.pulled,
+                edges,
                 self.cotangents,
-                [tangents[i] for i in self.reached],
+                [tangents[i] for i in reached],
                 retain_graph=True,
                 allow_unused=True,
             )

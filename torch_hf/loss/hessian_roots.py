@@ -106,6 +106,33 @@ def root_width(term: LossTerm) -> tuple[int, int]:
     return cases, z.numel() // max(cases, 1)
 
 
+def terms_with_rows(terms: Sequence[LossTerm], params: Sequence[Tensor]) -> list[LossTerm]:
+    """Those loss terms that are no squares, or the like, of a parameter's own entries."""
+    own = {id(p) for p in params}
+    return [t for t in terms if not (_separates(t) and id(t.outputs[0]) in own)]
+
+
+def _separates(term: LossTerm) -> bool:
+    return isinstance(term, (DiagonalTerm, ElementwiseTerm)) and len(term.outputs) == 1
+
+
+def squared_residual(terms: Sequence[LossTerm], params: Sequence[Tensor]) -> Tensor | None:
+    """The residual of all rows where each term is a sum of squares; else None.
+
+    Half of its square is the terms' part of the loss, at any parameters, so that it may be compared
+    between them.
+    """
+    found = []
+    for term in terms_with_rows(terms, params):
+        if not isinstance(term, DiagonalTerm):
+            return None
+        root = hessian_root(term)
+        if root.residual is None:
+            return None
+        found.append(root.residual)
+    return torch.cat(found) if found else None
+
+
 # --- a loss that treats each entry by itself ------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from torch_hf import _messages
 from torch_hf.distributed import Reducer, Space, space_of, unreduced
 from torch_hf.loss.case_counts import Cases, shares_of
 from torch_hf.loss.ggn_split import Split, split_by_calls, split_by_outputs
+from torch_hf.loss.hessian_roots import squared_residual
 from torch_hf.objective import checks
 from torch_hf.objective.closure_runs import NO_BATCH, ClosureRuns
 from torch_hf.objective.replay import Replay
@@ -213,6 +214,28 @@ class Objective:
     def _own_loss(self, shares: Sequence[float]) -> float:
         losses = self.runs.losses(self.batches)
         return sum(s * float(x) for s, x in zip(shares, losses, strict=True) if s)
+
+    def trial_residual(self, here: Evaluation) -> tuple[float, Tensor | None]:
+        """As :meth:`trial_loss`, and the residual where the loss is a sum of squares (one process).
+
+        Returns:
+            The loss, and the residual in the order of the Jacobian's rows
+            (:func:`~torch_hf.curvature.jacobian.jacobian_root`); None for other losses.
+        """
+        self.evaluations += 1
+        losses, parts = [], []
+        for i, (batch, share) in enumerate(zip(self.batches, here.shares, strict=True)):
+            with self.replay.rerun(i):
+                graph = self.runs.graph(batch)
+            losses.append(float(graph.loss.detach()))
+            terms = self.split(graph).loss_terms if share else []
+            part = squared_residual(terms, self.vector.params)
+            if share:
+                parts.append(None if part is None else part * math.sqrt(share / here.divisor))
+        total = sum(s * x for s, x in zip(here.shares, losses, strict=True) if s)
+        loss = total / here.divisor + self.penalty.own_loss()
+        found = [part for part in parts if part is not None]
+        return loss, torch.cat(found) if found and len(found) == len(parts) else None
 
     def gradient_variance(self, here: Evaluation) -> float:
         """The L1 norm of the gradient's variance over cases, ``sum_j Var_i g_ij``.

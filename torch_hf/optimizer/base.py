@@ -19,6 +19,7 @@ from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import Replay
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.state_dict import (
+    MOST_NORMS,
     check_state,
     pack,
     saved_progress,
@@ -45,6 +46,7 @@ class FlatStateOptimizer(Optimizer):
     last_report: StepReport | None
     _requests: Requests
     _start: Tensor | None  # where CG ended
+    _norms: Tensor | None  # squared norms of the Jacobian's columns
     _format: tuple[torch.dtype, torch.device] | None = None  # of the vectors kept
     _progress: Progress
 
@@ -93,7 +95,7 @@ class FlatStateOptimizer(Optimizer):
             self.preconditioner.abandon()
             self._format = form
             if forgotten is not None:
-                self._start, pairs = forgotten
+                self._start, self._norms, pairs = forgotten
                 self.preconditioner.load_state_dict(pairs)
             replay.undo()
             for p, g in zip(vector.params, gradients, strict=True):
@@ -125,7 +127,9 @@ class FlatStateOptimizer(Optimizer):
             space=space,
         )
 
-    def _forget_if_stale(self, vector: ParameterVector) -> tuple[Tensor | None, Any] | None:
+    def _forget_if_stale(
+        self, vector: ParameterVector
+    ) -> tuple[Tensor | None, Tensor | None, Any] | None:
         """Drops directions of another length: parameters were added, frozen or thawed.
 
         Returns:
@@ -134,12 +138,12 @@ class FlatStateOptimizer(Optimizer):
         known = list(self.state)
         if not known or [id(p) for p in known] == [id(p) for p in vector.params]:
             return None
-        dropped = self._start, self.preconditioner.state_dict()
-        self._start = None
+        dropped = self._start, self._norms, self.preconditioner.state_dict()
+        self._start = self._norms = None
         self.preconditioner.load_state_dict({})
         return dropped
 
-    def _convert(self, vector: ParameterVector) -> tuple[Tensor | None, Any] | None:
+    def _convert(self, vector: ParameterVector) -> tuple[Tensor | None, Tensor | None, Any] | None:
         """Takes what is kept along where the model went: ``model.double()``, ``.to(device)``.
 
         Returns:
@@ -154,9 +158,9 @@ class FlatStateOptimizer(Optimizer):
                 return value
             return value.to(vector.device, vector.dtype)
 
-        kept = self._start, self.preconditioner.state_dict()
-        self._start = converted(kept[0])
-        self.preconditioner.load_state_dict({k: converted(v) for k, v in kept[1].items()})
+        kept = self._start, self._norms, self.preconditioner.state_dict()
+        self._start, self._norms = converted(kept[0]), converted(kept[1])
+        self.preconditioner.load_state_dict({k: converted(v) for k, v in kept[2].items()})
         return kept
 
     # --- checkpoints ---
@@ -169,7 +173,11 @@ class FlatStateOptimizer(Optimizer):
         self._pack(vector, self._space(vector)[1])
 
     def _pack(self, vector: ParameterVector, space: Space) -> None:
-        pack(self.state, vector, self._start, self.preconditioner, self._progress, space)
+        pack(self.state, vector, self._kept(vector), self.preconditioner, self._progress, space)
+
+    def _kept(self, vector: ParameterVector) -> dict[str, Tensor | None]:
+        small = vector.numel <= MOST_NORMS
+        return {"cg_iterate": self._start} | ({"column_norms": self._norms} if small else {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim``; a group may have its own ``lr`` and ``weight_decay``.
@@ -195,7 +203,8 @@ class FlatStateOptimizer(Optimizer):
         _, space = self._space(vector)
         whole = state_dict | {"state": {}} if space.sharded else state_dict
         super().load_state_dict(whole)  # of what is sharded no rank is to hold all
-        self._start = unpack(state_dict, self.param_groups, vector, self.preconditioner, space)
+        kept = unpack(state_dict, self.param_groups, vector, self.preconditioner, space)
+        self._start, self._norms = kept.get("cg_iterate"), kept.get("column_norms")
         self._format = vector.dtype, vector.device
         self._progress = saved_progress(state_dict)
         self._pack(vector, space)
@@ -214,7 +223,7 @@ class FlatStateOptimizer(Optimizer):
         try:
             self.state = defaultdict(dict)
             self.state |= whole_state(
-                vector, self._start, self.preconditioner, self._progress, space
+                vector, self._kept(vector), self.preconditioner, self._progress, space
             )
             return super().state_dict()
         finally:
@@ -222,5 +231,5 @@ class FlatStateOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ["preconditioner", "curvature", "process_group", "shard_state"]
-        own += ["last_report", "_requests", "_start", "_format", "_progress"]
+        own += ["last_report", "_requests", "_start", "_norms", "_format", "_progress"]
         return super().__getstate__() | {name: getattr(self, name) for name in own}

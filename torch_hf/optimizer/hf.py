@@ -23,6 +23,7 @@ from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
+from torch_hf.optimizer.exact_step import ExactStep, exact_step, solves_exactly
 from torch_hf.optimizer.outcome import StepDecision
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
@@ -31,6 +32,8 @@ from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.solver.cg import CGResult, conjugate_gradients
 from torch_hf.solver.cg_budget import is_same_data, max_iterations
+from torch_hf.solver.choose_solver import PRODUCTS_OF_SOLVE, SOLVERS
+from torch_hf.solver.levenberg_marquardt import DampingState
 from torch_hf.solver.line_search import CONVERGED, SearchResult, repeats, scaled, search
 from torch_hf.solver.trust_region import (
     curvature_along,
@@ -80,6 +83,9 @@ class HFOptimizer(FlatStateOptimizer):
         maximize: Maximise the closure's objective.
         process_group: A ``torch.distributed`` group over which loss, gradient and products are
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
+        solver: ``"cg"``, ``"exact"`` (Levenberg-Marquardt by Cholesky from the Jacobian, several
+            lambda a step), or ``"auto"``: exact on data that stay where it takes fewer operations,
+            under ``lr=1`` and the default preconditioner; ``report.solver`` says which it was.
         shard_state: Cuts CG's vectors and the L-BFGS pairs over the ranks of ``process_group``.
             Then every rank must call ``state_dict`` (``docs/distributed.md``).
 
@@ -120,10 +126,12 @@ class HFOptimizer(FlatStateOptimizer):
         maximize: bool = False,
         process_group: Any = None,
         shard_state: bool = False,
+        solver: str = "auto",
         **unsupported: NoReturn,
     ) -> None:
         unsupported_options.keywords(unsupported, list(signature(HFOptimizer).parameters)[1:-1])
         _checks.one_of("curvature", curvature, ("ggn", "hessian"))
+        _checks.one_of("solver", solver, SOLVERS)
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -133,6 +141,7 @@ class HFOptimizer(FlatStateOptimizer):
             "cg_decay": cg_decay,
             "maximize": maximize,
             "curvature": curvature,
+            "solver": solver,
         }
         _checks.options(defaults)
         self.preconditioner = make_preconditioner(preconditioner, history_size)
@@ -147,6 +156,7 @@ class HFOptimizer(FlatStateOptimizer):
         self.last_report: StepReport | None = None
         self._requests = Requests()
         self._start: Tensor | None = None
+        self._norms: Tensor | None = None
         self._progress = Progress()
         super().__init__(params, defaults)
         self._vector()  # complains now rather than at the first step
@@ -229,6 +239,9 @@ class HFOptimizer(FlatStateOptimizer):
             variance = objective.gradient_variance(here) if asked else None
             curvature = ObjectiveOperator(objective, self.curvature, here=here)
         same_data = is_same_data(self._progress._asdict(), here.loss, here.cases, vector.dtype)
+        exact = self._exact_step(objective, here, curvature, same_data, timer)
+        if exact is not None:
+            return StepDecision.of_exact(exact, damping, curvature, variance, same_data)
         with timer.part("products"):
             damping = self._damping(damping, here, curvature, space)
         seen: list[float] = []
@@ -274,6 +287,49 @@ class HFOptimizer(FlatStateOptimizer):
             curvature_seen=seen[0] if seen else math.nan,
         )
 
+    def _exact_step(
+        self,
+        objective: Objective,
+        here: Evaluation,
+        curvature: ObjectiveOperator,
+        same_data: bool,
+        timer: StepTimer,
+    ) -> ExactStep | None:
+        """The step by the Jacobian itself, where that is the cheaper way; else None."""
+        options, progress = self.param_groups[0], self._progress.seeing(here.loss, same_data)
+        plain = all(g["lr"] == 1.0 for g in self.param_groups) and self._chosen_solver_is_free()
+        wanted = options["solver"]
+        if wanted == "auto" and not plain:
+            return None
+        most = max_iterations(self.preconditioner, same_data, progress.budget)
+        if not solves_exactly(
+            curvature,
+            wanted,
+            data_stay=same_data or progress.budget > 1.0,
+            first_step=not progress.steps,
+            batched=bool(progress.batched_rows),
+            products=most if not same_data else PRODUCTS_OF_SOLVE,
+        ):
+            return None
+        stuck = progress.exact_stuck_at
+        state = DampingState(
+            progress.exact_damping, progress.exact_wall, math.nan if stuck < 0 else stuck
+        )
+        first = options["damping"] if not progress.steps else None
+        found = exact_step(objective, here, curvature, state, self._norms, first, timer)
+        if found is None and wanted == "exact":
+            raise RuntimeError(
+                'solver="exact" needs a root of the loss\'s Hessian, but a term of the loss is not '
+                'convex in its outputs, or couples too many of them. Take solver="auto".'
+            )
+        return found
+
+    def _chosen_solver_is_free(self) -> bool:
+        """Whether no option says that conjugate gradients are wanted."""
+        options = self.param_groups[0]
+        default = getattr(self.preconditioner, "base", None) == "kronecker"
+        return default and options["cg_max_iter"] is None and options["cg_decay"] is None
+
     def _damping(
         self, given: float | None, here: Evaluation, curvature: ObjectiveOperator, space: Space
     ) -> float:
@@ -312,7 +368,8 @@ class HFOptimizer(FlatStateOptimizer):
         options = self.param_groups[0]
         with timer.part("preconditioner"):
             self.preconditioner.begin(damping, LayerStatistics(curvature))
-        most = options["cg_max_iter"] or max_iterations(self.preconditioner, same_data)
+        budget = self._progress.seeing(here.loss, same_data).budget
+        most = options["cg_max_iter"] or max_iterations(self.preconditioner, same_data, budget)
         decay = options["cg_decay"]
         if decay is None:
             ratio_misses_noise = not same_data and not curvature.objective.own_curvature_batches
@@ -340,7 +397,16 @@ class HFOptimizer(FlatStateOptimizer):
             vector.move(space.whole(move.direction), move.length)
         if solution is not None:
             self.preconditioner.end()
-        progress = self._progress
+        progress = self._progress.seeing(here.loss, outcome.same_data)
+        if outcome.exact is not None:
+            self._norms = outcome.exact.norms
+            state = outcome.exact.found.state
+            progress = progress._replace(
+                exact_damping=state.damping,
+                exact_wall=state.hit_wall,
+                exact_stuck_at=-1.0 if math.isnan(state.stuck_at) else state.stuck_at,
+                batched_rows=float(outcome.exact.batched),
+            )
         if move.converged:
             progress = progress._replace(
                 rejections=0,
@@ -354,6 +420,7 @@ class HFOptimizer(FlatStateOptimizer):
             progress = progress._replace(
                 rejections=0 if outcome.accepted else progress.rejections + 1,
                 last_loss=move.loss,
+                last_start=here.loss,
                 last_cases=here.cases,
                 last_ratio=move.ratio,
                 noise=max(move.noise, progress.noise if outcome.same_data else 0.0),

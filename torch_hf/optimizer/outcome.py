@@ -8,9 +8,11 @@ from typing import NamedTuple
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
+from torch_hf.optimizer.exact_step import ExactStep
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
+from torch_hf.solver.choose_solver import CG, EXACT
 from torch_hf.solver.line_search import SearchResult
 from torch_hf.solver.trust_region import (
     EASY_ITERATIONS,
@@ -34,6 +36,7 @@ class StepDecision(NamedTuple):
             to be learnt, from a batch that is not finite.
         same_data: Whether the loss began where the last step left it.
         curvature_seen: Along the first vector that was multiplied.
+        exact: What an exact step hands to the next.
     """
 
     move: SearchResult
@@ -44,6 +47,28 @@ class StepDecision(NamedTuple):
     nothing_to_do: bool = False
     same_data: bool = True
     curvature_seen: float = math.nan
+    exact: ExactStep | None = None
+
+    @classmethod
+    def of_exact(
+        cls,
+        exact: ExactStep,
+        damping: float | None,
+        curvature: ObjectiveOperator,
+        variance: float | None,
+        same_data: bool,
+    ) -> StepDecision:
+        """An exact step's; the lambda of conjugate gradients stays."""
+        found = exact.found
+        move = SearchResult(
+            found.direction,
+            1.0 if found.direction is not None else 0.0,
+            found.loss,
+            found.ratio,
+            reason=found.reason,
+            converged=found.converged,
+        )
+        return cls(move, damping, None, curvature, variance, same_data=same_data, exact=exact)
 
     @property
     def accepted(self) -> bool:
@@ -52,7 +77,7 @@ class StepDecision(NamedTuple):
 
     def next_damping(self) -> float | None:
         """Lambda for the next step."""
-        if self.damping is None or self.nothing_to_do:
+        if self.damping is None or self.nothing_to_do or self.exact is not None:
             return self.damping
         if self.move.converged:  # unless lambda is what hides it, and not rounding
             return halfway(self.damping, self.curvature_seen)
@@ -90,7 +115,7 @@ class StepDecision(NamedTuple):
             new_loss=self.move.loss,
             accepted=self.accepted,
             reduction_ratio=self.move.ratio,
-            damping=math.nan if self.damping is None else self.damping,
+            damping=self._damping_used(),
             gradient_norm=here.gradient_norm,
             step_length=self.move.length,
             cg_iterations=solution.iterations if solution else 0,
@@ -105,7 +130,13 @@ class StepDecision(NamedTuple):
             seconds=timer.seconds(),
             requests=requests,
             converged=self.move.converged,
+            solver=EXACT if self.exact is not None else CG if solution else "",
         )
+
+    def _damping_used(self) -> float:
+        if self.exact is not None:
+            return self.exact.found.damping
+        return math.nan if self.damping is None else self.damping
 
 
 def _without_cg(here: Evaluation) -> Stop:

@@ -6,6 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+#: Weight of earlier steps' gains beside the last one's; so many steps before a budget grows.
+MEMORY, STEPS_OF_EVIDENCE = 0.9, 8.0
+#: Parts of the gains that must be found again for a larger budget, and below which it shrinks.
+KEPT, LOST = 0.9, 0.5
+MAX_BUDGET = 256.0
+
 
 class Progress(NamedTuple):
     """What is known of the steps so far; lambda is with the options, where users read and set it.
@@ -22,6 +28,16 @@ class Progress(NamedTuple):
         curvature_seen: The largest seen lately along a vector that was multiplied; 0 before there
             was one.
         noise: By how much the loss was seen to scatter on these data.
+        last_start: The loss where the last step began; nan before there was one.
+        claimed: How much steps on changing data lowered the loss of their own data, as parts of it
+            (a sum that forgets).
+        found_again: How much of that was found on the next step's data.
+        since_change: Steps of such evidence since ``budget`` changed.
+        budget: The factor on CG's iterations on new data that this evidence has earned.
+        exact_damping: Lambda of the next exact step; 0 before there was one.
+        exact_wall: Whether the last one's search ended at a lambda that failed.
+        exact_stuck_at: The loss from which no lambda led down; -1 elsewhere.
+        batched_rows: Whether the Jacobian's rows were seen to need a backward pass each.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
 
@@ -33,6 +49,15 @@ class Progress(NamedTuple):
     curvature_seen: float = 0.0
     noise: float = 0.0
     converged_at: float = -1.0
+    last_start: float = math.nan
+    claimed: float = 0.0
+    found_again: float = 0.0
+    since_change: float = 0.0
+    budget: float = 1.0
+    exact_damping: float = 0.0
+    exact_wall: float = 0.0
+    exact_stuck_at: float = -1.0
+    batched_rows: float = 0.0
 
     @property
     def ratio(self) -> float | None:
@@ -42,6 +67,27 @@ class Progress(NamedTuple):
     def still_converged(self, loss: float, gradient_norm: float) -> bool:
         """Whether the last step ended converged, and nothing has changed since."""
         return self.converged_at == gradient_norm and self.last_loss == loss
+
+    def seeing(self, loss: float, same_data: bool) -> Progress:
+        """With what a step's first loss says of the step before, if its data are others.
+
+        What small samples let a step gain is lost on the next sample, and more iterations would
+        lose more. What steps gain under a good model, as where points of an equation are drawn
+        anew, is found again on the next, and then CG may go further.
+        """
+        gain = self.last_start - self.last_loss
+        if same_data or not gain > 0 or not math.isfinite(loss) or not self.last_start > 0:
+            return self
+        claimed = MEMORY * self.claimed + gain / self.last_start
+        found = MEMORY * self.found_again + (self.last_start - loss) / self.last_start
+        seen = self._replace(
+            claimed=claimed, found_again=found, since_change=self.since_change + 1.0
+        )
+        if found < LOST * claimed and self.budget > 1.0:
+            return seen._replace(budget=self.budget / 2.0, since_change=0.0)
+        if seen.since_change < STEPS_OF_EVIDENCE or found < KEPT * claimed:
+            return seen
+        return seen._replace(budget=min(2.0 * self.budget, MAX_BUDGET), since_change=0.0)
 
     def with_curvature(self, seen: float) -> Progress:
         """With a curvature seen, which counts for some steps."""

@@ -20,6 +20,11 @@ from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.vector import ParameterVector
 
 _PREFIX = "preconditioner."
+#: What the optimizer itself keeps of length P: where CG ended, and squared norms of the Jacobian's
+#: columns (of up to ``MOST_NORMS`` parameters).
+VECTORS = ("cg_iterate", "column_norms")
+MOST_NORMS = 2**20
+Vectors = Mapping[str, Tensor | None]
 #: What every version wrote into each group; options that came later take their defaults.
 _ALWAYS_WRITTEN = (
     "lr",
@@ -38,12 +43,12 @@ _ALWAYS_WRITTEN = (
 def pack(
     state: Any,
     vector: ParameterVector,
-    start: Tensor | None,
+    vectors: Vectors,
     preconditioner: Preconditioner,
     progress: Progress,
     space: Space = LOCAL,
 ) -> None:
-    """Lays CG's last iterate and the preconditioner's vectors out by parameter.
+    """Lays the optimizer's vectors and the preconditioner's out by parameter.
 
     Parameters that are not in ``vector`` (frozen since) lose theirs: it would be another step's.
     Vectors of which this rank holds a part are left where they are, for :func:`whole_state`.
@@ -54,13 +59,13 @@ def pack(
     state[vector.params[0]].update(progress._asdict())
     if isinstance(space, Sharded):
         return
-    flats = {"cg_iterate": vector.zeros() if start is None else start}
+    flats = {k: vector.zeros() if v is None else v for k, v in vectors.items()}
     _lay_out(state, vector, flats | _prefixed(preconditioner), vector.numel)
 
 
 def whole_state(
     vector: ParameterVector,
-    start: Tensor | None,
+    vectors: Vectors,
     preconditioner: Preconditioner,
     progress: Progress,
     space: Sharded,
@@ -69,9 +74,9 @@ def whole_state(
 
     Every rank must call this: it is one all-gather for each vector.
     """
-    flats: dict[str, Any] = {"cg_iterate": vector.zeros().cpu()}
-    if start is not None:
-        flats["cg_iterate"] = space.whole(start).cpu()
+    flats: dict[str, Any] = {}
+    for key, value in vectors.items():
+        flats[key] = (vector.zeros() if value is None else space.whole(value)).cpu()
     for key, value in _prefixed(preconditioner).items():
         flats[key] = value
         if _is_vector(value, space.length):
@@ -107,8 +112,8 @@ def unpack(
     vector: ParameterVector,
     preconditioner: Preconditioner,
     space: Space = LOCAL,
-) -> Tensor | None:
-    """The last iterate, from state that was saved; the preconditioner takes its own.
+) -> dict[str, Tensor | None]:
+    """The optimizer's vectors from state that was saved; the preconditioner takes its own.
 
     ``Optimizer.load_state_dict`` has cast the tensors to the parameters' types, so they are
     read once more from what was saved.
@@ -119,7 +124,7 @@ def unpack(
     owners = {id(p) for p, entries in original.items() if "cg_iterate" in entries}
     if owners != {id(p) for p in vector.params}:  # none, or of other parameters: of no use here
         preconditioner.load_state_dict({})
-        return None
+        return {}
     first = {k: v for k, v in original[vector.params[0]].items() if k not in Progress._fields}
     flats: dict[str, Any] = {}
     for key, value in first.items():
@@ -134,12 +139,16 @@ def unpack(
             continue
         own = space.own(vector.joined([original[p][key] for p in vector.params]))
         flats[key] = own.to(device=vector.device, dtype=vector.dtype)
-    start = flats.pop("cg_iterate", None)
+    vectors = {name: _unless_zero(flats.pop(name, None), space) for name in VECTORS}
     preconditioner.load_state_dict({k.removeprefix(_PREFIX): v for k, v in flats.items()})
-    if start is None:
+    return vectors
+
+
+def _unless_zero(value: Tensor | None, space: Space) -> Tensor | None:
+    if value is None:
         return None
-    nonzero = space.norm(start) > 0 if space.sharded else bool(torch.any(start))
-    return start if nonzero else None
+    nonzero = space.norm(value) > 0 if space.sharded else bool(torch.any(value))
+    return value if nonzero else None
 
 
 def saved_progress(saved: Mapping[str, Any]) -> Progress:
@@ -199,7 +208,7 @@ def check_state(
     for i, p in zip([i for g in given for i in g["params"]], params, strict=True):
         for key, value in saved["state"].get(i, {}).items():
             shape = tuple(value.shape) if _may_be_vector(value) and value.ndim else ()
-            vector = key == "cg_iterate" or key in (_PREFIX + "s", _PREFIX + "y")
+            vector = key in VECTORS or key in (_PREFIX + "s", _PREFIX + "y")
             if vector and shape[len(shape) - p.ndim :] != tuple(p.shape):
                 raise ValueError(
                     f"The state's entry {key!r} of parameter {i} has shape {shape}, but the "

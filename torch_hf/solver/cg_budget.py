@@ -39,9 +39,16 @@ def is_same_data(last: Mapping[str, Any], loss: float, cases: float, dtype: torc
     return bool(abs(before - loss) <= allowed)
 
 
-def max_iterations(preconditioner: Preconditioner, same_data: bool) -> int:
-    """How far CG may go: all the way on data that stay, before it fits the sample on new ones."""
+def max_iterations(preconditioner: Preconditioner, same_data: bool, budget: float = 1.0) -> int:
+    """How far CG may go: all the way on data that stay, before it fits the sample on new ones.
+
+    Args:
+        preconditioner: With layers' factors fewer iterations do.
+        same_data: Whether the data are those of the step before.
+        budget: The factor on the number on new data that earlier steps have earned.
+    """
     if same_data:
         return MAX_ITER_SAME_DATA
     knows_layers = getattr(preconditioner, "has_layer_factors", False)
-    return MAX_ITER_WITH_FACTORS if knows_layers else MAX_ITER_WITHOUT_FACTORS
+    few = MAX_ITER_WITH_FACTORS if knows_layers else MAX_ITER_WITHOUT_FACTORS
+    return min(int(few * budget), MAX_ITER_SAME_DATA)

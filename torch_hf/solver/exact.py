@@ -108,9 +108,23 @@ class ExactSolver:
         return self.solve(damping, self.residual, self.rest)
 
     def solve(
-        self, damping: float, residual: Tensor | None = None, rest: Tensor | None = None
+        self,
+        damping: float,
+        residual: Tensor | None = None,
+        rest: Tensor | None = None,
+        refine: bool = True,
     ) -> Tensor:
         """As :meth:`step` for another gradient ``R^T residual + rest``, on the same factor."""
+        return self.solve_double(damping, residual, rest, refine).to(self.rows.dtype)
+
+    def solve_double(
+        self,
+        damping: float,
+        residual: Tensor | None = None,
+        rest: Tensor | None = None,
+        refine: bool = True,
+    ) -> Tensor:
+        """As :meth:`solve`, in float64; without refinement as right as Cholesky is."""
         if not damping >= 0 or math.isinf(damping):
             raise ValueError(f"damping must be a number that is not negative, got {damping}.")
         m, p = self.rows.shape
@@ -118,8 +132,23 @@ class ExactSolver:
         s = _vector("rest", rest, p, self.rows)
         if self._factor is None or self._factor[0] != damping:
             self._factor = (damping, self._factorize(damping))
-        refine = self._refined_in_rows if self.in_rows else self._refined
-        return refine(self._factor[1], r, s).to(self.rows.dtype)
+        solved = self._refined_in_rows if self.in_rows else self._refined
+        return solved(self._factor[1], r, s, MAX_ROUNDS if refine else 1)
+
+    def further(self, damping: float, d: Tensor) -> Tensor:
+        """What a second round of the same damped solve adds at d, in float64."""
+        moved = self.residual + self.times(d)
+        rest = self.rest + self.decay * d.double()
+        return self.solve_double(damping, moved, rest if bool(rest.any()) else None, refine=False)
+
+    @property
+    def order(self) -> int:
+        """Of the matrix that is factorized: the smaller of M and P."""
+        return min(self.rows.shape)
+
+    def length(self, d: Tensor) -> float:
+        """``|D d|``."""
+        return float((self.squares * d.double().square()).sum().sqrt())
 
     def quadratic(self, d: Tensor, damping: float = 0.0) -> float:
         """``g^T d + 1/2 d^T (R^T R + decay + lambda D^2) d``: the change predicted."""
@@ -194,7 +223,7 @@ class ExactSolver:
 
     # --- solves ---------------------------------------------------------------------------
 
-    def _refined(self, factor: _Factor, r: Tensor, s: Tensor) -> Tensor:
+    def _refined(self, factor: _Factor, r: Tensor, s: Tensor, rounds: int) -> Tensor:
         """In parameters: the gradient at d is taken through R, and the step there added."""
         diagonal = factor.diagonal
 
@@ -204,9 +233,9 @@ class ExactSolver:
             slope = self._transposed_times(r + self.times(d)) + s + diagonal * d
             return factor.solve(-slope)
 
-        return _refine(correction, torch.zeros_like(s), lambda _: None)
+        return _refine(correction, torch.zeros_like(s), lambda _: None, rounds)
 
-    def _refined_in_rows(self, factor: _Factor, r: Tensor, s: Tensor) -> Tensor:
+    def _refined_in_rows(self, factor: _Factor, r: Tensor, s: Tensor, rounds: int) -> Tensor:
         """In rows: ``d = -E^-1 (s + R^T u)`` with u the residual ``r + R d`` (E scaled to 1)."""
         least, weights = factor.least, factor.diagonal
         started = bool(s.any())
@@ -228,7 +257,7 @@ class ExactSolver:
         def accept(_: Tensor) -> None:
             dual.add_(fresh)
 
-        return _refine(correction, start, accept)
+        return _refine(correction, start, accept, rounds)
 
     # --- products -------------------------------------------------------------------------
 
@@ -297,10 +326,11 @@ def _refine(
     correction: Callable[[Tensor | None], Tensor],
     start: Tensor,
     accept: Callable[[Tensor], None],
+    rounds: int = MAX_ROUNDS,
 ) -> Tensor:
     """Corrections added up for as long as each is less than half of the one before."""
     d, last = start, math.inf
-    for i in range(MAX_ROUNDS):
+    for i in range(rounds):
         change = correction(d if i else None)
         size = float(torch.linalg.vector_norm(change))
         if i and not size < 0.5 * last:
