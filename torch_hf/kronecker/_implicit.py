@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from torch_hf.kronecker._active_search import NeuronSearch
 from torch_hf.kronecker._checks import Rows, as_indices
-from torch_hf.kronecker._deferred_updates import Matrix, Slot, Span
-from torch_hf.kronecker._initial_weights import Start
+from torch_hf.kronecker._deferred_updates import Matrix, Span
+from torch_hf.kronecker._geometry import Geometry, Points, Slot
+from torch_hf.kronecker._grid import Grid, GridOfLayer, parts
+from torch_hf.kronecker._initial_weights import GridStart, Start
 from torch_hf.kronecker._sparse_gradient import entries_of
 from torch_hf.kronecker.factors import KroneckerFactors
 
@@ -32,19 +34,29 @@ class ImplicitWeights(nn.Module):
     """
 
     coefficients: nn.Parameter
-    correlations: Tensor
+    products: Tensor
     fingerprint: Tensor
     _gram: Tensor | None
 
     def __init__(
-        self, factors: KroneckerFactors, start: Start, full_gram: bool, keep_initial: bool
+        self,
+        factors: KroneckerFactors,
+        start: Start | GridStart,
+        grid: Grid | None,
+        full_gram: bool,
+        keep_initial: bool,
     ) -> None:
         super().__init__()
-        self.factors, self.start = factors, start
+        self.factors, self.start, self._grid = factors, start, grid
         self.register_buffer("fingerprint", factors.gram([0])[0])  # of the data, in checkpoints
         self.register_buffer("_gram", factors.gram() if full_gram else None, persistent=False)
-        self.register_buffer("correlations", start.draw(keep_initial))
-        self.coefficients = nn.Parameter(torch.zeros_like(self.correlations.T.contiguous()))
+        if isinstance(start, Start):
+            products = start.draw(keep_initial)
+        else:
+            products = start.values.new_zeros(start.grid.shape(start.neurons))
+        self.register_buffer("products", products)
+        shape = (len(factors), start.neurons)
+        self.coefficients = nn.Parameter(products.new_zeros(shape))
         self._span, self._search = Span(), NeuronSearch()
         self.register_state_dict_pre_hook(_settle_first)  # type: ignore[no-untyped-call]
         self._adopt()
@@ -56,9 +68,18 @@ class ImplicitWeights(nn.Module):
         Done before anything is saved, moved or converted. It changes results by rounding only.
         """
         self._check_untouched()
-        self._span.settle(self._weights, self.gram)
+        self._span.settle(self._weights, self._geometry)
         self.start.scale.fill_(self._span.anchors[0])
         self._version = self.coefficients._version
+
+    @property
+    def correlations(self) -> Tensor:
+        """Of the neurons with the data, ``(m, n)``; read anew from the products of a grid."""
+        if self._grid is None:
+            return self.products
+        self.settle()
+        points = torch.arange(len(self.factors), device=self.products.device)
+        return self._span.read(self._weights, points, self._geometry).T
 
     @torch.no_grad()
     def drift(self, indices: Rows | None = None) -> float:
@@ -72,7 +93,9 @@ class ImplicitWeights(nn.Module):
         """
         self.settle()
         samples = self._indices(range(len(self.factors)) if indices is None else indices)
-        difference = self.correlations[:, samples] - self._anew(samples)
+        if self._grid is not None:
+            return self._grid_drift(self._grid, samples)
+        difference = self.products[:, samples] - self._anew(samples)
         return float(difference.abs().max()) if len(samples) else 0.0
 
     @torch.no_grad()
@@ -85,10 +108,14 @@ class ImplicitWeights(nn.Module):
             RuntimeError: The layer was made with ``keep_initial=False``.
         """
         self.settle()
-        points = torch.arange(len(self.factors), device=self.correlations.device)
+        if self._grid is not None:
+            for part in parts(self.products.shape[2], self.products[..., 0].numel()):
+                self.products[..., part] = self._grid.products(self.coefficients[:, part])
+            return
+        points = torch.arange(len(self.factors), device=self.products.device)
         for first in range(0, len(points), 1024):
             samples = points[first : first + 1024]
-            self.correlations[:, samples] = self._anew(samples)
+            self.products[:, samples] = self._anew(samples)
         self._search.forget()
 
     def gram(self, rows: Tensor, columns: Tensor | None = None) -> Tensor:
@@ -111,8 +138,8 @@ class ImplicitWeights(nn.Module):
             )
         samples, found = entries_of(gradient, self.coefficients.dtype)
         span, search = self._span, self._search
-        span.limit(0 if search.tree is not None else capacity, self._weights, self.gram)
-        span.advance(self._weights, transition, gain, samples, found, self.gram)
+        span.limit(0 if search.tree is not None else capacity, self._weights, self._geometry)
+        span.advance(self._weights, transition, gain, samples, found, self._geometry)
         search.touched(found)
         self._version = self.coefficients._version
 
@@ -127,15 +154,35 @@ class ImplicitWeights(nn.Module):
 
     def _anew(self, samples: Tensor) -> Tensor:
         """Correlations ``(m, k)`` as the coefficients say."""
+        assert isinstance(self.start, Start)
         start = self.start.kept()[:, samples] * float(self.start.scale)
         return start.addmm_(self.coefficients.T, self.gram(samples).T)
 
+    def _grid_drift(self, grid: Grid, samples: Tensor) -> float:
+        largest = 0.0
+        for part in parts(self.products.shape[2], self.products[..., 0].numel()):
+            coefficients = self.coefficients[:, part]
+            both = [
+                grid.read([Slot(coefficients, products)], [1.0], samples)
+                for products in (self.products[..., part], grid.products(coefficients))
+            ]
+            if len(samples):
+                largest = max(largest, float((both[0] - both[1]).abs().max()))
+        return largest
+
     @property
     def _weights(self) -> Slot:
-        return Slot(self.coefficients.detach(), self.correlations)
+        return Slot(self.coefficients.detach(), self.products)
+
+    @property
+    def _geometry(self) -> Geometry:
+        if self._grid is None:
+            return Points(self.gram)
+        assert isinstance(self.start, GridStart)
+        return GridOfLayer(self._grid, self.start.values)
 
     def _indices(self, indices: Rows) -> Tensor:
-        return as_indices(indices, len(self.factors), self.correlations.device)
+        return as_indices(indices, len(self.factors), self.products.device)
 
     def _adopt(self) -> None:
         """Takes the parameter as it is."""
@@ -157,7 +204,11 @@ class ImplicitWeights(nn.Module):
         dtype = self.factors.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.factors = self.factors.to(self.coefficients.device, self.coefficients.dtype)
-        self.start.moved(self.factors)
+        if isinstance(self.start, GridStart):
+            self._grid = self.start.grid.to(self.factors)
+            self.start.moved(self.factors, self._grid)
+        else:
+            self.start.moved(self.factors)
         if self._gram is not None and self.factors.dtype != dtype:
             self._gram = self.factors.gram()
         self._search.forget()

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.sgd import sgd as plain_sgd
 
 from torch_hf import _checks
-from torch_hf.kronecker._deferred_updates import Matrix, Slot
+from torch_hf.kronecker._deferred_updates import Matrix
+from torch_hf.kronecker._geometry import Slot
 from torch_hf.kronecker._implicit import ImplicitWeights, layer_of
 
 #: Gradient rows held back by default; benchmarks/kronecker.py compares.
@@ -39,7 +40,8 @@ class KroneckerSGD(torch.optim.Optimizer):
         nesterov: Whether the momentum is Nesterov's; needs momentum and no dampening.
         maximize: Ascend.
         defer: Gradient rows (samples) held back before one larger update; 0 is none, None is 256,
-            or fewer for very wide layers. They take ``defer * m`` numbers.
+            or fewer for very wide layers, and none for pairs in a grid. They take ``defer * m``
+            numbers.
         refresh_every: Steps after which correlations are computed anew, to shed what rounding adds
             up to; n² m multiply-adds each time. None is never: see ``KroneckerLinear.drift``.
         **others: None; of an option that cannot be exact, the error says why.
@@ -162,7 +164,7 @@ class KroneckerSGD(torch.optim.Optimizer):
         first = bool(group["momentum"]) and "velocity_coefficients" not in state
         if first:
             state["velocity_coefficients"] = torch.zeros_like(layer.coefficients)
-            state["velocity_correlations"] = torch.zeros_like(layer.correlations)
+            state["velocity_correlations"] = torch.zeros_like(layer.products)
             state["velocity_anchor"] = 0.0
         velocity = state.get("velocity_coefficients")
         held = layer._span.velocity
@@ -175,7 +177,7 @@ class KroneckerSGD(torch.optim.Optimizer):
         transition, gain = linear_step(group, first)
         if velocity is None:
             transition, gain = [[transition[0][0]]], gain[:1]
-        layer._advance(transition, gain, _capacity(group["defer"], layer.coefficients.shape[1]))
+        layer._advance(transition, gain, _capacity(group["defer"], layer))
         state["step"] = state.get("step", 0) + 1
         if group["refresh_every"] and state["step"] % group["refresh_every"] == 0:
             layer.refresh()
@@ -212,8 +214,12 @@ def linear_step(group: dict[str, Any], first: bool) -> tuple[Matrix, list[float]
     return transition, [-direct * sign, c * sign]
 
 
-def _capacity(defer: int | None, neurons: int) -> int:
-    return min(DEFERRED_ROWS, DEFERRED_NUMBERS // neurons) if defer is None else defer
+def _capacity(defer: int | None, layer: ImplicitWeights) -> int:
+    if defer is not None:
+        return defer
+    if layer._grid is not None:  # an update costs no more than one held back
+        return 0
+    return min(DEFERRED_ROWS, DEFERRED_NUMBERS // layer.coefficients.shape[1])
 
 
 def _settle_first(optimizer: torch.optim.Optimizer) -> None:
