@@ -130,8 +130,11 @@ def test_400_steps_are_those_of_dense_sgd(case, options):
     assert layer.drift() < 1e-10
 
 
+@pytest.mark.parametrize("limits", [(0, 0), (0, 10**9), (10**9, 0)])
 @pytest.mark.parametrize("defer", [0, 5, 64, None])
-def test_deferring_and_large_batches_change_nothing(defer):
+def test_deferring_large_batches_and_layouts_change_nothing(defer, limits, monkeypatch):
+    monkeypatch.setattr("torch_hf.kronecker._grid.SHORT_COLUMN", limits[0])
+    monkeypatch.setattr("torch_hf.kronecker._grid.SMALL_UPDATE", limits[1])
     layer = _layer(CASES["unit pairs"]())
     weight, model = _dense(layer)
     options, batches = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}, _batches(60, 50)

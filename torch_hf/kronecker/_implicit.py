@@ -53,7 +53,7 @@ class ImplicitWeights(nn.Module):
         if isinstance(start, Start):
             products = start.draw(keep_initial)
         else:
-            products = start.values.new_zeros(start.grid.shape(start.neurons))
+            products = start.grid.zeros(start.values, start.neurons)
         self.register_buffer("products", products)
         shape = (len(factors), start.neurons)
         self.coefficients = nn.Parameter(products.new_zeros(shape))
