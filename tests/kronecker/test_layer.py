@@ -297,6 +297,14 @@ def _step_with(optimizer):
     layer([1])
 
 
+def _written():
+    layer = _layer()
+    layer.coefficients.data[0, 0] = 1.0
+    with torch.no_grad():
+        layer.coefficients.add_(1.0)
+    layer([1])
+
+
 def _dense_gradient():
     layer = _layer()
     optimizer = KroneckerSGD(layer.parameters(), lr=0.1)
@@ -348,8 +356,14 @@ BAD = {
     "plain SGD": (
         lambda: _step_with(lambda p: torch.optim.SGD(p, lr=0.1)),
         RuntimeError,
-        "else than KroneckerSGD has changed",
+        "must be trained by KroneckerSGD, got a step of SGD",
     ),
+    "Adam": (
+        lambda: _step_with(torch.optim.Adam),
+        RuntimeError,
+        "must be trained by KroneckerSGD, got a step of Adam",
+    ),
+    "written": (_written, RuntimeError, "else than KroneckerSGD has changed"),
     "tree": (_momentum_mid_tree, RuntimeError, 'search="scan"'),
     "betas": (_sgd(lr=0.1, betas=(0.9, 0.999)), TypeError, "lead out of the span.*weight_decay"),
     "option": (_sgd(lr=0.1, foreach=True), TypeError, "no option 'foreach'. It takes lr, momentum"),

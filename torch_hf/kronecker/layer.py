@@ -120,7 +120,9 @@ class KroneckerLinear(ImplicitWeights):
         """
         samples = self._indices(indices)
         self._check_untouched()
+        self._watch()
         values = self._span.read(self._weights, samples, self._geometry)
+        self._rows_used = self._rows_used or torch.is_grad_enabled()
         return cast(Tensor, RowGradient.apply(self.coefficients, values, samples))
 
     def active(self, indices: Rows, threshold: float, *, search: str = "auto") -> ActiveNeurons:
@@ -147,12 +149,17 @@ class KroneckerLinear(ImplicitWeights):
             raise TypeError(f"threshold must be a number, got {type(threshold).__name__}.")
         samples = self._indices(indices)
         self._check_untouched()
+        self._watch()
         found = self._search.find(
             self._span, self._weights, self._geometry, samples, threshold, search
         )
         self._version = self.coefficients._version  # what was held back may be carried out now
         values = EntryGradient.apply(
-            self.coefficients, found.value, samples[found.row], found.neuron
+            self.coefficients,
+            found.value,
+            samples[found.row],
+            found.neuron,
+            lambda: self._rows_used,
         )
         return ActiveNeurons(found.row, found.neuron, values)
 
