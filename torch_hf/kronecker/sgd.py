@@ -134,8 +134,8 @@ class KroneckerSGD(torch.optim.Optimizer):
             limit = param_group.get("max_norm", self.defaults["max_norm"])
             if limit != self.defaults["max_norm"]:
                 raise ValueError(
-                    f"max_norm holds for all parameters and cannot be {limit!r} for one group. "
-                    f"Pass it to the constructor: KroneckerSGD(groups, max_norm={limit!r})."
+                    f"max_norm must be one number for all groups, got {limit!r} for one of them. "
+                    f"Give it once: KroneckerSGD(groups, max_norm={limit!r})."
                 )
         super().add_param_group(param_group)
 
