@@ -274,6 +274,16 @@ def test_the_network_takes_what_the_layer_takes():
     assert narrow.predict(points, draw=True).shape == (4,)
 
 
+def test_a_start_of_zero_factorizes_nothing(monkeypatch):
+    monkeypatch.setattr(initial, "_cholesky", lambda gram: pytest.fail("factorized"))
+    layer = _layer(_points(), init="joint", std=0.0)
+    assert not layer.predict(_points(7, n=3)).any()
+    _train(layer, KroneckerSGD(layer.parameters(), lr=0.1))
+    points = _points(7, n=3)
+    truth = points.dense() @ layer.to_dense().T
+    assert_close(layer.predict(points), truth, rtol=0, atol=1e-10)
+
+
 def test_a_layer_is_pickled_whole():
     layer = _trained(_pairs())
     file = io.BytesIO()

@@ -54,8 +54,6 @@ def joint(gram: Tensor, neurons: int, std: float, seed: int, dtype: torch.dtype)
     """
     generator = _generator(seed)
     found = torch.empty(neurons, len(gram), dtype=dtype, device=gram.device)
-    if std == 0.0:
-        return found.zero_()
     root = _root(gram).mul_(std)
     for first in range(0, neurons, NEURONS):
         rows = found[first : first + NEURONS]
@@ -148,7 +146,11 @@ class Start(nn.Module):
 
     def draw(self, keep: bool) -> Tensor:
         """Correlations ``(m, n)`` with the data."""
-        if self.kind == "joint":
+        if self.kind == "joint" and self.std == 0.0:
+            factors = self.factors
+            shape = (self.neurons, len(factors))
+            found = torch.zeros(shape, dtype=factors.dtype, device=factors.device)
+        elif self.kind == "joint":
             gram = self.factors.to(dtype=torch.float64).gram()
             dtype = self.factors.dtype
             found = joint(gram, self.neurons, self.std, int(self.seed), dtype)
@@ -190,6 +192,8 @@ class Start(nn.Module):
 
     def dual(self) -> Tensor:
         """V ``(n, m)``: one factorization of the Gram matrix, then remembered."""
+        if self._dual is None and self.std == 0.0:
+            self._dual = torch.zeros_like(self.kept().T, dtype=torch.float64)
         if self._dual is None:
             gram = self.factors.to(dtype=torch.float64).gram()
             self._dual = solve(gram, self.kept().T.double(), self.eps)

@@ -96,7 +96,8 @@ class KroneckerLinear(ImplicitWeights):
         given = init.to(factors.device, factors.dtype) if isinstance(init, Tensor) else None
         start: Start | GridStart
         if grid is None:
-            _arguments.check_memory(factors, out_features, kind, full, keep_initial)
+            drawn = kind if std else "zero"
+            _arguments.check_memory(factors, out_features, drawn, full, keep_initial)
             start = Start(factors, out_features, kind, float(std), given)
         else:
             full = False
