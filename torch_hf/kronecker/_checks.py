@@ -94,7 +94,7 @@ def check_new_points(data: KroneckerFactors, points: KroneckerFactors) -> None:
 
 def as_indices(rows: Rows, length: int, device: torch.device, what: str = "indices") -> Tensor:
     """Numbers of points as a tensor ``(k,)``, each at least 0 and below ``length``."""
-    found = torch.as_tensor(rows, device=device)
+    found = torch.as_tensor(rows)  # checked where it lies: no wait for a device where it is a list
     if found.numel() == 0:
         found = found.long()
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
@@ -105,9 +105,9 @@ def as_indices(rows: Rows, length: int, device: torch.device, what: str = "indic
         raise ValueError(f"{what} must be a list or a vector, got shape {tuple(found.shape)}.")
     found = found.long()
     if len(found):
-        low, high = (int(x) for x in found.aminmax())
+        low, high = torch.stack(found.aminmax()).tolist()
         if low < 0 or high >= length:
             raise ValueError(
                 f"{what} must be from 0 to {length - 1}; got {low if low < 0 else high}."
             )
-    return found
+    return found.to(device)
