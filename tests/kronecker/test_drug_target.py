@@ -8,7 +8,7 @@ import numpy
 import pytest
 import torch
 from basics import normal
-from test_examples import run_example
+from example_runs import run_example
 from torch.testing import assert_close
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -76,12 +76,12 @@ def test_predictions_are_those_of_to_dense_and_stay(data, init):
 
 PROGRAM = """
 import sys, torch
-sys.path[:0] = sys.argv[1:3]
+sys.path[:0] = sys.argv[1:4]
 import kronecker.test_states as here
-layer = here._layer(here.DATA[sys.argv[3]](), seed=9)
-layer.load_state_dict(torch.load(sys.argv[4]))
+layer = here._layer(here.DATA[sys.argv[4]](), seed=9)
+layer.load_state_dict(torch.load(sys.argv[5]))
 layer.predict(here._points(8, n=3))
-torch.save(layer.predict(here._points(7, n=9)), sys.argv[5])
+torch.save(layer.predict(here._points(7, n=9)), sys.argv[6])
 """
 
 
@@ -89,7 +89,14 @@ torch.save(layer.predict(here._points(7, n=9)), sys.argv[5])
 def test_another_process_predicts_the_same(data, tmp_path):
     layer = _trained(DATA[data]())
     torch.save(layer.state_dict(), tmp_path / "state")
-    paths = [str(ROOT), str(ROOT / "tests"), data, str(tmp_path / "state"), str(tmp_path / "out")]
+    paths = [
+        str(ROOT),
+        str(ROOT / "tests"),
+        str(ROOT / "tests/helpers"),
+        data,
+        str(tmp_path / "state"),
+        str(tmp_path / "out"),
+    ]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *paths], capture_output=True, text=True, check=False
     )

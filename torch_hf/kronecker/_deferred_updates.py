@@ -23,6 +23,8 @@ from torch_hf.kronecker._geometry import Geometry, Slot
 from torch_hf.kronecker._sparse_gradient import Entries, add_product
 
 Matrix = list[list[float]]
+#: Numbers that are worked on at once where several passes follow.
+IN_CACHE = 2**16
 
 
 class Outstanding:
@@ -183,18 +185,26 @@ class Span:
         if self.mixing == _identity(size):
             return
         for tensors in zip(*self.slots(weights), strict=True):
-            if size == 1:
-                tensors[0].mul_(self.mixing[0][0])
-                continue
-            (a, b), (c, d) = self.mixing
-            first = tensors[0].clone()
-            tensors[0].mul_(a).add_(tensors[1], alpha=b)
-            tensors[1].mul_(d).add_(first, alpha=c)
+            _mix(tensors, self.mixing)
         self.anchors = [
             sum(p * x for p, x in zip(row, self.anchors, strict=True)) for row in self.mixing
         ]
         self.mixing = _identity(size)
         self.rescaled += 1
+
+
+def _mix(tensors: Sequence[Tensor], mixing: Matrix) -> None:
+    """Multiplies in place, some rows at a time: they stay in the processor's cache meanwhile."""
+    if len(tensors) == 1:
+        tensors[0].mul_(mixing[0][0])
+        return
+    (a, b), (c, d) = mixing
+    rows = max(1, IN_CACHE * len(tensors[0]) // tensors[0].numel())
+    rows = len(tensors[0]) if tensors[0].is_cuda else rows
+    for first, second in zip(tensors[0].split(rows), tensors[1].split(rows), strict=True):
+        before = first.clone()
+        first.mul_(a).add_(second, alpha=b)
+        second.mul_(d).add_(before, alpha=c)
 
 
 def _identity(size: int) -> Matrix:

@@ -26,8 +26,10 @@ class TwoLayerNetwork(nn.Module):
         shift: τ; None is √(0.4 log m), at which Φ(-τ) of the neurons are active at the start: 3.4 %
             of 4,096.
         search: See :meth:`KroneckerLinear.active`.
-        init, std, gram, keep_initial: See :class:`KroneckerLinear`. With ``search="tree"``,
-            ``gram="auto"`` takes no grid.
+        init: Of the hidden layer, as in :class:`KroneckerLinear`.
+        std: Of the hidden layer.
+        gram: Of the hidden layer; with ``search="tree"``, ``"auto"`` takes no grid.
+        keep_initial: Of the hidden layer.
 
     Raises:
         TypeError, ValueError: An argument is wrong.
