@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ def print_peak(case: Case) -> None:
     start = time.perf_counter() - began
     for _ in range(40):
         step()
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    status = Path("/proc/self/status").read_text()  # getrusage would count the parent's peak
+    size = 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1e9
     print(json.dumps({"start_s": start, "peak_gb": size}))
 
 

@@ -13,7 +13,13 @@ from torch import nn
 from torch.testing import assert_close
 
 import torch_hf.kronecker._initial_weights as initial
-from torch_hf.kronecker import KroneckerFactors, KroneckerLinear, KroneckerSGD, TwoLayerNetwork
+from torch_hf.kronecker import (
+    KroneckerFactors,
+    KroneckerLinear,
+    KroneckerSGD,
+    TwoLayerNetwork,
+    _memory,
+)
 
 N, M = 40, 6
 ROWS, COLS = torch.arange(N) % 4, (torch.arange(N) * 3) % 5
@@ -299,3 +305,55 @@ def test_a_layer_is_pickled_whole():
     again = torch.load(file, weights_only=False)
     assert_close(again.to_dense(), layer.to_dense(), rtol=0, atol=0)
     _train(again, KroneckerSGD(again.parameters(), lr=0.1))
+
+
+# Memory
+
+
+def _group(
+    folder, limit, used, reclaimable, names=("memory.max", "memory.current", "inactive_file")
+):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 7\n{names[2]} {reclaimable}\n")
+
+
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def test_what_a_container_leaves(tmp_path):
+    own = tmp_path / "own"
+    own.write_text("0::/outer/inner\n")
+    assert _memory._container(str(tmp_path), str(own)) is None
+    _group(tmp_path / "outer" / "inner", "max", 500, 0)
+    assert _memory._container(str(tmp_path), str(own)) is None
+    _group(tmp_path / "outer", 1000, 700, 200)
+    assert _memory._container(str(tmp_path), str(own)) == 500
+    _group(tmp_path / "outer" / "inner", 600, 550, 0)
+    assert _memory._container(str(tmp_path), str(own)) == 50
+    own.write_text("5:cpu:/x\n4:memory:/job\n")
+    _group(tmp_path / "memory" / "job", 900, 100, 30, V1)
+    assert _memory._container(str(tmp_path), str(own)) == 830
+    assert _memory._container(str(tmp_path), str(tmp_path / "none")) is None
+
+
+def test_the_least_room_counts(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(_memory, "_machine", lambda: 100)
+    for container, room in ((None, 100), (40, 40), (300, 100)):
+        monkeypatch.setattr(_memory, "_container", lambda container=container: container)
+        assert _memory.available(cpu) == room
+
+
+def test_what_the_caching_allocator_holds_free_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100, 1000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 70)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 30)
+    assert _memory.available(torch.device("cuda")) == 140
+
+
+def test_a_grid_that_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(_memory, "available", lambda device: 10_000)
+    with pytest.raises(MemoryError, match=r"coefficients and initial .*products of the grid"):
+        _layer(_pairs())

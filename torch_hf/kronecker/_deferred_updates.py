@@ -201,7 +201,7 @@ def _mix(tensors: Sequence[Tensor], mixing: Matrix) -> None:
     (a, b), (c, d) = mixing
     rows = max(1, IN_CACHE * len(tensors[0]) // tensors[0].numel())
     rows = len(tensors[0]) if tensors[0].is_cuda else rows
-    for first, second in zip(tensors[0].split(rows), tensors[1].split(rows), strict=True):
+    for first, second in zip(*(torch.split(x, rows) for x in tensors), strict=True):
         before = first.clone()
         first.mul_(a).add_(second, alpha=b)
         second.mul_(d).add_(before, alpha=c)

@@ -185,7 +185,7 @@ class KroneckerFactors:
         Of all points these are n² numbers, and a solve with them takes n³. For kernel ridge
         regression on pairs there is no need: by the vec trick (Airola & Pahikkala, arXiv
         1601.01507) a product with the pairs' Gram matrix is ``K_A Y K_B`` and a selection, which
-        conjugate gradients take; ``examples/drug_target.py`` has it.
+        conjugate gradients take; ``examples/pairs.py`` has it.
 
         Raises:
             MemoryError: The block would not fit.
