@@ -18,6 +18,7 @@ from torch_hf.loss.loss_hessians import LossTerm
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import Replay
 from torch_hf.objective.results import Evaluation, Graph
+from torch_hf.statistics.kronecker_factors import rows_of
 from torch_hf.vector import ParameterVector
 
 DOUBLE_BACKWARD, TANGENT_RULES = "double_backward", "tangent_rules"
@@ -146,6 +147,8 @@ class ObjectiveOperator:
         engine: How products are taken.
         cases: Number of cases in the curvature batches.
         products: Number of products taken.
+        rows: Of each of this rank's curvature batches, the rows of each output of its loss terms;
+            filled where layers are looked at.
     """
 
     def __init__(
@@ -167,6 +170,7 @@ class ObjectiveOperator:
         by_differences = engine == DIFFERENCES or objective.vector.sums
         self.engine = DIFFERENCES if by_differences else DOUBLE_BACKWARD
         self.products = 0
+        self.rows: list[list[int]] = []
         self.split: Split | None = None
         decay = objective.vector.spread(objective.decay)
         self.decay = objective.space.own(decay) if isinstance(decay, Tensor) else decay
@@ -187,6 +191,8 @@ class ObjectiveOperator:
             counts.append(graph.cases)
             if i == 0:
                 local = self._build(i, graph)
+            if objective.runs.layers:
+                self.rows.append(self._rows(graph, self.split if i == 0 else None))
             if graph.record.fast_convolutions and self.engine == DOUBLE_BACKWARD:
                 self.engine = TANGENT_RULES
         if len(counts) == 1:
@@ -194,6 +200,16 @@ class ObjectiveOperator:
         else:
             self.split = None
         return counts
+
+    def _rows(self, graph: Graph, split: Split | None) -> list[int]:
+        """The rows of each output of a batch's loss terms; none where the loss has no split."""
+        try:
+            split = split or self.objective.split(graph)
+        except RuntimeError:
+            if self.curvature == "hessian":  # which needs no split
+                return []
+            raise
+        return rows_of(split.loss_terms, self.objective.vector.params)
 
     def __call__(self, v: Tensor) -> Tensor:
         """The product with a vector of the objective's space, weight decay included.
