@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any, NoReturn
@@ -106,7 +108,10 @@ def _diagnose(args: argparse.Namespace) -> int:
     returned = _call(_factory(args.target), args.target)
     look = _question(returned, args.target)
     try:
-        found = look(args.curvature)
+        with _exits(f"what {args.target}() returned"):
+            found = look(args.curvature)
+    except Usage:
+        raise
     except Exception as error:  # the closure or the model failed: so would a step
         if not _raised_here(error):
             traceback.print_exc()
@@ -127,7 +132,10 @@ def _factory(target: str) -> Callable[[], Any]:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = importlib.import_module(name)
+        with _exits(repr(name)):
+            found: Any = importlib.import_module(name)
+    except Usage:
+        raise
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name.split(".")[0]:
             _fail(
@@ -148,10 +156,26 @@ def _factory(target: str) -> Callable[[], Any]:
 
 def _call(factory: Callable[[], Any], target: str) -> Any:
     try:
-        return factory()
+        with _exits(f"{target}()"):
+            return factory()
+    except Usage:
+        raise
     except Exception:
         traceback.print_exc()
         _fail(f"{target}() raised the error above. It is called without arguments.")
+
+
+@contextmanager
+def _exits(what: str) -> Iterator[None]:
+    """Code that ends the program has shown nothing, whatever exit code it gave."""
+    try:
+        yield
+    except SystemExit as error:
+        _fail(
+            f"{what} called sys.exit({'' if error.code is None else repr(error.code)}), so there "
+            "was nothing to look at. Name a function that returns, and keep a script's own "
+            'commands under if __name__ == "__main__".'
+        )
 
 
 def _question(returned: Any, target: str) -> Callable[[str], Diagnosis]:
@@ -202,7 +226,7 @@ def _plot(args: argparse.Namespace) -> int:
         _fail(f"There is no file {args.csv}.")
     except UnicodeDecodeError:
         _fail(f"{args.csv} is not a text file; expected one written by CSVLogger.")
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, csv.Error) as error:
         _fail(str(error))
     print(output)
     return OK

@@ -66,14 +66,15 @@ def group(given: Any, defaults: Mapping[str, Any]) -> None:
     options({**defaults, **given})
     for name in defaults.keys() - {"lr", "weight_decay"}:
         if given.get(name, defaults[name]) != defaults[name]:
-            told = f"{name} holds for all parameters and cannot be {given[name]!r} for one group. "
+            hint = f"Pass it to the constructor: HFOptimizer(groups, {name}={given[name]!r})."
             if name in ("preconditioner", "base"):
-                raise ValueError(
-                    f"{told}These groups are of an optimizer with another preconditioner: take "
-                    f"the entry {name!r} out, and pass the constructor the preconditioner you want."
+                hint = (
+                    "These groups are of an optimizer with another preconditioner: take the entry "
+                    f"{name!r} out, and pass the constructor the preconditioner you want."
                 )
             raise ValueError(
-                f"{told}Pass it to the constructor: HFOptimizer(groups, {name}={given[name]!r})."
+                f"{name} holds for all parameters and cannot be {given[name]!r} for one group. "
+                f"{hint}"
             )
 
 

@@ -63,6 +63,8 @@ class StepReport:
             ``"products"``, ``"preconditioner"``, ``"evaluations"``, ``"other"``).
         requests: Where a reader, such as a growth rule, asks for what is to be measured from
             the next step on.
+        converged: Whether the step stayed because what is left to gain is below the rounding of
+            the loss. The run goes on when the data change.
     """
 
     step: int
@@ -84,6 +86,7 @@ class StepReport:
     gradient_variance: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     requests: Requests = field(default_factory=Requests, repr=False, compare=False)
+    converged: bool = False
 
     def to_dict(self) -> dict[str, float | int | str | bool | None]:
         """The fields as one flat row; seconds become ``seconds_total`` and so on.

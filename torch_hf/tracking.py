@@ -6,10 +6,11 @@ import csv
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from torch_hf.report import StepReport
 
@@ -90,7 +91,7 @@ class CSVLogger:
     def _widen(self, new: list[str]) -> None:
         """Rewrite the file under a longer header, beside it first: a crash loses no row."""
         self._file.close()
-        with self.path.open(newline="", encoding="utf-8") as old:
+        with _opened(self.path) as old:
             rows = list(csv.DictReader(old))
         self._columns = [*self._columns, *new]
         longer = self.path.with_name(self.path.name + ".tmp")
@@ -115,7 +116,7 @@ def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
     Raises:
         ValueError: The file has no header.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    with _opened(Path(path)) as file:
         reader = csv.DictReader(file)
         names = reader.fieldnames
         if names is None:
@@ -131,7 +132,7 @@ def read_texts(path: str | os.PathLike[str], column: str) -> list[str]:
         path: A file that :class:`CSVLogger` wrote.
         column: Its name.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    with _opened(Path(path)) as file:
         return [row.get(column) or "" for row in csv.DictReader(file)]
 
 
@@ -225,8 +226,19 @@ def _row(report: Record) -> dict[str, object]:
     return dict(report.to_dict() if isinstance(report, StepReport) else report)
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A CSV file to read, with fields of any length: ``csv`` refuses those above 131,072."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            yield file
+    finally:
+        csv.field_size_limit(before)
+
+
 def _header(path: Path) -> list[str]:
-    with path.open(newline="", encoding="utf-8") as file:
+    with _opened(path) as file:
         return next(csv.reader(file), [])
 
 

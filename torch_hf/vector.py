@@ -149,6 +149,15 @@ class Trial:
         self.vector.changed()
 
     @torch.no_grad()
+    def moves(self, direction: Tensor, length: float) -> bool:
+        """Whether ``theta + length * direction`` differs from theta in any bit of this rank's."""
+        pieces = self.vector.views(direction)
+        return any(
+            not torch.equal(torch.add(old.to(d.dtype), d, alpha=length).to(old.dtype), old)
+            for old, d in zip(self.saved, pieces, strict=True)
+        )
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Puts theta back, bit for bit."""
         for p, old in zip(self.vector.local, self.saved, strict=True):

@@ -231,9 +231,10 @@ import test_dcp
 run = test_dcp.resume(torch.load(sys.argv[1], weights_only=True), 0, 2)
 torch.save((run.results(), run.model.state_dict()), sys.argv[2])
 """
+    paths = [ROOT, ROOT / "tests" / "helpers", Path(__file__).parent]
     subprocess.run(
         [sys.executable, "-c", code, tmp_path / "saved.pt", tmp_path / "done.pt"],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
         check=True,
         timeout=120,
     )

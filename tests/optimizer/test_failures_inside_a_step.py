@@ -340,8 +340,7 @@ def test_a_gradient_that_is_not_finite(used):
     assert torch.equal(w, torch.tensor([0.0, 1.0]))
     assert not report.accepted
     assert "gradient" in report.reason
-    after = optimizer.param_groups[0]["damping"]
-    assert after > damping if used else after is None or after > 0
+    assert optimizer.param_groups[0]["damping"] == damping
     optimizer.step(lambda: w.square().sum())
     assert optimizer.last_report.accepted
     assert optimizer.last_report.damping > 0

@@ -118,7 +118,7 @@ class Line:
 
 def test_a_good_first_length_costs_nothing():
     line = Line(lambda t: -t)
-    assert line.search(0.5) == (0.5, -0.5)
+    assert line.search(0.5)[:2] == (0.5, -0.5)
     assert line.lengths == []
 
 
@@ -141,7 +141,7 @@ def test_the_first_sufficient_length_of_the_grid(loss, expected, length):
     line = Line(lambda t: loss(t / length) * length)
     step = line.search(length)
     if expected is None:
-        assert step == (0.0, 0.0)
+        assert step[:2] == (0.0, 0.0)
         assert len(line.lengths) == 59  # with the first, 60 tries
     else:
         assert step.length == pytest.approx(length * 0.8**expected)

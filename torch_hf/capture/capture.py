@@ -194,11 +194,16 @@ class Capture(TorchFunctionMode):
 @contextmanager
 def differentiable_kernels(name: str) -> Iterator[None]:
     """The recurrent kernels of cuDNN have no double backward: others are used instead."""
-    if name in RECURRENT and torch.cuda.is_available():
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    else:
+    if not (name in RECURRENT and torch.cuda.is_available()):
         yield
+        return
+    # Not cudnn.flags(): it reads allow_tf32, which raises where fp32_precision was set.
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 _GRAD: Any = torch.Tensor.grad

@@ -9,7 +9,11 @@ from torch import Tensor
 
 from torch_hf import _messages
 from torch_hf.capture.capture import Record
-from torch_hf.curvature.finite_differences import CentralDifference, DifferenceGaussNewton
+from torch_hf.curvature.finite_differences import (
+    CentralDifference,
+    DifferenceGaussNewton,
+    StepChoice,
+)
 from torch_hf.curvature.products import BatchGaussNewton, BatchHessian, LocalProduct
 from torch_hf.distributed import LOCAL, Reducer
 from torch_hf.loss.case_counts import Cases
@@ -87,7 +91,7 @@ class GaussNewtonOperator:
         objective = Objective(
             closure,
             vector,
-            Replay(vector.device),
+            Replay(vector.device, vector.params),
             decay=[0.0] * len(vector.params),
             fast_convolutions=engine != DOUBLE_BACKWARD,
             reducer=Reducer(None, vector.device),
@@ -171,6 +175,7 @@ class ObjectiveOperator:
         self.engine = DIFFERENCES if by_differences else DOUBLE_BACKWARD
         self.products = 0
         self.rows: list[list[int]] = []
+        self.difference_step = StepChoice()
         self.split: Split | None = None
         decay = objective.vector.spread(objective.decay)
         self.decay = objective.space.own(decay) if isinstance(decay, Tensor) else decay
@@ -295,7 +300,11 @@ class ObjectiveOperator:
 
         if self.curvature == "hessian":
             return CentralDifference(
-                lambda values: objective.gradient_at(i, values, scale()), vector.local, space
+                lambda values: objective.gradient_at(i, values, scale()),
+                vector.local,
+                space,
+                self.difference_step,
+                [graph.loss],
             )
         self.split = objective.split(graph)
         return DifferenceGaussNewton(
@@ -304,6 +313,7 @@ class ObjectiveOperator:
             lambda values: objective.outputs_at(i, values),
             space,
             scale,
+            self.difference_step,
         )
 
     def _instead(self, error: RuntimeError, i: int, graph: Graph) -> LocalProduct:

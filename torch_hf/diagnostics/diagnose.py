@@ -150,7 +150,7 @@ def diagnose(
     else:
         run = closure
     vector = ParameterVector([p for p in params if p.requires_grad])
-    replay = Replay(vector.device)
+    replay = Replay(vector.device, vector.params)
     objective = Objective(
         run,
         vector,

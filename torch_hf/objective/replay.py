@@ -3,13 +3,18 @@
 Within a step every evaluation of the closure sees the same noise, and running
 statistics count the batch once. Buffers are found by a forward hook common to all
 modules, so that the optimizer need not know the model.
+
+Two optimizers may step in two threads: each looks at the modules of its own thread, and at
+those of other threads that hold its parameters (a closure may have workers). The global random
+generators belong to the process, and a step rewinds them for all threads.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,24 +25,44 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 
 class RandomState:
-    """The state of torch's, NumPy's and Python's global generators at one moment."""
+    """The state of Python's, NumPy's and torch's global generators, those of all devices.
+
+    A device's generator is read where its library has been set up; reading sets up none.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
         self.python = random.getstate()
-        self.torch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         numpy = sys.modules.get("numpy")
         self.numpy: Any = numpy.random.get_state() if numpy else None
+        self.torch = torch.get_rng_state()
+        self.devices = [(one, _library(one).get_rng_state(one)) for one in _devices(device)]
 
     def restore(self) -> None:
         """Puts the state back."""
         random.setstate(self.python)
-        torch.set_rng_state(self.torch)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, self.device)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        for device, state in self.devices:
+            _library(device).set_rng_state(state, device)
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    """Those that the closure may draw on: every one in use beside the parameters' own."""
+    found = [
+        torch.device(kind, i)
+        for kind in ("cuda", "xpu")
+        if getattr(torch, kind).is_initialized()
+        for i in range(getattr(torch, kind).device_count())
+    ]
+    known = {"cpu", "meta"} | {one.type for one in found}
+    draws = device.type not in known and hasattr(_library(device), "get_rng_state")
+    return [*found, device] if draws else found
+
+
+def _library(device: torch.device) -> Any:
+    """``torch.cuda``, ``torch.mps`` and the like."""
+    return getattr(torch, device.type, None)
 
 
 class Saved(NamedTuple):
@@ -65,9 +90,15 @@ class Saved(NamedTuple):
 
 
 class Buffers:
-    """The buffers of every module that ran, as they were before it ran first."""
+    """The buffers of every module that ran, as they were before it ran first.
 
-    def __init__(self) -> None:
+    Args:
+        params: Of the optimizer whose closure runs.
+    """
+
+    def __init__(self, params: Iterable[Tensor] = ()) -> None:
+        self.thread = threading.get_ident()
+        self.params = {id(p) for p in params}
         self.seen: set[nn.Module] = set()
         self.before: list[Saved] = []
 
@@ -85,12 +116,18 @@ class Buffers:
         return [Saved.of(s.module, s.name) for s in self.before]
 
     def _remember(self, module: nn.Module, inputs: Any) -> None:
-        if module in self.seen:
+        if module in self.seen or not self._is_ours(module):
             return
         for part in module.modules():  # a method of a child may run without its own forward
             if part not in self.seen:
                 self.seen.add(part)
                 self.before.extend(Saved.of(part, name) for name in part._buffers)
+
+    def _is_ours(self, module: nn.Module) -> bool:
+        """Not of another training that goes on in another thread."""
+        return threading.get_ident() == self.thread or any(
+            id(p) in self.params for p in module.parameters()
+        )
 
 
 def untraced(hook: Any) -> Any:
@@ -106,16 +143,20 @@ class Replay:
     The first run goes on as it would anyway and leaves its marks: generators move
     on, running statistics count the batch. Every later run starts from the same
     noise and the same buffers, and what it changes is put back.
+
+    Args:
+        device: The parameters'.
+        params: The optimizer's parameters.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, params: Iterable[Tensor] = ()) -> None:
         self.device = device
         self.autocast = torch.is_autocast_enabled(device.type)
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
         self.before = RandomState(device)
         self.after = self.before
         self.marks = [self.before]
-        self.buffers = Buffers()
+        self.buffers = Buffers(params)
         self.buffers_after: list[Saved] = []
 
     @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -44,6 +45,7 @@ class FlatStateOptimizer(Optimizer):
     last_report: StepReport | None
     _requests: Requests
     _start: Tensor | None  # where CG ended
+    _format: tuple[torch.dtype, torch.device] | None = None  # of the vectors kept
     _progress: Progress
 
     def _trainable(self) -> list[Tensor]:
@@ -79,15 +81,17 @@ class FlatStateOptimizer(Optimizer):
         vector: ParameterVector,
     ) -> Iterator[Objective]:
         """The step's objective; an error inside leaves everything as it was before."""
-        replay = Replay(vector.device)
+        replay = Replay(vector.device, vector.params)
         gradients = [p.grad for p in vector.params]
         objective = forgotten = None
+        form = self._format
         try:
-            forgotten = self._forget_if_stale(vector)
+            forgotten = self._forget_if_stale(vector) or self._convert(vector)
             objective = self._objective(closure, batches, curvature_batches, vector, replay)
             yield objective
         except BaseException as error:
             self.preconditioner.abandon()
+            self._format = form
             if forgotten is not None:
                 self._start, pairs = forgotten
                 self.preconditioner.load_state_dict(pairs)
@@ -135,6 +139,26 @@ class FlatStateOptimizer(Optimizer):
         self.preconditioner.load_state_dict({})
         return dropped
 
+    def _convert(self, vector: ParameterVector) -> tuple[Tensor | None, Any] | None:
+        """Takes what is kept along where the model went: ``model.double()``, ``.to(device)``.
+
+        Returns:
+            What it was before, for a step that fails; None where nothing has changed.
+        """
+        before, self._format = self._format, (vector.dtype, vector.device)
+        if before is None or before == self._format:
+            return None
+
+        def converted(value: Any) -> Any:
+            if not isinstance(value, Tensor) or (value.dtype, value.device) != before:
+                return value
+            return value.to(vector.device, vector.dtype)
+
+        kept = self._start, self.preconditioner.state_dict()
+        self._start = converted(kept[0])
+        self.preconditioner.load_state_dict({k: converted(v) for k, v in kept[1].items()})
+        return kept
+
     # --- checkpoints ---
 
     def _initialise(self) -> None:
@@ -172,6 +196,7 @@ class FlatStateOptimizer(Optimizer):
         whole = state_dict | {"state": {}} if space.sharded else state_dict
         super().load_state_dict(whole)  # of what is sharded no rank is to hold all
         self._start = unpack(state_dict, self.param_groups, vector, self.preconditioner, space)
+        self._format = vector.dtype, vector.device
         self._progress = saved_progress(state_dict)
         self._pack(vector, space)
 
@@ -197,5 +222,5 @@ class FlatStateOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ["preconditioner", "curvature", "process_group", "shard_state"]
-        own += ["last_report", "_requests", "_start", "_progress"]
+        own += ["last_report", "_requests", "_start", "_format", "_progress"]
         return super().__getstate__() | {name: getattr(self, name) for name in own}

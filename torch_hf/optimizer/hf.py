@@ -16,6 +16,7 @@ from torch import Tensor
 from torch_hf import _checks, _messages
 from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.curvature.operators import ObjectiveOperator
+from torch_hf.curvature.precision import warn_of_tf32
 from torch_hf.distributed import Space, check_group
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
@@ -30,10 +31,19 @@ from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.solver.cg import CGResult, conjugate_gradients
 from torch_hf.solver.cg_budget import is_same_data, max_iterations
-from torch_hf.solver.line_search import SearchResult, repeats, scaled, search
-from torch_hf.solver.trust_region import initial_damping, ratio_is_absurd, warm_start_factor
+from torch_hf.solver.line_search import CONVERGED, SearchResult, repeats, scaled, search
+from torch_hf.solver.trust_region import (
+    curvature_along,
+    damping_ceiling,
+    initial_damping,
+    ratio_is_absurd,
+    resolution,
+    warm_start_factor,
+)
 from torch_hf.vector import ParameterVector
 
+#: Said where the direction found is lost in the parameters' rounding.
+NO_BIT_MOVES = "converged: the step is below the rounding of the parameters"
 #: After so many rejections in a row a warning says what to look at.
 PATIENCE = 5
 
@@ -57,7 +67,7 @@ class HFOptimizer(FlatStateOptimizer):
         preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"kronecker"`` (factors of
             the layers' blocks, Martens & Grosse 2015), ``"kronecker-lbfgs"`` (the pairs of long
             runs on these), ``"diagonal"`` (Martens 2010, section 4.7), ``"none"``, or an object
-            with the methods of :class:`torch_hf.preconditioner.lbfgs.Preconditioner`.
+            with the methods of :class:`torch_hf.preconditioner.Preconditioner`.
         history_size: M, how many pairs are kept, an even number.
         cg_max_iter: The most CG iterations. None is 250 (Martens & Sutskever 2012) where the loss
             begins where the last step left it, on as many cases (so the data are the same), few
@@ -141,6 +151,7 @@ class HFOptimizer(FlatStateOptimizer):
         super().__init__(params, defaults)
         self._vector()  # complains now rather than at the first step
 
+    _knows_precision = False  # whether a step has looked at it
     _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
 
     @property
@@ -156,6 +167,9 @@ class HFOptimizer(FlatStateOptimizer):
         curvature_batches: Iterable[Any] | None = None,
     ) -> Any:
         """One step: lowers the closure's loss on this data, or leaves the parameters alone.
+
+        Afterwards ``.grad`` is the closure's own gradient at the old parameters, in memory that
+        nothing else holds.
 
         Args:
             closure: Computes the loss, in one of three forms: an L-BFGS closure as it stands
@@ -180,6 +194,7 @@ class HFOptimizer(FlatStateOptimizer):
         with attempt as objective, objective.replay.arithmetic():
             with timer.part("gradient"):
                 here = objective.evaluate(lambda waiting: checks.accumulated(waiting, self._left))
+            self._look_at_precision(objective)
             outcome = self._decide(objective, here, timer)
         self._commit(vector, objective.space, here, outcome)
         objective.replay.settle(counts=math.isfinite(here.loss))
@@ -190,28 +205,39 @@ class HFOptimizer(FlatStateOptimizer):
             warnings.warn(message, RuntimeWarning, stacklevel=4)
         return here.returned
 
+    def _look_at_precision(self, objective: Objective) -> None:
+        if not self._knows_precision:
+            self._knows_precision = True
+            vector = objective.vector
+            warn_of_tf32(vector.device, vector.dtype, objective.replay.buffers.seen)
+
     # --- the parts of a step, in the order it takes them ---
 
     def _decide(self, objective: Objective, here: Evaluation, timer: StepTimer) -> StepDecision:
         """Everything that is computed; nothing that lasts is changed."""
         vector, space = objective.vector, objective.space
+        damping = self.param_groups[0]["damping"]
+        if self._progress.still_converged(here.loss, here.gradient_norm):
+            move = SearchResult(None, 0.0, here.loss, reason=CONVERGED, converged=True)
+            return StepDecision(move, damping)
         reason = self._no_step(here)
         if reason:
             move = SearchResult(None, 0.0, here.loss, reason=reason)
-            nothing_to_do = math.isfinite(here.loss) and math.isfinite(here.gradient_norm)
-            return StepDecision(move, self.param_groups[0]["damping"], nothing_to_do=nothing_to_do)
+            return StepDecision(move, damping, nothing_to_do=True)
         with timer.part("gradient"):
             asked = self._requests.gradient_variance
             variance = objective.gradient_variance(here) if asked else None
             curvature = ObjectiveOperator(objective, self.curvature, here=here)
-        damping = self.param_groups[0]["damping"]
         same_data = is_same_data(self._progress._asdict(), here.loss, here.cases, vector.dtype)
-        if damping is None:
-            with timer.part("products"):
-                damping = initial_damping(here.gradient, curvature(here.gradient), space)
+        with timer.part("products"):
+            damping = self._damping(damping, here, curvature, space)
+        seen: list[float] = []
 
         def damped(v: Tensor) -> Tensor:
-            return curvature(v).add_(v, alpha=damping)
+            product = curvature(v)
+            if not seen:
+                seen.append(curvature_along(v, product, space))
+            return product.add_(v, alpha=damping)
 
         solution = self._solve(curvature, here, damped, damping, same_data, timer)
         with timer.part("products"):
@@ -225,12 +251,41 @@ class HFOptimizer(FlatStateOptimizer):
                 trial.place(whole(direction), length)
                 return objective.trial_loss(here)
 
-            move = search(loss_along, candidates, length, here.loss, damping, space)
+            noise = self._progress.noise if same_data else 0.0
+            least = resolution(here.loss, vector.dtype, noise)
+            move = search(loss_along, candidates, length, here.loss, damping, space, least)
+            tried = not math.isnan(move.ratio)
             odd = move.direction is None or ratio_is_absurd(move.ratio)
-            if odd and not repeats(loss_along, solution.last.vector):
-                reason = f"{move.reason}. " if move.reason else ""
-                move = move._replace(reason=reason + _messages.NOT_DETERMINISTIC)
-        return StepDecision(move, damping, solution, curvature, variance, same_data=same_data)
+            if tried and odd and not repeats(loss_along, solution.last.vector):
+                said = "" if move.converged or not move.reason else f"{move.reason}. "
+                reason = said + _messages.NOT_DETERMINISTIC
+                move = move._replace(reason=reason, converged=False, noise=0.0)
+            if move.direction is not None:
+                moves = trial.moves(whole(move.direction), move.length)
+                if not any(objective.reducer.numbers([float(moves)])):
+                    move = SearchResult(None, 0.0, here.loss, reason=NO_BIT_MOVES, converged=True)
+        return StepDecision(
+            move,
+            damping,
+            solution,
+            curvature,
+            variance,
+            same_data=same_data,
+            curvature_seen=seen[0] if seen else math.nan,
+        )
+
+    def _damping(
+        self, given: float | None, here: Evaluation, curvature: ObjectiveOperator, space: Space
+    ) -> float:
+        """Lambda of this step: that given, within what the curvature gives sense to."""
+        known = self._progress.curvature_seen
+        if given is None or (not known and self._progress.steps):  # of an older version's state
+            slope = here.gradient
+            product = curvature(slope)
+            if given is None:
+                return initial_damping(slope, product, space)
+            known = curvature_along(slope, product, space)
+        return min(given, damping_ceiling(known, here.gradient.dtype))
 
     def _no_step(self, here: Evaluation) -> str:
         """Why there is nothing to solve; empty where there is."""
@@ -286,15 +341,28 @@ class HFOptimizer(FlatStateOptimizer):
         if solution is not None:
             self.preconditioner.end()
         progress = self._progress
-        if not outcome.nothing_to_do:
+        if move.converged:
+            progress = progress._replace(
+                rejections=0,
+                last_loss=here.loss,
+                last_cases=here.cases,
+                noise=max(move.noise, progress.noise),
+                converged_at=here.gradient_norm,
+            )
+        elif not outcome.nothing_to_do:
             self._start = solution.last.vector if outcome.accepted and solution else None
-            progress = Progress(
-                steps=progress.steps,
+            progress = progress._replace(
                 rejections=0 if outcome.accepted else progress.rejections + 1,
                 last_loss=move.loss,
                 last_cases=here.cases,
                 last_ratio=move.ratio,
+                noise=max(move.noise, progress.noise if outcome.same_data else 0.0),
+                converged_at=-1.0,
             )
+        elif not math.isfinite(here.loss):  # such a batch says nothing, but many in a row do
+            progress = progress._replace(rejections=progress.rejections + 1)
+        if solution is not None:
+            progress = progress.with_curvature(outcome.curvature_seen)
         self._progress = progress._replace(steps=progress.steps + 1)
         for group in self.param_groups:
             group["damping"] = outcome.next_damping()

@@ -16,6 +16,7 @@ from torch_hf.solver.trust_region import (
     EASY_ITERATIONS,
     THRESHOLDS_ON_NEW_DATA,
     THRESHOLDS_ON_SAME_DATA,
+    halfway,
     next_damping,
 )
 
@@ -29,8 +30,10 @@ class StepDecision(NamedTuple):
         solution: What CG found, if it ran.
         curvature: The operator, if it was made.
         variance: The gradient's variance, if it was asked for.
-        nothing_to_do: Whether there was nothing to do: the gradient is zero, or ``lr``.
+        nothing_to_do: Whether there was nothing to do: the gradient is zero, or ``lr``; or nothing
+            to be learnt, from a batch that is not finite.
         same_data: Whether the loss began where the last step left it.
+        curvature_seen: Along the first vector that was multiplied.
     """
 
     move: SearchResult
@@ -40,6 +43,7 @@ class StepDecision(NamedTuple):
     variance: float | None = None
     nothing_to_do: bool = False
     same_data: bool = True
+    curvature_seen: float = math.nan
 
     @property
     def accepted(self) -> bool:
@@ -50,6 +54,8 @@ class StepDecision(NamedTuple):
         """Lambda for the next step."""
         if self.damping is None or self.nothing_to_do:
             return self.damping
+        if self.move.converged:  # unless lambda is what hides it, and not rounding
+            return halfway(self.damping, self.curvature_seen)
         return next_damping(
             self.damping,
             self.move.ratio,
@@ -57,6 +63,8 @@ class StepDecision(NamedTuple):
             self.move.floor,
             thresholds=THRESHOLDS_ON_SAME_DATA if self.same_data else THRESHOLDS_ON_NEW_DATA,
             easy=self.same_data and self._soon_solved(),
+            curvature=self.curvature_seen,
+            doubt=self.move.doubt,
         )
 
     def _soon_solved(self) -> bool:
@@ -96,6 +104,7 @@ class StepDecision(NamedTuple):
             gradient_variance=self.variance,
             seconds=timer.seconds(),
             requests=requests,
+            converged=self.move.converged,
         )
 
 

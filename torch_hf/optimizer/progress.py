@@ -19,6 +19,10 @@ class Progress(NamedTuple):
         last_loss: Where the last step that had something to do ended; nan before there was one.
         last_cases: How many cases it saw; 0 before there was one.
         last_ratio: Its actual over predicted change; nan where that is undefined.
+        curvature_seen: The largest seen along a vector that was multiplied, lately; 0 before there was
+            one.
+        noise: By how much the loss was seen to scatter on these data.
+        converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
 
     steps: int = 0
@@ -26,11 +30,23 @@ class Progress(NamedTuple):
     last_loss: float = math.nan
     last_cases: float = 0.0
     last_ratio: float = math.nan
+    curvature_seen: float = 0.0
+    noise: float = 0.0
+    converged_at: float = -1.0
 
     @property
     def ratio(self) -> float | None:
         """The last step's ratio; None before there was a step that had something to do."""
         return self.last_ratio if self.last_cases else None
+
+    def still_converged(self, loss: float, gradient_norm: float) -> bool:
+        """Whether the last step ended converged, and nothing has changed since."""
+        return self.converged_at == gradient_norm and self.last_loss == loss
+
+    def with_curvature(self, seen: float) -> Progress:
+        """With a curvature seen, which counts for some steps."""
+        kept = 0.9 * self.curvature_seen
+        return self._replace(curvature_seen=max(seen, kept) if math.isfinite(seen) else kept)
 
     @classmethod
     def restored(cls, entries: Mapping[str, Any]) -> Progress:

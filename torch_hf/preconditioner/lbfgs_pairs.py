@@ -13,6 +13,8 @@ Operator = Callable[[Tensor], Tensor]
 
 #: Pairs with s^T y at or below this times |s| |y| are left out: no curvature, or rounding.
 CURVATURE_ULPS = 10.0
+#: Squared lengths are left as they are between finfo.tiny and finfo.max to this power.
+SAFE_POWER = 0.6
 
 
 class PairSelection:
@@ -104,6 +106,10 @@ class CompactInverse:
     When lambda moved by ``shift`` since the pairs were made, Y stands for ``Y + shift S``:
     exact, and no vector is touched.
 
+    H is the same for pairs of any length, and scales with one over the curvature: where squares
+    would overflow or vanish, copies of length about 1 stand for the pairs, their curvature in
+    units of ``unit``.
+
     Args:
         pairs: A complete selection.
         damping: Lambda of the operator to be preconditioned.
@@ -122,10 +128,10 @@ class CompactInverse:
         self.s, self.y, order = pairs.stores()
         self.shift = damping - pairs.damping
         self.base = base
-        sy, ss, yy = self._gram()
-        eps = CURVATURE_ULPS * torch.finfo(self.s.dtype).eps
-        bound = eps * (ss.diagonal() * yy.diagonal()).clamp(min=0).sqrt()
-        curved = (sy.diagonal() > bound).tolist()
+        self.unit = 1.0
+        sy, yy, curved, safe = self._looked_at()
+        if not safe and self._rescale():
+            sy, yy, curved, _ = self._looked_at()
         self.usable = [row for row in order if curved[row]]
         if self.usable:
             self._factor(sy, yy if base is None else self._based(base))
@@ -134,6 +140,10 @@ class CompactInverse:
         """H r, for r of shape (P,)."""
         if not self.usable:
             return r.clone() if self.base is None else self.base(r)
+        found = self._times(r)
+        return found if self.unit == 1.0 else found.mul_(1.0 / self.unit)
+
+    def _times(self, r: Tensor) -> Tensor:
         if self.base is None:
             a, y = self._products((self.s, r), (self.y, r))
             b = self.gamma * (y + self.shift * a)
@@ -156,6 +166,36 @@ class CompactInverse:
         """Rows times vectors, added up over ranks in one small sum."""
         cut = self.space.cut
         return self.space.sum(torch.stack([cut(rows) @ cut(v) for rows, v in pairs]))
+
+    def _looked_at(self) -> tuple[Tensor, Tensor, list[bool], bool]:
+        """S Y^T, Y Y^T, which pairs have curvature, and whether no square left its range."""
+        sy, ss, yy = self._gram()
+        info = torch.finfo(self.s.dtype)
+        bound = CURVATURE_ULPS * info.eps * (ss.diagonal() * yy.diagonal()).clamp(min=0).sqrt()
+        squares = torch.cat([ss.diagonal(), yy.diagonal()])
+        safe = (squares > info.tiny**SAFE_POWER) & (squares < info.max**SAFE_POWER)
+        *curved, all_safe = torch.cat([sy.diagonal() > bound, safe.all()[None]]).tolist()
+        return sy, yy, curved, all_safe
+
+    def _rescale(self) -> bool:
+        """Takes scaled copies of the pairs; those that are zero or not finite become zero."""
+        rows = [self.space.cut(self.s), self.space.cut(self.y)]
+        squares = [torch.linalg.vector_norm(v, dim=1, dtype=torch.float64).square() for v in rows]
+        s, y = self.space.sum(torch.stack(squares)).sqrt()
+        y = y + abs(self.shift) * s
+        good = (s > 0) & (y > 0) & s.isfinite() & y.isfinite()
+        if not bool(good.any()):
+            return False
+        exponent = float((y / s)[good].log2().mean().round())
+        self.unit = 2.0 ** min(max(exponent, -100.0), 100.0)
+        self.shift /= self.unit
+
+        def scaled(rows: Tensor, factors: Tensor) -> Tensor:
+            factors = factors.clamp(max=torch.finfo(rows.dtype).max).to(rows.dtype)[:, None]
+            return torch.where(good[:, None], rows * factors, 0.0)
+
+        self.s, self.y = scaled(self.s, 1.0 / s), scaled(self.y, 1.0 / s / self.unit)
+        return True
 
     def _gram(self) -> tuple[Tensor, Tensor, Tensor]:
         """S Y^T, S S^T and Y Y^T with Y at the present lambda."""

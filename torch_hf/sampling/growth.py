@@ -55,10 +55,22 @@ class VarianceGrowth(Growth):
         if variance is None:
             report.requests.gradient_variance = True
             return size
-        allowed = self.theta * self.theta * report.gradient_norm * report.gradient_norm
-        if not math.isfinite(variance) or not variance > allowed * report.batch_cases:
+        if not math.isfinite(variance) or math.isnan(report.gradient_norm):
             return size
-        return math.ceil(variance / allowed) if allowed > 0 else math.inf
+        norm, exponent = math.frexp(report.gradient_norm)
+        allowed = self.theta * self.theta * norm * norm
+        variance = _times_power_of_two(variance, -2 * exponent)  # squares of norms overflow
+        if not variance > allowed * report.batch_cases:
+            return size
+        wanted = variance / allowed if allowed > 0 else math.inf
+        return math.ceil(wanted) if math.isfinite(wanted) else wanted
+
+
+def _times_power_of_two(x: float, exponent: int) -> float:
+    try:
+        return math.ldexp(x, exponent)
+    except OverflowError:
+        return math.copysign(math.inf, x)
 
 
 @dataclass(frozen=True)

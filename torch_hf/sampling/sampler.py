@@ -12,6 +12,8 @@ import torch.utils.data
 from torch_hf import _checks
 from torch_hf.report import StepReport
 from torch_hf.sampling.growth import GeometricGrowth, Growth
+from torch_hf.sampling.neglect import DRAWN_AHEAD, Neglect, refuse_as_sampler
+from torch_hf.sampling.state import check_state
 
 
 class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
@@ -100,6 +102,8 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         self.shuffle, self.drop_last, self.by_step = bool(shuffle), bool(drop_last), by_step
         self.measured = self.measured_before = float(batch_size)  # so far; before this epoch
         self.counts_updates, self._asked_epoch, self._walk = False, 0, _Walk(self)
+        reads = type(self.growth).measured is not Growth.measured
+        self._neglect = Neglect(self._grows_by_epoch(), type(self.growth).__name__ * reads)
 
     @property
     def epoch(self) -> int:
@@ -130,12 +134,15 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         _checks.between("epoch", epoch, 0)
         self._asked_epoch = epoch
         if epoch != self.epoch:
+            self._leave_epoch()
             self._walk, self.measured_before = self._walk.following(epoch), self.measured
+        self._neglect.set_epoch.hear()
 
     def update(self, report: StepReport) -> None:
         """Take note of one step: a batch is consumed, and the growth rule reads the report."""
         if not isinstance(report, StepReport):
             raise TypeError(f"update takes optimizer.last_report after a step, not {report!r}")
+        self._neglect.update.hear()
         wanted = float(min(self.growth.measured(report, self.measured), self.max_batch_size))
         self.measured = max(self.measured, wanted)
         before = self._walk.consumed if self.counts_updates else 0
@@ -143,6 +150,10 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of the running iteration, else of the next (if sizes stay as measured)."""
+        refuse_as_sampler(self)
+        return self._length()
+
+    def _length(self) -> int:
         walk = self._walk.following(self.epoch) if self._walk.done else self._walk
         rest = walk.rest(len(walk.ends))
         if not self.by_step:
@@ -151,8 +162,11 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         return len(walk.ends) + sum(1 for _ in iter(rest.draw, None))
 
     def __iter__(self) -> Iterator[list[int]]:
+        refuse_as_sampler(self)
         # A DataLoader opens iterators that it never draws from: they must not lose the place.
         begun = (self._walk.ends or self._walk.done) and not self._walk.primed
+        if begun:
+            self._leave_epoch()
         self._walk = self._walk.following(self.epoch) if begun else self._walk.rest(0)
         return self._walk
 
@@ -161,21 +175,35 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         return self._state(self._walk.rest(self._walk.consumed))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand where the saved sampler stood; a wrong entry raises as the class does."""
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state must be what state_dict() returned, but is {state!r}")
-        for name, own in self._state(self._walk).items():
-            got, kind = state.get(name), type(own)
-            got = float(got) if kind is float and type(got) is int else got
-            if not isinstance(got, kind) or (got != own if name in _FIXED else not got >= kind()):
-                problem = f"state entry {name!r} is {got!r}, but this sampler has {own!r}"
-                raise ValueError(f"{problem}: make it with the arguments of the one saved")
-        self._walk = _Walk(self, *(state[name] for name in _PLACE))
-        vars(self).update({name: type(getattr(self, name))(state[name]) for name in _MEASURED})
+        """Stand where the saved sampler stood.
+
+        Raises:
+            TypeError, ValueError: An entry is wrong, missing or unknown; the message names it, and
+                nothing has changed.
+        """
+        check_state(state, self._state(self._walk), _FIXED, self.cases)
+        walk = _Walk(self, *(state[name] for name in _PLACE))
+        walk.ahead = list(walk.ahead)
+        measured = {name: type(getattr(self, name))(state[name]) for name in _MEASURED}
+        vars(self).update(measured, _walk=walk)
+        self._neglect.update.heard |= self.counts_updates
 
     def _state(self, walk: _Walk) -> dict[str, Any]:
         mine = {name: getattr(self, name) for name in (*_FIXED, *_MEASURED)}
         return mine | {name: getattr(walk, name) for name in _PLACE}
+
+    def _grows_by_epoch(self) -> bool:
+        reads = type(self.growth).measured is not Growth.measured
+        first, own = self.first_batch_size, self.curvature_growth
+        batch = reads or self.growth.scheduled(first, 1) > first
+        curvature = own is not None and own.factor > 1 and self._first_curvature < first
+        return not self.by_step and ((batch and self.max_batch_size > first) or curvature)
+
+    def _leave_epoch(self) -> None:
+        walk = self._walk
+        most = len(walk.ends) > DRAWN_AHEAD and 2 * walk.ends[-1] >= self.cases
+        if walk.trains and walk.ends and (walk.done or most):
+            self._neglect.walked()
 
     def _clock(self) -> int:
         last_is_current = bool(self._walk.ends) and not self.counts_updates
@@ -207,6 +235,7 @@ class _Walk(Iterator[list[int]]):
     consumed: int = 0
     done: bool = False
     primed: bool = False  # drawn from by a loader that may start it anew
+    trains: bool = False  # drawn from where gradients are recorded
     order: torch.Tensor | None = None
 
     def clock(self, number: int) -> int:
@@ -228,7 +257,10 @@ class _Walk(Iterator[list[int]]):
         return slice(start + sampler.rank, self.ends[-1], ranks)
 
     def __next__(self) -> list[int]:
-        share, n = None if self.done else self.draw(), self.sampler.cases
+        share, n = None, self.sampler.cases
+        if not self.done:
+            self.trains |= self.sampler._neglect.draws(first=not self.ends)
+            share = self.draw()
         if share is None:
             raise StopIteration
         if self.order is None:
@@ -255,7 +287,7 @@ class _Walk(Iterator[list[int]]):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Called by ``StatefulDataLoader``; the sampler stands there too."""
         (sampler := self.sampler).load_state_dict(state)
-        if not len(sampler):  # StatefulDataLoader loads late: it would undo a set_epoch
+        if not sampler._length():  # StatefulDataLoader loads late: it would undo a set_epoch
             sampler._walk.done = True
             sampler.set_epoch(max(sampler.epoch, sampler._asked_epoch))
             sampler._walk.primed = not sampler._walk.done

@@ -15,6 +15,8 @@ from torch_hf.solver.trust_region import TRUSTED_RATIO, predict, reduction_ratio
 
 #: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
 SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
+#: Said where rounding hides what is left to gain.
+CONVERGED = "converged: what the quadratic still predicts is below the rounding of the loss"
 
 #: The loss at ``theta + length * direction``.
 LossAlong = Callable[[Tensor, float], float]
@@ -32,6 +34,7 @@ class Step(NamedTuple):
 
     length: float
     loss: float
+    noise: float = 0.0  # how far losses lay above the first where lengths came to nothing
 
 
 class SearchResult(NamedTuple):
@@ -44,6 +47,9 @@ class SearchResult(NamedTuple):
         ratio: Actual over predicted change at the iterate that backtracking chose.
         floor: The lambda below which rounding swallows it.
         reason: Why the step was rejected or shortened; empty otherwise.
+        doubt: By how much rounding of the loss may have changed the ratio.
+        noise: By how much the loss scatters, as far as this search saw.
+        converged: Whether rounding hides what is left to gain.
     """
 
     direction: Tensor | None
@@ -52,6 +58,9 @@ class SearchResult(NamedTuple):
     ratio: float = math.nan
     floor: float = 0.0
     reason: str = ""
+    doubt: float = 0.0
+    noise: float = 0.0
+    converged: bool = False
 
 
 def search(
@@ -61,8 +70,11 @@ def search(
     start_loss: float,
     damping: float,
     space: Space = LOCAL,
+    least: float = 0.0,
 ) -> SearchResult:
     """Backtracking, then the line search, and the ratio that the damping rule goes by.
+
+    Where the quadratic predicts less than what can be told from rounding, nothing is tried.
 
     Args:
         loss_along: The loss at theta + length * direction.
@@ -71,12 +83,15 @@ def search(
         start_loss: The loss at theta.
         damping: Lambda in the iterates' values of q.
         space: Takes the dot products.
+        least: The least change of the loss that says something.
     """
     if length == 0.0:
         return SearchResult(None, 0.0, start_loss, reason="lr is 0")
     if not candidates[-1].slope < 0:
         return SearchResult(None, 0.0, start_loss, reason="CG found no direction of descent")
     predicted, floor = predict(candidates[-1], length, damping, space)
+    if -least < predicted < 0 and -least < length * candidates[-1].slope:
+        return SearchResult(None, 0.0, start_loss, floor=floor, reason=CONVERGED, converged=True)
     enough = start_loss + TRUSTED_RATIO * predicted if predicted < 0 else -math.inf
     chosen, loss = backtrack(loss_along, candidates, length, enough)
     step = armijo(
@@ -86,17 +101,29 @@ def search(
         slope=chosen.slope,
         length=length,
         first_loss=loss,
+        least=least,
     )
     if chosen is not candidates[-1]:
         predicted, floor = predict(chosen, length, damping, space)
     ratio = reduction_ratio(start_loss, loss, predicted)
+    noise = max(least, step.noise)
+    found = SearchResult(
+        chosen.vector if step.length else None,
+        step.length,
+        step.loss,
+        ratio,
+        floor,
+        doubt=noise / abs(predicted) if predicted else 0.0,
+        noise=step.noise,
+    )
     if step.length == 0.0:
-        reason = f"no decrease of the loss along the direction in {MAX_TRIES} tries"
-        return SearchResult(None, 0.0, start_loss, ratio, floor, reason)
+        if abs(predicted) <= noise:
+            return found._replace(reason=CONVERGED, converged=True)
+        return found._replace(reason="no decrease of the loss at any length along the direction")
     if step.length != length:
         reason = f"line search shortened the step to {step.length / length:.3g} of its length"
-        return SearchResult(chosen.vector, step.length, step.loss, ratio, floor, reason)
-    return SearchResult(chosen.vector, step.length, step.loss, ratio, floor)
+        return found._replace(reason=reason)
+    return found
 
 
 def scaled(
@@ -180,6 +207,7 @@ def armijo(
     slope: float,
     length: float,
     first_loss: float,
+    least: float = 0.0,
 ) -> Step:
     """The first length of ``length * 0.8^j`` with enough decrease (Armijo 1966).
 
@@ -190,6 +218,8 @@ def armijo(
         slope: The gradient times the direction, below 0.
         length: The first length to try.
         first_loss: The loss there, known already.
+        least: The least change of the loss that says something: where the slope promises less,
+            the search ends.
 
     Returns:
         The step; of length 0 and with ``start_loss`` where no try was good enough.
@@ -197,8 +227,20 @@ def armijo(
     loss = first_loss
     for tries in range(MAX_TRIES):
         if tries:
+            if length * SHRINK * abs(slope) < least:
+                break
             length *= SHRINK
             loss = loss_along(direction, length)
         if -math.inf < loss <= start_loss + SUFFICIENT_DECREASE * length * slope:
             return Step(length, loss)
-    return Step(0.0, start_loss)
+    return Step(0.0, start_loss, _noise(start_loss, length * slope, loss, direction.dtype))
+
+
+def _noise(start_loss: float, change: float, loss: float, dtype: torch.dtype) -> float:
+    """By how much the loss scatters: its rise at a length where the slope alone should show.
+
+    A rise of more than half of the digits is no rounding: the gradient is not that of the loss.
+    """
+    rise = loss - start_loss
+    most = math.sqrt(torch.finfo(dtype).eps) * abs(start_loss)
+    return rise if abs(change) < rise <= most else 0.0

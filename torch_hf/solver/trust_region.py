@@ -32,6 +32,11 @@ ABSURD_RATIO = 10.0
 WARM_START_FACTOR = 0.9
 #: So few iterations from a warm start are a momentum.
 FEW_ITERATIONS = 3
+#: By how many units of rounding a loss may be off: it is a sum over cases in its own precision.
+LOSS_ULPS = 4.0
+#: Lambda is at most the curvature seen over this power of the rounding unit: 1.6e5 times it in
+#: float32, 5e11 times it in float64. Beyond that a step is too short to tell anything.
+CEILING_POWER = 0.75
 
 
 def initial_damping(gradient: Tensor, product: Tensor, space: Space = LOCAL) -> float:
@@ -47,12 +52,40 @@ def initial_damping(gradient: Tensor, product: Tensor, space: Space = LOCAL) -> 
         >>> initial_damping(torch.tensor([2.0, 0.0]), torch.tensor([6.0, 0.0]))
         3.0
     """
-    bend, square = space.dots((gradient, product), (gradient, gradient))
-    along = float(bend / square)
+    along = curvature_along(gradient, product, space)
     if not along or not math.isfinite(along):
         return 1.0
     # a negative curvature is mirrored by G + lambda I, so that it is never 0
     return INITIAL_DAMPING * along if along > 0 else -2.0 * along
+
+
+def curvature_along(v: Tensor, product: Tensor, space: Space = LOCAL) -> float:
+    """The Rayleigh quotient ``v^T G v / v^T v``; nan where v is zero or too large to square."""
+    bend, square = space.dots((v, product), (v, v))
+    return float(bend / square)
+
+
+def resolution(loss: float, dtype: torch.dtype, noise: float = 0.0) -> float:
+    """The least change of a loss that says something: its rounding, or the noise measured.
+
+    Args:
+        loss: At the present parameters.
+        dtype: Of the loss.
+        noise: By how much it was seen to scatter where it should have fallen.
+    """
+    return max(LOSS_ULPS * torch.finfo(dtype).eps * abs(loss), noise)
+
+
+def damping_ceiling(curvature: float, dtype: torch.dtype) -> float:
+    """The largest lambda of use beside this curvature; inf where none was seen.
+
+    Example:
+        >>> f"{damping_ceiling(2.0, torch.float32):.1e}", damping_ceiling(0.0, torch.float32)
+        ('3.1e+05', inf)
+    """
+    if not curvature > 0:
+        return math.inf
+    return float(curvature / torch.finfo(dtype).eps ** CEILING_POWER)
 
 
 def predict(
@@ -96,11 +129,14 @@ def next_damping(
     *,
     thresholds: tuple[float, float] = THRESHOLDS_ON_SAME_DATA,
     easy: bool = False,
+    curvature: float = math.nan,
+    doubt: float = 0.0,
 ) -> float:
     """Lambda for the next step.
 
     Up by 3/2 where the ratio is below the lower threshold (or undefined, or the step was
-    rejected), down by 2/3 above the upper one, never below the floor.
+    rejected), down by 2/3 above the upper one, never below the floor. A ratio that rounding may
+    have put on the other side of a threshold says nothing.
 
     Args:
         damping: Lambda of this step.
@@ -109,7 +145,10 @@ def next_damping(
         floor: The lambda that rounding swallows.
         thresholds: 1/4 and 3/4 (Martens 2010); higher on new data.
         easy: CG ended by itself after a few iterations: lambda outweighs the curvature, and falls
-            by 4 where the ratio is within 1/10 of 1.
+            by 4 where the ratio is within 1/10 of 1, or half of the way (in decades) to the
+            curvature seen, if that is more.
+        curvature: The curvature seen, if it is known.
+        doubt: By how much rounding of the loss may have changed the ratio.
 
     Example:
         >>> next_damping(3.0, 0.9, True, 1e-8), next_damping(2.0, 0.5, True, 1e-8)
@@ -118,13 +157,18 @@ def next_damping(
         (3.0, 3.0)
     """
     low, high = thresholds
-    if not accepted or not ratio >= low:
+    if not ratio + doubt >= low or (not accepted and doubt < low):
         damping = damping * DAMPING_FACTOR
-    elif easy and abs(ratio - 1.0) <= 0.1:
-        damping = damping / EASY_FACTOR
-    elif ratio > high:
+    elif easy and abs(ratio - 1.0) + doubt <= 0.1:
+        damping = min(damping / EASY_FACTOR, halfway(damping, curvature))
+    elif accepted and ratio - doubt > high:
         damping = damping / DAMPING_FACTOR
     return max(damping, floor)
+
+
+def halfway(damping: float, curvature: float) -> float:
+    """Lambda half of the way, in decades, down to the curvature; itself where it is below."""
+    return math.sqrt(damping) * math.sqrt(curvature) if 0 < curvature < damping else damping
 
 
 def warm_start_factor(ratio: float | None, max_iter: int, ratio_misses_noise: bool) -> float:
