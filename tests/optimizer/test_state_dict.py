@@ -202,7 +202,7 @@ def test_a_decay_that_changes_counts_before_and_after_a_restart():
                     )
                     optimizer.load_state_dict(saved)
             x, y = normal(10 + step, 12, 4), normal(50 + step, 12, 3)
-            optimizer.step(lambda x=x, y=y: F.mse_loss(model(x), y))
+            optimizer.step(lambda x=x, y=y, m=model: F.mse_loss(m(x), y))
         runs.append(theta(model))
     assert torch.equal(*runs)
 

@@ -68,7 +68,12 @@ SPLITTABLE = {
     "frozen": (behind_a_frozen_layer, reals(7), F.mse_loss, reals(3)),
     "convolution": (behind_a_convolution, reals(1, 7), F.cross_entropy, classes(3)),
     "embedding": (behind_an_embedding, classes(6, 3), F.mse_loss, reals(3)),
-    "tokens": (OfTokens, classes(6, 5), lambda z, y: F.cross_entropy(z, y.flatten()), classes(3, 5)),
+    "tokens": (
+        OfTokens,
+        classes(6, 5),
+        lambda z, y: F.cross_entropy(z, y.flatten()),
+        classes(3, 5),
+    ),
     "two losses": (behind_a_frozen_layer, reals(7), two_losses, reals(3)),
 }
 

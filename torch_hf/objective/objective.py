@@ -289,6 +289,12 @@ class Objective:
                 z.detach() for loss_term in self.split(graph).loss_terms for z in loss_term.outputs
             ]
 
+    def slopes_at(self, i: int, values: Sequence[Tensor]) -> list[Tensor | None]:
+        """The loss's gradient in these outputs, with other values in the parameters."""
+        with self._graph_at(i, values) as graph:
+            terms = self.split(graph).loss_terms
+            return [slope.detach() for loss_term in terms for slope in loss_term.gradient()]
+
     def gradient_at(self, i: int, values: Sequence[Tensor], scale: float) -> list[Tensor | None]:
         """The gradient on curvature batch ``i`` times ``scale``, at other parameters."""
         with self._graph_at(i, values) as graph:

@@ -233,7 +233,8 @@ class KroneckerPreconditioner:
 
 def _factor(kept: Tensor) -> Tensor:
     """A factor from a state; before version 0.2 one dimension stood behind it."""
-    return kept[(..., *[0] * (_ONES if kept.ndim > _ONES else 1))]
+    ones = _ONES if kept.ndim > _ONES else 1
+    return kept.view(kept.shape[:-ones])
 
 
 def mean_curvature(blocks: Sequence[LayerFactors], sizes: Sequence[int]) -> float:

@@ -80,9 +80,11 @@ def _mix(x: Tensor) -> Tensor:
     """A bijection of 64-bit numbers that leaves no pattern."""
     x = (x ^ _shifted(x, 30)) * _FIRST
     x = (x ^ _shifted(x, 27)) * _SECOND
-    return x ^ _shifted(x, 31)
+    mixed: Tensor = x ^ _shifted(x, 31)
+    return mixed
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     """To the right, zeros coming in, where torch would repeat the sign."""
-    return (x >> by) & (2 ** (64 - by) - 1)
+    shifted: Tensor = (x >> by) & (2 ** (64 - by) - 1)
+    return shifted

@@ -75,7 +75,7 @@ def measure(
     used = [layer for uses in groups.values() for layer in uses]
     if not used:
         return [], params[0].new_zeros(0)
-    slopes = []
+    slopes: list[Tensor] = []
     for k, h in enumerate(loss_terms):
         begin = len(slopes)
         signs = [
