@@ -241,9 +241,11 @@ class ObjectiveOperator:
         self._check_alive()
         self.products += 1
         objective = self.objective
+        v = objective.free(v)
         tangents = objective.vector.unflatten(objective.space.whole(v))
         total = objective.reducer.attempt(lambda: self._own_product(tangents))
         total = objective.space.reduce(objective.vector.zeros() if total is None else total)
+        total = objective.free(total)
         if isinstance(self.decay, Tensor):
             return total.addcmul_(self.decay, v)
         return total.add_(v, alpha=self.decay) if self.decay else total
