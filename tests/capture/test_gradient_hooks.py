@@ -110,7 +110,7 @@ def test_a_mask_that_depends_on_the_weights_is_that_of_the_step():
 def test_a_whole_parameter_may_be_held_and_a_hook_may_look():
     model, seen = network(), []
     model[0].weight.register_hook(torch.zeros_like)
-    model[2].weight.register_hook(lambda g: seen.append(float(g.norm())))
+    model[2].weight.register_hook(lambda g: seen.append(float(g.detach().norm())))
     model[2].bias.register_hook(lambda g: g)
     before = model[0].weight.detach().clone()
     plain, looked = network(), model
@@ -118,7 +118,7 @@ def test_a_whole_parameter_may_be_held_and_a_hook_may_look():
     assert torch.equal(looked[0].weight, before)
     assert seen
     watched = network()
-    watched[2].weight.register_hook(lambda g: seen.append(float(g.norm())))
+    watched[2].weight.register_hook(lambda g: seen.append(float(g.detach().norm())))
     for one in (plain, watched):
         HFOptimizer(one.parameters()).step(closure_of(one))
     for p, q in zip(plain.parameters(), watched.parameters(), strict=True):
@@ -130,7 +130,7 @@ def of_parameter(hook):
 
 
 def clipped(g):
-    return g * min(1.0, 1e-2 / float(g.norm()))
+    return g * min(1.0, 1e-2 / float(g.detach().norm()))
 
 
 def post_accumulate(model):

@@ -140,10 +140,10 @@ class Capture(TorchFunctionMode):
             self.record.differentiates_inside = True
         if func is torch.Tensor.register_hook and id(args[0]) not in self.ids:
             return func(args[0], watched(kwargs["hook"] if "hook" in kwargs else args[1]))
+        if func is torch.Tensor.to and scales_a_loss(args, kwargs):
+            raise RuntimeError(_messages.SCALED_LOSS)
         if name not in WATCHED:
             return func(*args, **kwargs)
-        if ALIASES.get(name) == "mul" and scales_a_loss(args):
-            raise RuntimeError(_messages.SCALED_LOSS)
         if self.fast_convolutions and has_rule(name, args, kwargs):
             self.record.fast_convolutions = True
             result: Any = convolve(*args, **kwargs)

@@ -1,33 +1,33 @@
-"""Whether a product of two tensors is a ``GradScaler``'s, which scales a closure's loss."""
+"""Whether a closure scales its loss by a ``GradScaler``."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+import gc
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-#: Frames between a scaler's method and the call that is looked at: a list of losses has a few.
-DEPTH = 10
 
+def scales_a_loss(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of ``Tensor.to`` brings a scaler's factor to a loss.
 
-def scales_a_loss(args: Sequence[Any]) -> bool:
-    """Whether the multiplication that is going on was written in a method of a ``GradScaler``.
-
-    A disabled scaler multiplies nothing.
+    That is the first thing its ``scale`` does, unless it is disabled. Who owns the factor is asked
+    of the garbage collector, and only of numbers that are moved in just that way.
 
     Args:
-        args: The multiplication's.
+        args: The call's.
+        kwargs: The call's.
     """
-    if len(args) != 2 or not all(isinstance(t, Tensor) for t in args) or args[1].numel() != 1:
+    factor = args[0]
+    odd = not kwargs.get("non_blocking") or "device" not in kwargs or factor.ndim
+    if odd or factor.dtype != torch.float32 or factor.requires_grad:
         return False
-    frame = sys._getframe(1)
-    for _ in range(DEPTH):
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-        if isinstance(frame.f_locals.get("self"), torch.amp.GradScaler):
-            return True
-    return False
+    return any(_is_scaler(owner, factor) for owner in gc.get_referrers(factor))
+
+
+def _is_scaler(owner: Any, factor: Tensor) -> bool:
+    if isinstance(owner, torch.amp.GradScaler):
+        return owner._scale is factor
+    return isinstance(owner, dict) and owner.get("_scale") is factor and "_growth_factor" in owner

@@ -79,17 +79,22 @@ def belong_together(
     are small counts, too.
     """
     u = [case_signs(z, Places(), k) for k, z in enumerate(outputs)]
-    pulled = [torch.zeros_like(p) if w is None else w for w, p in zip(pull(u), params, strict=True)]
-    lengths = [float(torch.linalg.vector_norm(w)) for w in pulled]
-    expected = sum(lengths)
+    v, expected = units(pull(u), params)
     if not expected or not math.isfinite(expected):
         return True
-    units = [w / length if length else w for w, length in zip(pulled, lengths, strict=True)]
-    pushed = zip(push(units), u, strict=True)
+    pushed = zip(push(v), u, strict=True)
     seen = sum(float((t.double() * c).sum()) for t, c in pushed if t is not None)
     if tolerance is None:
         tolerance = 4.0 * _rounding([*outputs, *params]) ** ROUNDING_POWER
     return abs(seen - expected) <= tolerance * expected
+
+
+def units(slopes: Sequence[Tensor | None], params: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    """Each parameter's part at length one, and the product with the whole: the sum of lengths."""
+    whole = [torch.zeros_like(p) if w is None else w for w, p in zip(slopes, params, strict=True)]
+    lengths = [float(torch.linalg.vector_norm(w)) for w in whole]
+    parts = [w / length if length else w for w, length in zip(whole, lengths, strict=True)]
+    return parts, sum(lengths)
 
 
 def agree(found: Sequence[Tensor | None], truth: Sequence[Tensor | None]) -> bool:

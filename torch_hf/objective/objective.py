@@ -304,10 +304,11 @@ class Objective:
             ]
 
     def slopes_at(self, i: int, values: Sequence[Tensor]) -> list[Tensor | None]:
-        """The loss's gradient in these outputs, with other values in the parameters."""
+        """The loss's gradient in these outputs, and the loss, at other parameters."""
         with self._graph_at(i, values) as graph:
             terms = self.split(graph).loss_terms
-            return [slope.detach() for loss_term in terms for slope in loss_term.gradient()]
+            slopes = [slope.detach() for loss_term in terms for slope in loss_term.gradient()]
+            return [*slopes, graph.loss.detach()]
 
     def gradient_at(self, i: int, values: Sequence[Tensor], scale: float) -> list[Tensor | None]:
         """The gradient on curvature batch ``i`` times ``scale``, at other parameters."""
