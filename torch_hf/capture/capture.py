@@ -139,7 +139,8 @@ class Capture(TorchFunctionMode):
         if func is torch.autograd.grad:
             self.record.differentiates_inside = True
         if func is torch.Tensor.register_hook and id(args[0]) not in self.ids:
-            return func(args[0], watched(kwargs["hook"] if "hook" in kwargs else args[1]))
+            register: Any = func
+            return register(args[0], watched(kwargs["hook"] if "hook" in kwargs else args[1]))
         if func is torch.Tensor.to and scales_a_loss(args, kwargs):
             raise RuntimeError(_messages.SCALED_LOSS)
         if name not in WATCHED:
