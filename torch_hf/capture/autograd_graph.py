@@ -85,10 +85,26 @@ def divisor(node: Any) -> float:
     return size if 0 < size < math.inf else 1.0
 
 
-def _field(node: Any, name: str) -> Any:
-    found = getattr(node, name, None)
-    if found is None:
-        raise RuntimeError(
+def saved(node: Any, name: str) -> Any:
+    """What a node keeps of its operands or settings under a name; it may be None.
+
+    Raises:
+        UnreadableFieldError: The node keeps nothing of that name.
+    """
+    return _field(node, f"_saved_{name}", optional=True)
+
+
+class UnreadableFieldError(RuntimeError):
+    """A node lacks a field: this torch builds its graph in another way."""
+
+
+_MISSING = object()
+
+
+def _field(node: Any, name: str, optional: bool = False) -> Any:
+    found = getattr(node, name, _MISSING)
+    if found is _MISSING or (found is None and not optional):
+        raise UnreadableFieldError(
             f"The node {node.name()} of autograd's graph must have the field {name}, got none in "
             f"torch {torch.__version__}. Take an older torch or a newer torch_hf."
         )

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from torch_hf.capture.autograd_graph import UnreadableFieldError
 from torch_hf.curvature.parameter_uses import (
     PerCase,
     UnknownUseError,
@@ -214,10 +215,10 @@ def _fill(rows: Tensor, root: HessianRoot, columns: _Columns, chunk: int) -> str
     try:
         uses = find_uses([z for z in root.outputs if z.grad_fn is not None], columns.own)
         ways = _ways_to_count(root, columns, uses)
-    except UnknownUseError:
+    except (UnknownUseError, UnreadableFieldError):
         ways = iter(())
     for cases, places in ways:
-        with suppress(UnknownUseError):
+        with suppress(UnknownUseError, UnreadableFieldError):
             laid = _laid_out(root, columns, uses, cases)
             _one_backward(rows, root, columns, laid, cases, places)
             if _is_right(rows, root, columns):

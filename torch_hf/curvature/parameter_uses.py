@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
 
+from torch_hf.capture.autograd_graph import leaf, operands, results, saved
 from torch_hf.capture.op_names import SHAPING, kind
 
 #: Operations on one tensor: of a weight they are a weight.
@@ -162,7 +163,7 @@ def find_uses(outputs: Sequence[Tensor], own: dict[int, int]) -> list[Use]:
     weights: dict[Any, Weight | None] = {}
     uses: list[Use] = []
     for node in order:
-        found = [None if fn is None else _weight(weights, fn, nr) for fn, nr in node.next_functions]
+        found = [None if fn is None else _weight(weights, fn, nr) for fn, nr in operands(node)]
         weights[node] = _as_weight(node, found, own)
         if weights[node] is None:
             uses += [_use(node, i, w) for i, w in enumerate(found) if w is not None]
@@ -182,7 +183,7 @@ def _operands_first(outputs: Sequence[Tensor]) -> list[Any]:
         elif node not in seen:
             seen.add(node)
             todo.append((node, True))
-            todo += [(fn, False) for fn, _ in node.next_functions if fn is not None]
+            todo += [(fn, False) for fn, _ in operands(node) if fn is not None]
     return order
 
 
@@ -194,12 +195,12 @@ def _weight(weights: dict[Any, Weight | None], node: Any, place: int) -> Weight 
 
 
 def _shape(node: Any, place: int = 0) -> torch.Size:
-    return torch.Size(node._input_metadata[place].shape)
+    return torch.Size(results(node)[place].shape)
 
 
 def _as_weight(node: Any, found: Sequence[Weight | None], own: dict[int, int]) -> Weight | None:
     """What a node's result is, if it is a weight."""
-    variable = getattr(node, "variable", None)
+    variable = leaf(node)
     if variable is not None:
         index = own.get(id(variable))
         if index is None:
@@ -217,7 +218,7 @@ def _as_weight(node: Any, found: Sequence[Weight | None], own: dict[int, int]) -
 
 
 def _keeps_weights(node: Any, found: Sequence[Weight | None], held: Sequence[Weight]) -> bool:
-    name, edges = kind(node), node.next_functions
+    name, edges = kind(node), operands(node)
     active = sum(fn is not None for fn, _ in edges)
     if len(held) < active:
         return False
@@ -233,7 +234,7 @@ def _keeps_weights(node: Any, found: Sequence[Weight | None], held: Sequence[Wei
 
 
 def _swaps(node: Any) -> bool:
-    return bool((node._saved_dim0 - node._saved_dim1) % 2 == 1)
+    return bool((saved(node, "dim0") - saved(node, "dim1")) % 2 == 1)
 
 
 def _use(node: Any, operand: int, weight: Weight) -> Use:
@@ -363,45 +364,45 @@ Parts = tuple[Tensor, Tensor | None]
 def _addmm(use: Use, g: Tensor, cases: int) -> Parts:
     node = use.node
     if use.operand == 0:
-        return _summed_to(use, g * node._saved_beta, cases), None
-    if node._saved_alpha != 1:
-        g = g * node._saved_alpha
+        return _summed_to(use, g * saved(node, "beta"), cases), None
+    if saved(node, "alpha") != 1:
+        g = g * saved(node, "alpha")
     if use.operand == 1:
-        return use.by_case(g.T, cases), use.by_case(node._saved_mat2.detach().T, cases)
-    return use.by_case(node._saved_mat1.detach(), cases), use.by_case(g, cases)
+        return use.by_case(g.T, cases), use.by_case(saved(node, "mat2").detach().T, cases)
+    return use.by_case(saved(node, "mat1").detach(), cases), use.by_case(g, cases)
 
 
 def _mm(use: Use, g: Tensor, cases: int) -> Parts:
     if use.operand == 0:  # the cases are columns
-        return use.by_case(g.T, cases), use.by_case(use.node._saved_mat2.detach().T, cases)
-    return use.by_case(use.node._saved_self.detach(), cases), use.by_case(g, cases)
+        return use.by_case(g.T, cases), use.by_case(saved(use.node, "mat2").detach().T, cases)
+    return use.by_case(saved(use.node, "self").detach(), cases), use.by_case(g, cases)
 
 
 def _bmm(use: Use, g: Tensor, cases: int) -> Parts:
     g = g[0]
     if use.operand == 0:
-        return use.by_case(g.T, cases), use.by_case(use.node._saved_mat2.detach()[0].T, cases)
-    return use.by_case(use.node._saved_self.detach()[0], cases), use.by_case(g, cases)
+        return use.by_case(g.T, cases), use.by_case(saved(use.node, "mat2").detach()[0].T, cases)
+    return use.by_case(saved(use.node, "self").detach()[0], cases), use.by_case(g, cases)
 
 
 def _mv(use: Use, g: Tensor, cases: int) -> Parts:
     if use.operand == 0:
         raise UnknownUseError
-    return use.by_case(g[:, None] * use.node._saved_self.detach(), cases).sum(1), None
+    return use.by_case(g[:, None] * saved(use.node, "self").detach(), cases).sum(1), None
 
 
 def _add(use: Use, g: Tensor, cases: int) -> Parts:
-    factor = use.node._saved_alpha if use.operand == 1 else 1
+    factor = saved(use.node, "alpha") if use.operand == 1 else 1
     return _scaled_sum(use, g, factor, cases)
 
 
 def _sub(use: Use, g: Tensor, cases: int) -> Parts:
-    factor = -use.node._saved_alpha if use.operand == 1 else 1
+    factor = -saved(use.node, "alpha") if use.operand == 1 else 1
     return _scaled_sum(use, g, factor, cases)
 
 
 def _rsub(use: Use, g: Tensor, cases: int) -> Parts:
-    factor = 1 if use.operand == 1 else -use.node._saved_alpha
+    factor = 1 if use.operand == 1 else -saved(use.node, "alpha")
     return _scaled_sum(use, g, factor, cases)
 
 
@@ -410,15 +411,15 @@ def _scaled_sum(use: Use, g: Tensor, factor: Any, cases: int) -> Parts:
 
 
 def _mul(use: Use, g: Tensor, cases: int) -> Parts:
-    factor = use.node._saved_other if use.operand == 0 else use.node._saved_self
+    factor = saved(use.node, "other") if use.operand == 0 else saved(use.node, "self")
     return _summed_to(use, g * factor.detach(), cases), None
 
 
 def _div(use: Use, g: Tensor, cases: int) -> Parts:
-    divisor = use.node._saved_other.detach()
+    divisor = saved(use.node, "other").detach()
     if use.operand == 0:
         return _summed_to(use, g / divisor, cases), None
-    slope = use.node._saved_self.detach() / divisor.square()
+    slope = saved(use.node, "self").detach() / divisor.square()
     return _summed_to(use, -g * slope, cases), None
 
 
@@ -429,15 +430,15 @@ def _expand(use: Use, g: Tensor, cases: int) -> Parts:
 def _prelu(use: Use, g: Tensor, cases: int) -> Parts:
     if use.operand != 1:
         raise UnknownUseError
-    return _summed_to(use, g * use.node._saved_self.detach().clamp(max=0), cases), None
+    return _summed_to(use, g * saved(use.node, "self").detach().clamp(max=0), cases), None
 
 
 def _normalised(use: Use, g: Tensor, cases: int) -> Parts:
     """Layer normalisation: weight and bias after the statistics."""
     node = use.node
     if use.operand == 1:
-        mean, scale = node._saved_result1.detach(), node._saved_result2.detach()
-        g = g * (node._saved_input.detach() - mean) * scale
+        mean, scale = saved(node, "result1").detach(), saved(node, "result2").detach()
+        g = g * (saved(node, "input").detach() - mean) * scale
     elif use.operand != 2:
         raise UnknownUseError
     return _summed_to(use, g, cases), None
@@ -446,25 +447,25 @@ def _normalised(use: Use, g: Tensor, cases: int) -> Parts:
 def _fixed_batch_norm(use: Use, g: Tensor, cases: int) -> Parts:
     """Batch normalisation by running statistics; by those of the batch it mixes cases."""
     node = use.node
-    if node._saved_training or use.operand not in (1, 2):
+    if saved(node, "training") or use.operand not in (1, 2):
         raise UnknownUseError
     if use.operand == 1:
         shape = (1, -1, *[1] * (g.ndim - 2))
-        mean, variance = node._saved_running_mean, node._saved_running_var
-        scale = (variance + node._saved_eps).rsqrt().view(shape)
-        g = g * (node._saved_input.detach() - mean.view(shape)) * scale
+        mean, variance = saved(node, "running_mean"), saved(node, "running_var")
+        scale = (variance + saved(node, "eps")).rsqrt().view(shape)
+        g = g * (saved(node, "input").detach() - mean.view(shape)) * scale
     total = use.by_case(g, cases).sum(1)
     return (total.flatten(2).sum(2) if total.ndim > 2 else total), None
 
 
 def _embedding(use: Use, g: Tensor, cases: int) -> Parts:
     node = use.node
-    if node._saved_scale_grad_by_freq or node._saved_sparse:
+    if saved(node, "scale_grad_by_freq") or saved(node, "sparse"):
         raise UnknownUseError
     entries, width = use.weight.shape
-    indices = use.by_case(node._saved_indices, cases)
+    indices = use.by_case(saved(node, "indices"), cases)
     rows = use.by_case(g, cases)
-    rows = rows * (indices != int(node._saved_padding_idx))[..., None]
+    rows = rows * (indices != int(saved(node, "padding_idx")))[..., None]
     offsets = entries * torch.arange(cases, device=g.device)[:, None]
     total = g.new_zeros(cases * entries, width)
     total.index_add_(0, (indices + offsets).reshape(-1), rows.reshape(-1, width))
@@ -474,8 +475,8 @@ def _embedding(use: Use, g: Tensor, cases: int) -> Parts:
 def _convolution(use: Use, g: Tensor, cases: int) -> Parts:
     node = use.node
     names = ("stride", "padding", "dilation", "transposed", "output_padding", "groups")
-    settings = tuple(getattr(node, f"_saved_{name}") for name in names)
-    return _convolved(use, g, cases, node._saved_input, node._saved_weight, settings)
+    settings = tuple(saved(node, name) for name in names)
+    return _convolved(use, g, cases, saved(node, "input"), saved(node, "weight"), settings)
 
 
 def _own_convolution(use: Use, g: Tensor, cases: int) -> Parts:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from torch_hf.capture.autograd_graph import under
+
 #: What torch calls float32 at its own precision; "none" is the default, which is that.
 _FULL = ("ieee", "none")
 #: Modules that use cuDNN's own settings.
@@ -73,16 +75,8 @@ def warn_of_tf32(device: torch.device, dtype: torch.dtype, modules: Iterable[obj
 
 def casts(outputs: Sequence[Tensor]) -> bool:
     """Whether a cast between types lies in the graph of some tensors, as autocast's do."""
-    nodes: list[Any] = [z.grad_fn for z in outputs]
-    seen = set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            if node.name().startswith("ToCopyBackward"):
-                return True
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-    return False
+    made = {z.grad_fn for z in outputs} - {None}
+    return any(node.name().startswith("ToCopyBackward") for node in under(made))
 
 
 class WithoutAutocast(TorchFunctionMode):

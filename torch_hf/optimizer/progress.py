@@ -19,8 +19,8 @@ class Progress(NamedTuple):
         last_loss: Where the last step that had something to do ended; nan before there was one.
         last_cases: How many cases it saw; 0 before there was one.
         last_ratio: Its actual over predicted change; nan where that is undefined.
-        curvature_seen: The largest seen along a vector that was multiplied, lately; 0 before there was
-            one.
+        curvature_seen: The largest seen lately along a vector that was multiplied; 0 before there
+            was one.
         noise: By how much the loss was seen to scatter on these data.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
