@@ -38,10 +38,10 @@ POST_ACCUMULATE_HOOK = (
 
 #: Said where a gradient is changed on its way.
 HOOK_INSIDE = (
-    "A hook on a tensor inside the closure (register_hook) must leave the gradient as it is, got "
-    "one that changes it, so that the gradient would not be that of the loss. Take the hook away; "
-    "to hold entries of a parameter fixed, write p.register_hook(lambda g: g * mask) with a mask "
-    "of 0 and 1."
+    "A hook on a tensor inside the closure (register_hook), or on a module's backward pass, must "
+    "leave the gradient as it is, got one that changes it, so that it would not be that of the "
+    "loss. Take the hook away; to hold entries of a parameter fixed, write "
+    "p.register_hook(lambda g: g * mask) with a mask of 0 and 1."
 )
 
 #: Said once of a compiled module.

@@ -202,3 +202,34 @@ def test_torchs_own_post_accumulate_hooks_are_no_hindrance():
     optimizer = HFOptimizer(model.parameters())
     optimizer.step(closure_of(model))
     assert optimizer.last_report.accepted
+
+
+def looks(module, *gradients):
+    return None
+
+
+def halves(module, gradient, *_):
+    return tuple(None if g is None else 0.5 * g for g in gradient)
+
+
+def copies(module, gradient, *_):
+    return tuple(None if g is None else g.clone() for g in gradient)
+
+
+@pytest.mark.parametrize("how", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+@pytest.mark.parametrize("place", [0, 1, 2, None])
+@pytest.mark.parametrize("hook", [looks, copies, halves])
+def test_backward_hooks_of_modules_may_look_only(hook, place, how):
+    model = network()
+    getattr(model if place is None else model[place], how)(hook)
+    optimizer = HFOptimizer(model.parameters())
+
+    def closure():
+        return F.cross_entropy(model(X.clone().requires_grad_()), Y)
+
+    if hook is halves and not (place in (0, None) and how == "register_full_backward_hook"):
+        with pytest.raises(RuntimeError, match="or on a module's backward pass"):
+            optimizer.step(closure)
+    elif hook is not halves:  # that of the inputs reaches no parameter
+        optimizer.step(closure)
+        assert optimizer.last_report.accepted

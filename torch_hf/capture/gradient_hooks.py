@@ -8,11 +8,12 @@ decay, the last step's solution and older pairs may bring.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_hf import _messages
 
@@ -78,10 +79,54 @@ def watched(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     def looks(gradient: Tensor) -> Any:
         before = gradient.detach().clone()
         changed = hook(gradient)
-        after = gradient if changed is None else changed
-        same = (after == before) | ((after != after) & (before != before))
-        if not bool(same.all()):
-            raise RuntimeError(_messages.HOOK_INSIDE)
+        _refuse_change(before, gradient if changed is None else changed)
         return changed
 
     return looks
+
+
+def hooked(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules with backward hooks of a user's own."""
+    return [m for m in modules if any(not _is_of_torch(h) for h in _of_module(m))]
+
+
+@contextmanager
+def modules_watched(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, backward hooks of modules may look at gradients and not change them."""
+    tables = [table for m in modules for table in _tables(m)]
+    before = [dict(table) for table in tables]
+    try:
+        for table in tables:
+            table.update({key: _watched_of_module(hook) for key, hook in table.items()})
+        yield
+    finally:
+        for table, hooks in zip(tables, before, strict=True):
+            table.update(hooks)
+
+
+def _watched_of_module(hook: Callable[..., Any]) -> Callable[..., Any]:
+    def looks(module: nn.Module, *gradients: Any) -> Any:
+        changed = hook(module, *gradients)
+        given = gradients[0] if isinstance(gradients[0], tuple) else (gradients[0],)
+        taken = changed if isinstance(changed, tuple) else (changed,)
+        for before, after in zip(given, taken, strict=False):
+            if before is not None and after is not None:
+                _refuse_change(before, after)
+        return changed
+
+    return looks
+
+
+def _of_module(module: nn.Module) -> list[Any]:
+    return [hook for table in _tables(module) for hook in table.values()]
+
+
+def _tables(module: nn.Module) -> list[dict[int, Any]]:
+    found = [getattr(module, name, None) for name in ("_backward_hooks", "_backward_pre_hooks")]
+    return [table for table in found if isinstance(table, dict)]  # TorchScript has none
+
+
+def _refuse_change(before: Tensor, after: Tensor) -> None:
+    same = (after == before) | ((after != after) & (before != before))
+    if not bool(same.all()):
+        raise RuntimeError(_messages.HOOK_INSIDE)

@@ -99,7 +99,7 @@ class ClosureRuns:
             return
         optimized = sys.modules["torch._dynamo"].OptimizedModule
         for module in self.replay.buffers.seen:
-            compiled = isinstance(module, optimized) or module._compiled_call_impl is not None
+            compiled = isinstance(module, optimized) or getattr(module, "_compiled_call_impl", None)
             if compiled and module not in _SAID:
                 _SAID.add(module)
                 with suppress(RuntimeWarning):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_hf import _messages
-from torch_hf.capture.gradient_hooks import free_entries
+from torch_hf.capture.gradient_hooks import free_entries, hooked, modules_watched
 from torch_hf.distributed import Reducer, Space, space_of, unreduced
 from torch_hf.loss.case_counts import Cases, shares_of
 from torch_hf.loss.ggn_split import Split, split_by_calls, split_by_outputs
@@ -168,6 +168,11 @@ class Objective:
         return LocalEvaluation(gradient, losses, counts, shares, returned, kept)
 
     def _look_at_hooks(self) -> None:
+        """Masks are taken up; hooks that change gradients otherwise are errors."""
+        if modules := hooked(self.replay.buffers.seen):  # a gradient more, to see what they do
+            with self.replay.rerun(), modules_watched(modules):
+                loss = self.runs.graph(self.batches[0]).loss
+                self.vector.pull([loss], [torch.ones_like(loss)], False)
         free = free_entries(self.vector.params)
         if free is not None:
             self.fixed = self.space.own(self.vector.flatten(free)) == 0
