@@ -116,8 +116,7 @@ ROWS = [
             torch.compile(nn.Sequential(nn.Linear(8, 4), nn.Tanh()), backend="aot_eager")
         ),
         X,
-        DIFFERENCES,
-        module="Inside.middle",
+        DOUBLE,
     ),
     Row("cdist", lambda: Inside(distances), X, EITHER),
     Row("pdist", lambda: Inside(lambda x: F.pdist(x).expand(6, -1)), X, EITHER),

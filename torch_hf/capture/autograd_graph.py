@@ -55,6 +55,17 @@ def is_foreign(node: Any) -> bool:
     return isinstance(node, FunctionCtx) and kind(node) != "BackwardHookFunction"
 
 
+def is_unknown(node: Any) -> bool:
+    """Whether a node's backward is a user's: of ``autograd.Function``, in C++, of a custom op."""
+    if "CppNode" in node.name():
+        return True
+    if not is_foreign(node):
+        return False
+    module: str = getattr(_field(node, "_forward_cls"), "__module__", "")
+    package = module.split(".")[0]
+    return package not in ("torch", "torch_hf") or module == "torch._library.autograd"
+
+
 def divisor(node: Any) -> float:
     """What a mean, or a quotient by one number that is neither 0 nor infinite, divides by; or 1.
 
@@ -171,6 +182,21 @@ def touches(node: Any, places: Container[Edge]) -> bool:
 def reaches(nodes: Iterable[Any], leaves: Collection[int], stops: Container[Edge] = ()) -> bool:
     """Whether one of the leaves, given by ``id``, lies under the nodes, not past the stops."""
     return any(id(leaf(n)) in leaves for n in under(nodes, stops))
+
+
+def unknown_functions(
+    tensors: Iterable[Tensor], stops: Container[Edge] = (), more: Iterable[Any] = ()
+) -> list[str]:
+    """The names of users' functions in the graph of some tensors, not past the stops.
+
+    Args:
+        tensors: Whose graph it is.
+        stops: Places not to go past.
+        more: Further nodes to begin with.
+    """
+    nodes = ({z.grad_fn for z in tensors} - {None}) | set(more)
+    found = {kind(n) for n in under(nodes, stops) if is_unknown(n)}
+    return sorted(name.removeprefix("GeneratedBackwardFor_") for name in found)
 
 
 def leaf_uses(outputs: Iterable[Tensor]) -> Counter[int]:

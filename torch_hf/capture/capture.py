@@ -8,6 +8,8 @@ see the inputs of linear layers, and to give convolutions a cheaper tangent.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,8 +24,11 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from torch_hf import _messages
 from torch_hf.capture.autograd_graph import is_foreign, operands
 from torch_hf.capture.convolution import convolve, geometry, has_rule
+from torch_hf.capture.gradient_hooks import watched
+from torch_hf.capture.gradient_scaler import scales_a_loss
 from torch_hf.capture.op_names import (
     ALIASES,
     CONVOLUTIONS,
@@ -112,7 +117,7 @@ class Capture(TorchFunctionMode):
     def run(self, closure: Callable[..., Any], *args: Any) -> Record:
         """The record of one run; attention is differentiable twice in it."""
         # The fused attention kernels have no double backward, the mathematical one has.
-        with sdpa_kernel(SDPBackend.MATH), self:
+        with sdpa_kernel(SDPBackend.MATH), uncompiled(), self:
             self.record.returned = closure(*args)
         return self.record
 
@@ -133,6 +138,11 @@ class Capture(TorchFunctionMode):
                     return None
         if func is torch.autograd.grad:
             self.record.differentiates_inside = True
+        if func is torch.Tensor.register_hook and id(args[0]) not in self.ids:
+            register: Any = func
+            return register(args[0], watched(kwargs["hook"] if "hook" in kwargs else args[1]))
+        if func is torch.Tensor.to and scales_a_loss(args, kwargs):
+            raise RuntimeError(_messages.SCALED_LOSS)
         if name not in WATCHED:
             return func(*args, **kwargs)
         if self.fast_convolutions and has_rule(name, args, kwargs):
@@ -189,6 +199,17 @@ class Capture(TorchFunctionMode):
             self.record.held.append(tensor if weight is None else (tensor * weight).sum())
         self.gradients.held.extend(tensors)
         return None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled functions run as they were written: dynamo would trace the mode around them."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are")
+        yield
 
 
 @contextmanager

@@ -72,15 +72,22 @@ def joint_root(operator: ObjectiveOperator) -> JacobianRoot | None:
         except NoRootError:
             return None
         parts.append(_weighted(part, weight))
-    if len(parts) == 1:
-        return parts[0]
-    routes = [route for part in parts for route in part.routes]
+    whole = parts[0] if len(parts) == 1 else _joined(parts)
+    fixed = operator.objective.fixed
+    if fixed is not None:  # entries that a gradient's hook keeps where they are
+        whole.rows.masked_fill_(fixed, 0.0)
+        if whole.rest is not None:
+            whole.rest.masked_fill_(fixed, 0.0)
+    return whole
+
+
+def _joined(parts: Sequence[JacobianRoot]) -> JacobianRoot:
     return JacobianRoot(
         torch.cat([part.rows for part in parts]),
         torch.cat([part.residual for part in parts]),
         _sum([part.rest for part in parts]),
         _sum([part.diagonal for part in parts]),
-        routes,
+        [route for part in parts for route in part.routes],
     )
 
 

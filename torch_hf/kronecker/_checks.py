@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch_hf.kronecker.factors import KroneckerFactors
 
 Rows = Tensor | Sequence[int]
 
@@ -19,6 +23,16 @@ def check_matrices(factors: Sequence[Tensor], same_length: bool = True) -> None:
         if not isinstance(factor, Tensor) or not factor.is_floating_point():
             got = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
             raise TypeError(f"Factor {number} must be a floating-point tensor, got {got}.")
+        if factor.layout != torch.strided:
+            raise TypeError(
+                f"Factor {number} must be a dense tensor, got layout {factor.layout}. Give "
+                "factor.to_dense()."
+            )
+        if factor.requires_grad:
+            raise ValueError(
+                f"Factor {number} must be data, got a tensor that requires a gradient, which would "
+                "not reach it. Give factor.detach()."
+            )
         if factor.dim() != 2 or 0 in factor.shape:
             raise ValueError(
                 f"Factor {number} must be a matrix (points, features) that is not empty, got shape "
@@ -54,9 +68,33 @@ def check_finite(name: str, matrix: Tensor) -> None:
         )
 
 
+def check_new_points(data: KroneckerFactors, points: KroneckerFactors) -> None:
+    """Points at which a layer of ``data`` can be asked."""
+    got = getattr(points, "widths", type(points).__name__)
+    if got != data.widths:
+        raise ValueError(f"points must be KroneckerFactors of widths {data.widths}, got {got}.")
+    if points.dtype != data.dtype:
+        raise TypeError(
+            f"points must be of the layer's dtype {data.dtype}, got {points.dtype}. Convert them: "
+            f"points.to(dtype={data.dtype})."
+        )
+    if points.device != data.device:
+        raise ValueError(
+            f"points must be on the layer's device {data.device}, got {points.device}. Move them: "
+            f"points.to({str(data.device)!r})."
+        )
+    if (points._scale is None) != (data._scale is None):
+        wanted = data._scale is not None
+        have = ("not normalised", "normalised")
+        raise ValueError(
+            f"points must be {have[wanted]} as the layer's data are, got points that are "
+            f"{have[not wanted]}. Make them with normalize={wanted}."
+        )
+
+
 def as_indices(rows: Rows, length: int, device: torch.device, what: str = "indices") -> Tensor:
     """Numbers of points as a tensor ``(k,)``, each at least 0 and below ``length``."""
-    found = torch.as_tensor(rows, device=device)
+    found = torch.as_tensor(rows)  # checked where it lies: no wait for a device where it is a list
     if found.numel() == 0:
         found = found.long()
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
@@ -67,9 +105,9 @@ def as_indices(rows: Rows, length: int, device: torch.device, what: str = "indic
         raise ValueError(f"{what} must be a list or a vector, got shape {tuple(found.shape)}.")
     found = found.long()
     if len(found):
-        low, high = (int(x) for x in found.aminmax())
+        low, high = torch.stack(found.aminmax()).tolist()
         if low < 0 or high >= length:
             raise ValueError(
                 f"{what} must be from 0 to {length - 1}; got {low if low < 0 else high}."
             )
-    return found
+    return found.to(device)

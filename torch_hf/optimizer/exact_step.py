@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,9 @@ from torch_hf.solver.levenberg_marquardt import (
     column_scale,
     remembered_norms,
 )
+
+#: By how much of its length the gradient may differ from the one that R gives, beside rounding.
+AGREEMENT = 1e-3
 
 
 class ExactStep(NamedTuple):
@@ -113,7 +117,6 @@ def exact_step(
         root = joint_root(operator)
         if root is None:
             return None
-        operator.release()
         decay = operator.decay if root.diagonal is None else operator.decay + root.diagonal
         seen = remembered_norms(_squares(root.rows), norms).to(vector.dtype)
         solver = ExactSolver(
@@ -123,6 +126,9 @@ def exact_step(
             decay=decay,
             scale=column_scale(seen),
         )
+        if not _agrees(solver, here.gradient):
+            return None
+        operator.release()
     with vector.trial() as trial, timer.part("evaluations"):
 
         def evaluate(d: Tensor) -> tuple[float, Tensor | None]:
@@ -139,6 +145,14 @@ def exact_step(
     return ExactStep(found, seen, not took_one_backward(root))
 
 
+def _agrees(solver: ExactSolver, gradient: Tensor) -> bool:
+    """Whether R's own gradient is that of the loss: a backward pass of a user's may not be."""
+    eps = torch.finfo(gradient.dtype).eps
+    rounding = 100.0 * eps * math.sqrt(solver.norm) * float(solver.residual.norm())
+    difference = float((solver.gradient() - gradient.double()).norm())
+    return difference <= AGREEMENT * float(gradient.double().norm()) + rounding
+
+
 def _squares(rows: Tensor) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64)
     return norms.square()
@@ -150,6 +164,7 @@ def _rest(rest: Tensor | None, objective: Objective) -> Tensor | None:
         return rest
     flat = objective.vector.zeros()
     objective.penalty.add_gradient(flat)
+    flat = objective.free(flat)
     return flat if rest is None else rest + flat
 
 

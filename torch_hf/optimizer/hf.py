@@ -366,6 +366,7 @@ class HFOptimizer(FlatStateOptimizer):
     ) -> CGResult:
         """Conjugate gradients on the damped quadratic, from the last solution."""
         options = self.param_groups[0]
+        free = curvature.objective.free
         with timer.part("preconditioner"):
             self.preconditioner.begin(damping, LayerStatistics(curvature))
         budget = self._progress.seeing(here.loss, same_data).budget
@@ -378,9 +379,11 @@ class HFOptimizer(FlatStateOptimizer):
         return conjugate_gradients(
             timer.timed("products", damped),
             here.gradient,
-            start=self._start if decay else None,
+            start=free(self._start) if decay and self._start is not None else None,
             decay=decay,
-            preconditioner=timer.timed("preconditioner", self.preconditioner.apply),
+            preconditioner=timer.timed(
+                "preconditioner", lambda r: free(self.preconditioner.apply(free(r)))
+            ),
             tol=options["cg_tol"],
             max_iter=most,
             observe=observe if worth_observing(self.preconditioner, most) else None,

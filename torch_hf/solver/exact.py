@@ -142,6 +142,11 @@ class ExactSolver:
         return self.solve_double(damping, moved, rest if bool(rest.any()) else None, refine=False)
 
     @property
+    def norm(self) -> float:
+        """The squared Frobenius norm of R."""
+        return float(torch.linalg.vector_norm(self.rows, dtype=torch.float64).square())
+
+    @property
     def order(self) -> int:
         """Of the matrix that is factorized: the smaller of M and P."""
         return min(self.rows.shape)
