@@ -44,6 +44,14 @@ LINEAR = (
         "IndexSelect",
         "IndexAdd",
         "ScatterAdd",
+        "Diagonal",
+        "ViewAsReal",
+        "ViewAsComplex",
+        "Conj",
+        "ConjPhysical",
+        "ResolveConj",
+        "Real",
+        "Imag",
     }
 )
 
@@ -79,7 +87,7 @@ def linear_terms(loss: Tensor, stops: Container[Any]) -> list[LinearTerm]:
     found = {start: LinearTerm(*start, torch.ones_like(loss))}
 
     def enters(edge: Edge) -> bool:
-        return edge[0] not in stops and edge not in stops and _is_linear(edge[0])
+        return edge[0] not in stops and edge not in stops and is_linear(edge[0])
 
     for node in users_first(start, enters):
         places = [(node, i) for i in range(len(results(node)))]
@@ -114,7 +122,7 @@ def _arrive(found: Any, edge: Edge, weight: Tensor, divided: float, averaged: bo
         term.averaged |= averaged
 
 
-def _is_linear(node: Any) -> bool:
+def is_linear(node: Any) -> bool:
     """Whether a node is linear in all of its differentiable operands together."""
     name = kind(node)
     if is_foreign(node):

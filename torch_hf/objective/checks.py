@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_hf import _messages
+from torch_hf.capture.capture import Record
+
 
 def listed(name: str, batches: Any) -> list[Any]:
     """Batches as a list; an iterator is read once."""
@@ -142,6 +145,15 @@ def returned(value: Any) -> tuple[Any, tuple[Tensor, ...], float | None]:
             "a gradient. Return the very tensors that the loss was computed from, not detached."
         )
     return value[0], tuple(outputs), None if len(value) == 2 else _cases(value[2])
+
+
+def fresh(record: Record, loss: Tensor, outputs: Sequence[Tensor]) -> None:
+    """The loss and the outputs were computed by this run of the closure."""
+    terms = record.held or [record.returned]
+    if any(isinstance(t, Tensor) and record.is_stale(t) for t in [loss, *terms]):
+        raise RuntimeError(_messages.STALE.format(what="a loss"))
+    if any(record.is_stale(z) for z in outputs):
+        raise RuntimeError(_messages.STALE.format(what="outputs"))
 
 
 def _cases(value: Any) -> float:
