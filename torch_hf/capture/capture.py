@@ -167,6 +167,8 @@ class Capture(TorchFunctionMode):
         if name not in WATCHED:
             return func(*args, **kwargs)
         if self.calls and name in MODULI:
+            if len(args) > 1 and _is_same_view(args[0], args[1]):
+                args = (args[0], args[0], *args[2:])
             args = self._as_pairs(name, args)
         if self.fast_convolutions and has_rule(name, args, kwargs):
             self.record.fast_convolutions = True
@@ -186,7 +188,7 @@ class Capture(TorchFunctionMode):
         """Complex arguments through views as pairs of real numbers, one view of each place."""
         if not any(_is_complex(z) for z in args[:2]):
             return args
-        if name in ("vdot", *MODULI_OF_ONE):
+        if name in MODULI_OF_ONE or (name in VECTOR_PRODUCTS and args[0] is args[1]):
             return (*(self._pair(z) if _is_complex(z) else z for z in args[:2]), *args[2:])
         if len(args) > 1 and all(_is_complex(z) for z in args[:2]):
             for z, other in (args[:2], args[1::-1]):
@@ -288,8 +290,8 @@ def differentiable_kernels(name: str) -> Iterator[None]:
 
 
 _GRAD: Any = torch.Tensor.grad
-MODULI_OF_ONE = MODULI - {"vdot", "mul", "__mul__", "multiply", "dot", "inner"}
-MODULI_OF_ONE -= {"matmul", "__matmul__"}
+VECTOR_PRODUCTS = {"vdot", "vecdot", "linalg_vecdot"}  # conjugate their first argument
+MODULI_OF_ONE = {name for name in MODULI if "abs" in name or "norm" in name}
 _functorch: Any = torch._C._functorch
 
 
@@ -299,6 +301,16 @@ def _batched(z: Any) -> bool:
 
 def _is_complex(z: Any) -> bool:
     return isinstance(z, Tensor) and z.requires_grad and z.is_complex() and not _batched(z)
+
+
+def _is_same_view(a: Any, b: Any) -> bool:
+    """Whether two tensors are the same view of the same tensor, made twice."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a is b or _batched(a):
+        return False
+    if not (a.requires_grad and b.requires_grad) or a._base is None or a._base is not b._base:
+        return False
+    same = a.shape == b.shape and a.stride() == b.stride() and a.is_conj() == b.is_conj()
+    return same and a.storage_offset() == b.storage_offset()
 
 
 def unwrapped(z: Any) -> Any:

@@ -55,7 +55,8 @@ CURVED = set(
 )
 #: Of complex numbers: they are given a view as pairs of real ones, at which the network ends.
 MODULI = set(
-    """abs absolute __abs__ norm linalg_norm linalg_vector_norm linalg_matrix_norm vector_norm vdot
+    """abs absolute __abs__ norm linalg_norm linalg_vector_norm linalg_matrix_norm vector_norm vdot vecdot
+    linalg_vecdot
     mul __mul__ multiply dot inner matmul __matmul__""".split()
 )
 #: Sums, of which constants are kept: the calculus asks for their sign.

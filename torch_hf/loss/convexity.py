@@ -32,7 +32,7 @@ from torch_hf.capture.autograd_graph import (
 from torch_hf.capture.capture import Record, unwrapped
 from torch_hf.capture.op_names import kind
 from torch_hf.loss.linear_terms import PRODUCTS, LinearTerm, is_linear
-from torch_hf.loss.loss_hessians import AutogradTerm, ElementwiseTerm, LossTerm, SoftmaxTerm
+from torch_hf.loss.loss_hessians import AutogradTerm, ElementwiseTerm, LossTerm, NormTerm, SoftmaxTerm
 
 #: Elementwise and reducing functions: 1 for convex, -1 for concave, and how they grow in their
 #: arguments, "+", "-", "" for neither and "0" for upwards from 0.
@@ -544,12 +544,12 @@ class Calculus:
         todo, seen = [edge], {edge}
         pieces = False
         while todo:
-            node, _ = todo.pop()
+            node, place = todo.pop()
             name = kind(node)
             if is_foreign(node):
                 return False
             pieces = pieces or name in FLAT_PIECES
-            if name in LAYERS and not _is_affine(node):
+            if not _is_affine(node) and self.is_layer((node, place)):
                 continue
             if not _is_affine(node) and (name not in FLAT_PIECES or _is_complex(_only(node))):
                 return False
@@ -558,6 +558,19 @@ class Calculus:
                     seen.add(below)
                     todo.append(below)
         return pieces
+
+    def is_layer(self, edge: Edge) -> bool:
+        """Whether a place is what a layer of a network gives: a product with a leaf."""
+        node = edge[0]
+        if kind(node) in ("Convolution", "AccumulateGrad"):
+            return True
+        return kind(node) in LAYERS and any(
+            kind(below[0]) == "AccumulateGrad" or self._is_leafs(below) for below in _active(node)
+        )
+
+    def _is_leafs(self, edge: Edge) -> bool:
+        found = self.spread(edge).signs
+        return bool(found) and all(kind(node) == "AccumulateGrad" for node, _ in found)
 
     def _once(self, key: Any, found: Callable[[], Any]) -> Any:
         if key not in self._memo:
@@ -725,10 +738,13 @@ def _closed_form(
 ) -> LossTerm | None:
     """The loss term with a root known, of a function that is applied to an output itself."""
     node = term.node
-    if len(cuts) != 1 or _active(node) != cuts:
-        return None
     piece = (GradientEdge(node, term.place), term.weight, outputs)
     name = kind(node)
+    if name == "Abs" and len(cuts) == 1 and _is_complex(_only(node)):
+        through = _active(_only(node)[0])
+        return NormTerm(piece, term.weight.unsqueeze(-1), -1) if through == cuts else None
+    if len(cuts) != 1 or _active(node) != cuts:
+        return None
     if name == "Logsumexp":
         dim, keepdim = constant(node, "dim"), constant(node, "keepdim")
         if dim is None or len(dim) != 1 or not outputs[0].ndim:

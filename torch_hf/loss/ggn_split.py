@@ -19,7 +19,7 @@ from torch_hf.capture.autograd_graph import Edge, edge_of, made_before, reaches,
 from torch_hf.capture.capture import Record
 from torch_hf.capture.op_names import LOSSES, kind
 from torch_hf.loss.concave_terms import without_concave
-from torch_hf.loss.convexity import FLAT_PIECES, LAYERS, Calculus, make_convex_term
+from torch_hf.loss.convexity import FLAT_PIECES, Calculus, make_convex_term
 from torch_hf.loss.linear_terms import LinearTerm, linear_terms
 from torch_hf.loss.loss_hessians import AutogradTerm, LossTerm
 from torch_hf.loss.recognise import make_loss_term
@@ -90,7 +90,7 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
             raise RuntimeError(_messages.STALE.format(what="outputs"))
         ends = {_spelled(kind(t.node)) for t in curved}
         flat |= {_spelled(kind(t.node)) for t in pieces}
-        linear = bool(curved) and all(kind(t.node) in LAYERS for t in curved)
+        linear = bool(curved) and all(calculus.is_layer((t.node, t.place)) for t in curved)
         raise RuntimeError(_no_split(record, flat, ends, linear, penalty=bool(found)))
     if any(record.is_stale(z) and reaches([z.grad_fn], own) for h in found for z in h.outputs):
         raise RuntimeError(_messages.STALE.format(what="outputs"))

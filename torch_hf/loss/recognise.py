@@ -51,12 +51,9 @@ def make_loss_term(call: Call, weight: Tensor, record: Record) -> LossTerm | Non
             if call.settings.get("complex") and dim is not None:
                 dim = (*dim, -1)
             return NormTerm(piece, scale, dim)
-        case "modulus":
-            convex = bool((weight >= 0).all())
-            return NormTerm(piece, weight.unsqueeze(-1), -1) if convex else None
         case "pow" | "square" | "mul" | "dot":
             return _square_term(call, weight, record)
-        case "softmax" | "sigmoid" | "l1_loss":
+        case "softmax" | "sigmoid" | "l1_loss" | "modulus":
             return None
     if len(call.inputs) == 2:
         return _difference_term(piece)
