@@ -217,7 +217,15 @@ class Capture(TorchFunctionMode):
         if name in ("mul", "__mul__", "multiply") and len(active) < 2:
             return  # linear, and everywhere in networks
         if unwrapped(result).grad_fn is not None:
-            self.record.places.update((edge_of(t), t) for t in active if not t.is_complex())
+            for t in active:
+                self._keep_place(t)
+
+    def _keep_place(self, z: Tensor) -> None:
+        if not z.is_complex():
+            self.record.places[edge_of(z)] = z
+        base = z._base
+        if base is not None and base.requires_grad and not base.is_complex():
+            self.record.places[edge_of(base)] = base  # where two views of it may meet
 
     def _keep_constant(self, args: Sequence[Any], result: Tensor) -> None:
         given = [unwrapped(a) for a in args[:2]]
@@ -225,6 +233,8 @@ class Capture(TorchFunctionMode):
         node = unwrapped(result).grad_fn
         if len(fixed) == 1 and len(given) == 2 and node is not None:
             self.record.constants[node] = fixed[0]
+            if kind(node) == "Sub":  # a residual, which may be written twice
+                self._keep_place(next(a for a in given if a is not fixed[0]))
 
     def _check_not_held(self, z: Tensor) -> None:
         """Complains of a derivative in the inputs that a backward() held back would have left."""

@@ -102,6 +102,7 @@ NONNEGATIVE |= NORMS | {"MseLoss", "HuberLoss", "SmoothL1Loss", "L1Loss", "Var",
 NONNEGATIVE |= {"BinaryCrossEntropyWithLogits", "SoftMarginLoss"}
 #: Loss functions of one argument; the other must be a constant.
 OF_FIRST = {"BinaryCrossEntropyWithLogits", "SoftMarginLoss"}
+LOSS_NODES = NORMS | OF_FIRST | {"MseLoss", "HuberLoss", "SmoothL1Loss", "L1Loss", "Var", "Std"}
 #: What each of these does to an entry depends on that entry alone.
 ELEMENTWISE = {"Exp", "Exp2", "Expm1", "Softplus", "Cosh", "LogSigmoid", "SpecialLogNdtr"}
 ELEMENTWISE |= {"Log", "Log2", "Log10", "Log1P", "SpecialEntr", "Pow", "Xlogy", "Rsqrt"}
@@ -173,7 +174,10 @@ class Calculus:
         if is_foreign(node):
             return None
         if name in LOGARITHMS and wanted == CONVEX:
-            return self.log_convex(_only(node))
+            found = self.log_convex(_only(node))
+            if name == "Log1P" and found is not None:
+                return Proof(found.cuts, True)
+            return self._stable_softplus(node) if found is None and name == "Log1P" else found
         if name in LOGARITHMS and name != "Log1P":
             found = self.log_concave(_only(node))
             if found is not None:
@@ -222,6 +226,8 @@ class Calculus:
             deep = self.combination(edge, wanted)
             if deep is not None and deep.curved:
                 return deep
+        if any(_is_loss(place[0]) for place in self.spread(edge).signs):
+            return None  # the network ends before what is a loss already
         cuts = self.anchor(edge)
         return None if cuts is None else Proof(cuts)
 
@@ -238,13 +244,32 @@ class Calculus:
             total = total.joined(found)
         return total
 
+    def _stable_softplus(self, node: Any) -> Proof | None:
+        """``log1p(exp(-|z|))``, to which ``relu(z)`` is added: no curvature of it is negative."""
+        argument = self.spread(_only(node))
+        if argument.sums or len(argument.signs) != 1:
+            return None
+        (inner,) = argument.signs.items()
+        if kind(inner[0][0]) != "Exp" or inner[1] != 1:
+            return None
+        signs = self.spread(_only(inner[0][0])).signs
+        ends = [place for place, sign in signs.items() if kind(place[0]) == "Abs" and sign == -1]
+        if len(signs) != 1 or not ends or _is_complex(_only(ends[0][0])):
+            return None
+        cuts = self.anchor(_only(ends[0][0]))
+        return None if cuts is None else Proof(cuts, True)
+
     def _pow(self, node: Any, wanted: int) -> Proof | None:
         power = _exponent(node)
         base = operands(node)[0]
         if power is None:
-            if base[0] is None and wanted == CONVEX:  # c ** z
+            exponent = constant(node, "exponent")  # of c ** z
+            varies = isinstance(exponent, Tensor) and exponent.requires_grad
+            if varies and len(_active(node)) == 1 and wanted == CONVEX:
                 return self._apply(node, (1, ""), wanted, True)
             return None
+        if power == 1:
+            return self.combination(base, wanted)
         if _is_complex(base):
             return None
         positive = self.is_nonnegative(base)
@@ -379,31 +404,44 @@ class Calculus:
 
     def _root_of_quadratic(self, edge: Edge, found: Combination) -> Proof | None:
         """``sqrt(x^T A x)``, one number a case."""
-        cuts = self.quadratic(found.signs)
-        if cuts is None:
-            return None
-        outputs = tuple(self.record.places[c] for c in cuts)
         shape = results(edge[0])[edge[1]].shape
         numel = int(torch.Size(shape).numel())
-        if numel != 1 and any(z.shape[:1] != (numel,) for z in outputs):
-            return None
-        weight = outputs[0].new_ones(shape)
-        form = AutogradTerm(GradientEdge(*edge), weight, outputs)
-        return Proof(dict.fromkeys(cuts), True) if is_positive(form.hessian, outputs) else None
+        for cuts in self.quadratics(found.signs):
+            outputs = tuple(self.record.places[c] for c in cuts)
+            if numel != 1 and any(z.shape[:1] != (numel,) for z in outputs):
+                continue
+            form = AutogradTerm(GradientEdge(*edge), outputs[0].new_ones(shape), outputs)
+            if form.curved and is_positive(form.hessian, outputs):
+                return Proof(dict.fromkeys(cuts), True)
+        return None
 
-    def quadratic(self, places: Iterable[Edge]) -> list[Edge] | None:
-        """Of products of affine functions, the places that they are all functions of."""
+    def quadratics(self, places: Iterable[Edge]) -> list[list[Edge]]:
+        """Of products of affine functions, the places that they are all functions of.
+
+        Several such sets, each further down than the last: one place may stand for several.
+        """
         cuts: dict[Edge, None] = {}
         for node, _ in places:
             factors = _active(node)
             if is_foreign(node) or not (kind(node) in BILINEAR or _squares(node)):
-                return None
+                return []
             for factor in factors:
                 found = self.anchor(factor)
                 if found is None:
-                    return None
+                    return []
                 cuts.update(found)
-        return self.independent(cuts)
+        found_all = []
+        for _ in range(DEPTH):
+            apart = self.independent(cuts)
+            found_all += [] if apart is None else [apart]
+            lower: dict[Edge, None] = {}
+            for cut in cuts:
+                below = self.anchor(cut, below=True)
+                lower.update({cut: None} if below is None else below)
+            if lower.keys() == cuts.keys():
+                break
+            cuts = lower
+        return found_all
 
     def _power_convex(self, edge: Edge, q: float) -> Proof | None:
         node = edge[0]
@@ -501,23 +539,29 @@ class Calculus:
             side = -1 if subtracted else 1
             return sign != 0 and _has_sign(unwrapped(known), sign * side)
         # of a constant among these nothing is known; the rest has no offset
-        return name not in ("Where", "MaskedFill", "Stack", "Cat", "IndexAdd", "ScatterAdd")
+        return name not in ("Where", "MaskedFill", "IndexPut", "Stack", "Cat", "IndexAdd", "ScatterAdd")
 
-    def anchor(self, edge: Edge) -> dict[Edge, None] | None:
-        """The nearest places with tensors that a place is affine in; None if one has none."""
+    def anchor(self, edge: Edge, below: bool = False) -> dict[Edge, None] | None:
+        """The nearest places with tensors that a place is affine in; None if one has none.
+
+        Args:
+            edge: The place, which counts itself.
+            below: It does not.
+        """
         found: dict[Edge, None] = {}
         todo, seen = [edge], {edge}
         while todo:
             here = todo.pop()
-            if self.record.place(here) is not None and not _is_complex(here):
+            itself = below and here == edge
+            if not itself and self.record.place(here) is not None and not _is_complex(here):
                 found[here] = None
             elif not _is_affine(here[0]):
                 return None
             else:
-                for below in operands(here[0]):
-                    if below[0] is not None and below not in seen:
-                        seen.add(below)
-                        todo.append(below)
+                for under in operands(here[0]):
+                    if under[0] is not None and under not in seen:
+                        seen.add(under)
+                        todo.append(under)
         return found
 
     def roots(self, edges: Iterable[Edge]) -> set[Edge]:
@@ -607,6 +651,11 @@ def _exponent(node: Any) -> float | None:
     if operands(node)[0][0] is None or len(_active(node)) != 1:
         return None
     return float(power) if isinstance(power, (int, float)) else None
+
+
+def _is_loss(node: Any) -> bool:
+    power = _exponent(node) if kind(node) == "Pow" else None
+    return kind(node) in LOSS_NODES or (power is not None and power % 2 == 0)
 
 
 def _squares(node: Any) -> bool:
@@ -713,24 +762,30 @@ def make_convex_term(calculus: Calculus, term: LinearTerm) -> tuple[LossTerm | N
     else:
         sign = _sign_of(term.weight)
     proof = calculus.prove(edge, sign) if sign else None
-    form = False
     if proof is None:
-        cuts = calculus.quadratic([edge]) if kind(term.node) in BILINEAR else None
-        form = True
-    else:
-        cuts = calculus.independent(proof.cuts)
+        return _quadratic_term(calculus, term)
+    cuts = calculus.independent(proof.cuts)
     if not cuts:
         return None, []
-    if proof is not None and not proof.curved:
+    if not proof.curved:
         return None, cuts
     outputs = tuple(calculus.record.places[c] for c in cuts)
-    found = _closed_form(term, cuts, outputs) if not form else None
-    if found is not None:
-        return found, cuts
-    generic = AutogradTerm(GradientEdge(*edge), term.weight, outputs)
-    if form and not (generic.curved and is_positive(generic.hessian, outputs)):
-        return None, []
-    return (generic if generic.curved else None), cuts
+    closed = _closed_form(term, cuts, outputs)
+    found = closed or AutogradTerm(GradientEdge(*edge), term.weight, outputs)
+    return (None if isinstance(found, AutogradTerm) and not found.curved else found), cuts
+
+
+def _quadratic_term(
+    calculus: Calculus, term: LinearTerm
+) -> tuple[LossTerm | None, list[Edge]]:
+    edge = (term.node, term.place)
+    if kind(term.node) in BILINEAR:
+        for cuts in calculus.quadratics([edge]):
+            outputs = tuple(calculus.record.places[c] for c in cuts)
+            found = AutogradTerm(GradientEdge(*edge), term.weight, outputs)
+            if found.curved and is_positive(found.hessian, outputs):
+                return found, cuts
+    return None, []
 
 
 def _closed_form(
@@ -759,6 +814,8 @@ def _closed_form(
 
 # --- quadratic forms ------------------------------------------------------------------------
 
+#: So many recorded places below a product are tried.
+DEPTH = 6
 #: A Hessian of at most so many rows is looked at whole.
 DENSE = 512
 

@@ -43,6 +43,7 @@ LINEAR = (
         "Gather",
         "IndexSelect",
         "IndexAdd",
+        "IndexPut",
         "ScatterAdd",
         "Diagonal",
         "ViewAsReal",
