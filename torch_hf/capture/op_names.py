@@ -25,22 +25,26 @@ LOSSES: dict[str, tuple[str, ...]] = {
 SQUARES = {"pow", "square", "mul", "dot"}
 LINKS = {"log_softmax", "softmax", "log", "sigmoid", "norm"}
 ABSOLUTE = {"abs": "modulus", "absolute": "modulus", "__abs__": "modulus"}  # of complex numbers
-ALIASES = {name: name for name in SQUARES | LINKS} | ABSOLUTE | {
-    "__pow__": "pow",
-    "__mul__": "mul",
-    "multiply": "mul",
-    "vdot": "dot",
-    "inner": "dot",
-    "matmul": "dot",
-    "__matmul__": "dot",
-    "special_log_softmax": "log_softmax",
-    "special_softmax": "softmax",
-    "special_expit": "sigmoid",
-    "linalg_norm": "norm",
-    "linalg_vector_norm": "norm",
-    "vector_norm": "norm",
-    "linalg_matrix_norm": "norm",
-}
+ALIASES = (
+    {name: name for name in SQUARES | LINKS}
+    | ABSOLUTE
+    | {
+        "__pow__": "pow",
+        "__mul__": "mul",
+        "multiply": "mul",
+        "vdot": "dot",
+        "inner": "dot",
+        "matmul": "dot",
+        "__matmul__": "dot",
+        "special_log_softmax": "log_softmax",
+        "special_softmax": "softmax",
+        "special_expit": "sigmoid",
+        "linalg_norm": "norm",
+        "linalg_vector_norm": "norm",
+        "vector_norm": "norm",
+        "linalg_matrix_norm": "norm",
+    }
+)
 #: Functions whose arguments are kept as places where a network may end: what the calculus of
 #: :mod:`torch_hf.loss.convexity` has a rule for. Products are among them for quadratic forms.
 CURVED = set(

@@ -12,6 +12,7 @@ Source: Grant, Boyd & Ye 2006, "Disciplined convex programming"; Agrawal, Diamon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,13 @@ from torch_hf.capture.autograd_graph import (
 from torch_hf.capture.capture import Record, unwrapped
 from torch_hf.capture.op_names import kind
 from torch_hf.loss.linear_terms import PRODUCTS, LinearTerm, is_linear
-from torch_hf.loss.loss_hessians import AutogradTerm, ElementwiseTerm, LossTerm, NormTerm, SoftmaxTerm
+from torch_hf.loss.loss_hessians import (
+    AutogradTerm,
+    ElementwiseTerm,
+    LossTerm,
+    NormTerm,
+    SoftmaxTerm,
+)
 
 #: Elementwise and reducing functions: 1 for convex, -1 for concave, and how they grow in their
 #: arguments, "+", "-", "" for neither and "0" for upwards from 0.
@@ -174,10 +181,9 @@ class Calculus:
         if is_foreign(node):
             return None
         if name in LOGARITHMS and wanted == CONVEX:
-            found = self.log_convex(_only(node))
-            if name == "Log1P" and found is not None:
-                return Proof(found.cuts, True)
-            return self._stable_softplus(node) if found is None and name == "Log1P" else found
+            stable = self._stable_softplus(node) if name == "Log1P" else None
+            found = stable or self.log_convex(_only(node))
+            return Proof(found.cuts, True) if found is not None and name == "Log1P" else found
         if name in LOGARITHMS and name != "Log1P":
             found = self.log_concave(_only(node))
             if found is not None:
@@ -539,7 +545,15 @@ class Calculus:
             side = -1 if subtracted else 1
             return sign != 0 and _has_sign(unwrapped(known), sign * side)
         # of a constant among these nothing is known; the rest has no offset
-        return name not in ("Where", "MaskedFill", "IndexPut", "Stack", "Cat", "IndexAdd", "ScatterAdd")
+        return name not in (
+            "Where",
+            "MaskedFill",
+            "IndexPut",
+            "Stack",
+            "Cat",
+            "IndexAdd",
+            "ScatterAdd",
+        )
 
     def anchor(self, edge: Edge, below: bool = False) -> dict[Edge, None] | None:
         """The nearest places with tensors that a place is affine in; None if one has none.
@@ -565,8 +579,18 @@ class Calculus:
         return found
 
     def roots(self, edges: Iterable[Edge]) -> set[Edge]:
-        """The places that some are affine functions of in the end."""
-        return {root for edge in edges for root in self.spread(edge).signs}
+        """The places that some are affine, or linear in pieces, in the end."""
+        found: set[Edge] = set()
+        todo = list(edges)
+        seen = set(todo)
+        while todo:
+            for root in self.spread(todo.pop()).signs:
+                pieces = kind(root[0]) in FLAT_PIECES and not _is_complex(_only(root[0]))
+                below = set(_active(root[0])) if pieces else set()
+                found |= set() if pieces else {root}
+                todo += below - seen
+                seen |= below
+        return found
 
     def independent(self, cuts: Iterable[Edge]) -> list[Edge] | None:
         """Cuts without those that are affine in the others; None if one hangs on another else."""
@@ -592,10 +616,11 @@ class Calculus:
             name = kind(node)
             if is_foreign(node):
                 return False
-            pieces = pieces or name in FLAT_PIECES
+            flat = name in FLAT_PIECES or _is_flat_norm(node)
+            pieces = pieces or flat
             if not _is_affine(node) and self.is_layer((node, place)):
                 continue
-            if not _is_affine(node) and (name not in FLAT_PIECES or _is_complex(_only(node))):
+            if not _is_affine(node) and (not flat or _is_complex(_only(node))):
                 return False
             for below in operands(node):
                 if below[0] is not None and below not in seen:
@@ -651,6 +676,11 @@ def _exponent(node: Any) -> float | None:
     if operands(node)[0][0] is None or len(_active(node)) != 1:
         return None
     return float(power) if isinstance(power, (int, float)) else None
+
+
+def _is_flat_norm(node: Any) -> bool:
+    order = constant(node, "ord") if kind(node) == "LinalgVectorNorm" else None
+    return order in (1, math.inf)
 
 
 def _is_loss(node: Any) -> bool:
@@ -775,9 +805,7 @@ def make_convex_term(calculus: Calculus, term: LinearTerm) -> tuple[LossTerm | N
     return (None if isinstance(found, AutogradTerm) and not found.curved else found), cuts
 
 
-def _quadratic_term(
-    calculus: Calculus, term: LinearTerm
-) -> tuple[LossTerm | None, list[Edge]]:
+def _quadratic_term(calculus: Calculus, term: LinearTerm) -> tuple[LossTerm | None, list[Edge]]:
     edge = (term.node, term.place)
     if kind(term.node) in BILINEAR:
         for cuts in calculus.quadratics([edge]):

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_hf import _messages
-from torch_hf.capture.autograd_graph import Edge, edge_of, made_before, reaches, touches, under
+from torch_hf.capture.autograd_graph import Edge, edge_of, reaches, touches, under
 from torch_hf.capture.capture import Record
 from torch_hf.capture.op_names import LOSSES, kind
 from torch_hf.loss.concave_terms import without_concave
@@ -41,9 +40,7 @@ NO_CURVATURE = (
     "for absolute values, quantiles and percentages, F.soft_margin_loss or the squared hinge for "
     "the hinge), or a first-order optimizer such as torch.optim.Adam."
 )
-OUTSIDE_VMAP = (
-    "Take the loss outside of it: outputs = torch.func.vmap(model)(x); loss = criterion(outputs, y)."
-)
+OUTSIDE_VMAP = "Take the loss outside of it: outputs = torch.func.vmap(model)(x); loss = criterion(outputs, y)."
 
 
 @dataclass
@@ -84,16 +81,10 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
     curved = [t for t in others if t not in pieces and kind(t.node) != "AccumulateGrad"]
     of_data = [h for h in found if not all(id(z) in own for z in h.outputs)]
     if not found or (not of_data and (flat or pieces or curved)):
-        if any(record.is_stale(z) for c in record.calls.values() for z in c.inputs) or any(
-            made_before(t.node, record.started) for t in others
-        ):
-            raise RuntimeError(_messages.STALE.format(what="outputs"))
         ends = {_spelled(kind(t.node)) for t in curved}
         flat |= {_spelled(kind(t.node)) for t in pieces}
         linear = bool(curved) and all(calculus.is_layer((t.node, t.place)) for t in curved)
         raise RuntimeError(_no_split(record, flat, ends, linear, penalty=bool(found)))
-    if any(record.is_stale(z) and reaches([z.grad_fn], own) for h in found for z in h.outputs):
-        raise RuntimeError(_messages.STALE.format(what="outputs"))
     return Split(found, _remainders(curved))
 
 

@@ -110,6 +110,19 @@ def linear_terms(loss: Tensor, stops: Container[Any]) -> list[LinearTerm]:
     return list(found.values())
 
 
+def summands(loss: Tensor) -> list[Any]:
+    """The nodes down to the first that are not linear, these too."""
+    found, seen = [], {loss.grad_fn}
+    todo = [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        found.append(node)
+        below = {b for b, _ in operands(node) if b is not None} if is_linear(node) else set()
+        todo += below - seen
+        seen |= below
+    return found
+
+
 def _arrive(found: Any, edge: Edge, weight: Tensor, divided: float, averaged: bool) -> None:
     node, place = edge
     like = results(node)[place]

@@ -80,7 +80,7 @@ class ClosureRuns:
                 "The closure's loss is a constant: it is not connected to any parameter. Compute "
                 "it from the model's output without detach(), item() or torch.no_grad()."
             )
-        checks.fresh(record, loss, outputs)
+        checks.fresh(record, loss, outputs, self.vector.params)
         counted = count_cases(record, loss, outputs, self.vector.params)
         if cases is not None:
             counted = Cases(cases, adds=False, denominators=(cases,))
