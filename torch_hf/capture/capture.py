@@ -320,7 +320,7 @@ def _is_same_view(a: Any, b: Any) -> bool:
     if not (a.requires_grad and b.requires_grad) or a._base is None or a._base is not b._base:
         return False
     same = a.shape == b.shape and a.stride() == b.stride() and a.is_conj() == b.is_conj()
-    return same and a.storage_offset() == b.storage_offset()
+    return same and bool(a.storage_offset() == b.storage_offset())
 
 
 def unwrapped(z: Any) -> Any:
@@ -373,7 +373,8 @@ def _of_modulus(
     name: str, first: Tensor, second: Any, args: Any, kwargs: Any
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """As :func:`_arguments`, of complex numbers: what is a function of their moduli."""
-    wanted, settings = False, {}
+    wanted = False
+    settings: dict[str, Any] = {}
     match ALIASES[name]:
         case "modulus":
             wanted = True

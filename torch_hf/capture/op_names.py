@@ -24,10 +24,10 @@ LOSSES: dict[str, tuple[str, ...]] = {
 #: Other functions by name, and the one name they are recorded under.
 SQUARES = {"pow", "square", "mul", "dot"}
 LINKS = {"log_softmax", "softmax", "log", "sigmoid", "norm"}
-ABSOLUTE = {"abs": "modulus", "absolute": "modulus", "__abs__": "modulus"}  # of complex numbers
+ABSOLUTE = {"abs", "absolute", "__abs__"}  # of complex numbers
 ALIASES = (
     {name: name for name in SQUARES | LINKS}
-    | ABSOLUTE
+    | dict.fromkeys(ABSOLUTE, "modulus")
     | {
         "__pow__": "pow",
         "__mul__": "mul",
@@ -47,24 +47,30 @@ ALIASES = (
 )
 #: Functions whose arguments are kept as places where a network may end: what the calculus of
 #: :mod:`torch_hf.loss.convexity` has a rule for. Products are among them for quadratic forms.
-CURVED = set(
-    """exp exp2 expm1 log log2 log10 log1p logsumexp special_logsumexp logaddexp logaddexp2
-    logcumsumexp softplus log_sigmoid logsigmoid cosh sqrt rsqrt reciprocal pow __pow__ __rpow__
-    float_power square mul __mul__ multiply div __truediv__ __rtruediv__ dot vdot inner matmul
-    __matmul__ __rmatmul__ mm mv bmm einsum tensordot bilinear linalg_vecdot vecdot
-    linalg_multi_dot xlogy special_xlogy special_entr special_log_ndtr abs absolute __abs__ hypot
-    norm vector_norm linalg_norm linalg_vector_norm linalg_matrix_norm var std sigmoid softmax
-    log_softmax special_log_softmax special_softmax special_expit special_log1p
-    special_expm1""".split()
-)
+# fmt: off
+CURVED = {
+    "__abs__", "__matmul__", "__mul__", "__pow__", "__rmatmul__", "__rpow__", "__rtruediv__",
+    "__truediv__", "abs", "absolute", "bilinear", "bmm", "cosh", "div", "dot", "einsum", "exp",
+    "exp2", "expm1", "float_power", "hypot", "inner", "linalg_matrix_norm", "linalg_multi_dot",
+    "linalg_norm", "linalg_vecdot", "linalg_vector_norm", "log", "log10", "log1p", "log2",
+    "log_sigmoid", "log_softmax", "logaddexp", "logaddexp2", "logcumsumexp", "logsigmoid",
+    "logsumexp", "matmul", "mm", "mul", "multiply", "mv", "norm", "pow", "reciprocal", "rsqrt",
+    "sigmoid", "softmax", "softplus", "special_entr", "special_expit", "special_expm1",
+    "special_log1p", "special_log_ndtr", "special_log_softmax", "special_logsumexp",
+    "special_softmax", "special_xlogy", "sqrt", "square", "std", "tensordot", "var", "vdot",
+    "vecdot", "vector_norm", "xlogy",
+}
 #: Of complex numbers: they are given a view as pairs of real ones, at which the network ends.
-MODULI = set(
-    """abs absolute __abs__ norm linalg_norm linalg_vector_norm linalg_matrix_norm vector_norm vdot vecdot
-    linalg_vecdot
-    mul __mul__ multiply dot inner matmul __matmul__""".split()
-)
+MODULI = {
+    "__abs__", "__matmul__", "__mul__", "abs", "absolute", "dot", "inner", "linalg_matrix_norm",
+    "linalg_norm", "linalg_vecdot", "linalg_vector_norm", "matmul", "mul", "multiply", "norm",
+    "vdot", "vecdot", "vector_norm",
+}
 #: Sums, of which constants are kept: the calculus asks for their sign.
-SUMS = {"add", "__add__", "__radd__", "__iadd__", "add_", "sub", "__sub__", "__rsub__", "rsub"}
+SUMS = {
+    "__add__", "__iadd__", "__radd__", "__rsub__", "__sub__", "add", "add_", "rsub", "sub",
+}
+# fmt: on
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 WATCHED = LOSSES.keys() | ALIASES.keys() | CONVOLUTIONS | RECURRENT | {"linear"}

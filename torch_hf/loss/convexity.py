@@ -1,7 +1,7 @@
 """Which functions in a loss's graph are convex: rules of disciplined convex programming.
 
 A term of the loss that no known loss function made is walked down from its result. Rules for
-single functions (``exp`` is convex and increasing, ``log`` concave and increasing, ...) say what its
+single functions (``exp`` is convex and increasing, ``log`` concave and increasing, ...) say what an
 argument has to be for the whole to be convex; an argument that need not be more than affine is
 where the network ends. As in geometric programming, logarithms of sums of log-convex functions are
 convex, and likewise roots of sums of squares. What no rule proves is not taken for convex.
@@ -98,8 +98,6 @@ FLAT_PIECES = PIECEWISE.keys() | {
     "Sign",
     "Sgn",
     "MarginRankingLoss",
-    "MultiMarginLoss",
-    "MultilabelMarginLoss",
     "Hardtanh",
 }
 #: Where layers of a network end.
@@ -173,7 +171,8 @@ class Calculus:
 
     def prove(self, edge: Edge, wanted: int) -> Proof | None:
         """Whether a place is a convex (or concave) function of some below it; None if unknown."""
-        return self._once(("prove", edge, wanted), lambda: self._prove(edge, wanted))
+        found: Proof | None = self._once(("prove", edge, wanted), lambda: self._prove(edge, wanted))
+        return found
 
     def _prove(self, edge: Edge, wanted: int) -> Proof | None:
         node = edge[0]
@@ -295,8 +294,8 @@ class Calculus:
             return None
         a, b = active
         if conjugates(a, b) or (a == b and (kind(node) == "Vdot" or not _is_complex(a))):
+            growth = "0" if kind(node) == "Mul" and not _is_complex(a) else ""
             if kind(node) in ("Mul", "Dot", "Vdot") and wanted == CONVEX:
-                growth = "0" if kind(node) == "Mul" and not _is_complex(a) else ""
                 return self._apply(node, (1, growth), wanted, True)
         return None
 
@@ -349,7 +348,12 @@ class Calculus:
         if is_foreign(node):
             return None
         if name in ("Exp", "Exp2"):
-            return self.argument(_only(node), CONVEX)
+            inner = self.argument(_only(node), CONVEX)
+            if inner is not None:
+                return inner
+            # a largest entry, subtracted against overflow, is linear in pieces
+            cuts = self.anchor(_only(node), pieces=True)
+            return None if cuts is None else Proof(cuts)
         if name == "Cosh":
             return self._apply(node, (1, ""), CONVEX, True)
         if name == "Pow":
@@ -555,12 +559,15 @@ class Calculus:
             "ScatterAdd",
         )
 
-    def anchor(self, edge: Edge, below: bool = False) -> dict[Edge, None] | None:
+    def anchor(
+        self, edge: Edge, *, below: bool = False, pieces: bool = False
+    ) -> dict[Edge, None] | None:
         """The nearest places with tensors that a place is affine in; None if one has none.
 
         Args:
             edge: The place, which counts itself.
             below: It does not.
+            pieces: Functions that are linear in pieces count as affine.
         """
         found: dict[Edge, None] = {}
         todo, seen = [edge], {edge}
@@ -569,7 +576,7 @@ class Calculus:
             itself = below and here == edge
             if not itself and self.record.place(here) is not None and not _is_complex(here):
                 found[here] = None
-            elif not _is_affine(here[0]):
+            elif not _is_affine(here[0]) and not (pieces and _is_piecewise(here[0])):
                 return None
             else:
                 for under in operands(here[0]):
@@ -585,9 +592,9 @@ class Calculus:
         seen = set(todo)
         while todo:
             for root in self.spread(todo.pop()).signs:
-                pieces = kind(root[0]) in FLAT_PIECES and not _is_complex(_only(root[0]))
-                below = set(_active(root[0])) if pieces else set()
-                found |= set() if pieces else {root}
+                flat = _is_piecewise(root[0])
+                below = set(_active(root[0])) if flat else set()
+                found |= set() if flat else {root}
                 todo += below - seen
                 seen |= below
         return found
@@ -613,14 +620,13 @@ class Calculus:
         pieces = False
         while todo:
             node, place = todo.pop()
-            name = kind(node)
             if is_foreign(node):
                 return False
-            flat = name in FLAT_PIECES or _is_flat_norm(node)
+            flat = _is_piecewise(node) or _is_flat_norm(node)
             pieces = pieces or flat
             if not _is_affine(node) and self.is_layer((node, place)):
                 continue
-            if not _is_affine(node) and (not flat or _is_complex(_only(node))):
+            if not _is_affine(node) and not flat:
                 return False
             for below in operands(node):
                 if below[0] is not None and below not in seen:
@@ -678,6 +684,11 @@ def _exponent(node: Any) -> float | None:
     return float(power) if isinstance(power, (int, float)) else None
 
 
+def _is_piecewise(node: Any) -> bool:
+    """Whether a node is linear in pieces, as ``|z|`` of complex numbers is not."""
+    return kind(node) in FLAT_PIECES and not is_foreign(node) and not _is_complex(_only(node))
+
+
 def _is_flat_norm(node: Any) -> bool:
     order = constant(node, "ord") if kind(node) == "LinalgVectorNorm" else None
     return order in (1, math.inf)
@@ -712,9 +723,9 @@ def _sign(node: Any, i: int) -> int:
         weight = constant(node, "weight")
         return -1 if weight is None or _nonnegative(weight) else 0
     if name in PRODUCTS or name == "Div":
-        others = ("other",) if name == "Div" else ("other", "self", "mat2", "vec", "tensor")
-        if name == "Dot":
-            others = ("self", "tensor")
+        others = {"Div": ["other"], "Dot": ["self", "tensor"]}.get(
+            name, ["other", "self", "mat2", "vec", "tensor"]
+        )
         found = [constant(node, key) for key in others]
         fixed = [f for f in found if isinstance(f, Tensor) and not f.requires_grad]
         return _sign_of(fixed[0]) if len(fixed) == 1 else 0
@@ -787,10 +798,8 @@ def make_convex_term(calculus: Calculus, term: LinearTerm) -> tuple[LossTerm | N
     No loss term but places is what is affine in these; neither is what no rule proves convex.
     """
     edge = (term.node, term.place)
-    if term.weight.is_complex():
-        sign = _sign_of(term.weight.real)
-    else:
-        sign = _sign_of(term.weight)
+    weight = term.weight
+    sign = _sign_of(weight.real if weight.is_complex() else weight)
     proof = calculus.prove(edge, sign) if sign else None
     if proof is None:
         return _quadratic_term(calculus, term)
@@ -885,4 +894,6 @@ def _flat(parts: tuple[Tensor, ...], lead: int) -> Tensor:
 def _unflat(v: Tensor, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     lead = v.ndim - 1
     sizes = [z.numel() // (z.shape[0] if lead else 1) for z in outputs]
-    return tuple(p.reshape(z.shape) for p, z in zip(v.split(sizes, lead), outputs, strict=True))
+    return tuple(
+        p.reshape(z.shape) for p, z in zip(torch.split(v, sizes, lead), outputs, strict=True)
+    )

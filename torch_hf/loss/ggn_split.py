@@ -40,7 +40,10 @@ NO_CURVATURE = (
     "for absolute values, quantiles and percentages, F.soft_margin_loss or the squared hinge for "
     "the hinge), or a first-order optimizer such as torch.optim.Adam."
 )
-OUTSIDE_VMAP = "Take the loss outside of it: outputs = torch.func.vmap(model)(x); loss = criterion(outputs, y)."
+OUTSIDE_VMAP = (
+    "Call the model inside and take the loss outside: outputs = torch.func.vmap(model)(x); "
+    "loss = criterion(outputs, y)."
+)
 
 
 @dataclass

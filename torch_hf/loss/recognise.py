@@ -47,10 +47,7 @@ def make_loss_term(call: Call, weight: Tensor, record: Record) -> LossTerm | Non
             convex = bool((weight >= 0).all())
             if not convex:
                 return None
-            scale, dim = _norm_weight(call, weight)
-            if call.settings.get("complex") and dim is not None:
-                dim = (*dim, -1)
-            return NormTerm(piece, scale, dim)
+            return NormTerm(piece, *_norm_weight(call, weight))
         case "pow" | "square" | "mul" | "dot":
             return _square_term(call, weight, record)
         case "softmax" | "sigmoid" | "l1_loss" | "modulus":
@@ -83,7 +80,7 @@ def _norm_weight(norm: Call, weight: Tensor) -> tuple[Tensor, Any]:
         for d in sorted(d % norm.inputs[0].ndim for d in dims):
             weight = weight.unsqueeze(d)
     if norm.settings.get("complex") and dims is not None:
-        weight = weight.unsqueeze(-1)
+        return weight.unsqueeze(-1), (*dims, -1)
     return weight, dim
 
 

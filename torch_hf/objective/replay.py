@@ -96,7 +96,8 @@ class Buffers:
 def _buffer(module: nn.Module, name: str) -> Tensor | None:
     """A buffer by name; what a scripted module keeps them in is no dict."""
     buffers: Any = module._buffers
-    return buffers[name] if _is_scripted(module) else buffers.get(name)
+    found: Tensor | None = buffers[name] if _is_scripted(module) else buffers.get(name)
+    return found
 
 
 def _is_scripted(module: nn.Module) -> bool:
