@@ -85,6 +85,7 @@ class Record:
     constants: dict[Any, Any] = field(default_factory=dict)  # by node: what it adds
     pairs: dict[Edge, tuple[Tensor, Tensor]] = field(default_factory=dict)  # complex as reals
     in_vmap: bool = False
+    negated: bool = False  # maximize=True: what a closure returns is to grow, convex or not
     started: int = 0  # sequence number of autograd's nodes when the closure began
     differentiates_inside: bool = False
     fast_convolutions: bool = False

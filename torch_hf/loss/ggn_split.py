@@ -77,7 +77,10 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
             flat.add(call.name)
         if (call is None or call.name != "l1_loss") and reaches([term.node], own, ()):
             others.append(term)  # no curvature in its argument, but that may be curved itself
-    found, concave = without_concave(loss_terms)
+    if record.negated:
+        found, concave = [loss_term for loss_term, _ in loss_terms], []
+    else:
+        found, concave = without_concave(loss_terms)
     calculus = Calculus(record, found)
     found, others = _add_convex(calculus, found, [*others, *concave])
     pieces = [t for t in others if calculus.is_flat((t.node, t.place))]

@@ -73,6 +73,7 @@ class ClosureRuns:
         if record.held:
             found = [*self.uncleared, *capture.gradients.uncleared()]
             self.uncleared = list({id(g): g for g in found}.values())
+        record.negated = self.sign < 0
         loss = self._objective(record)
         returned, outputs, cases = checks.returned(record.returned)
         if not loss.requires_grad:
