@@ -180,7 +180,7 @@ class Capture(TorchFunctionMode):
         if self.calls and isinstance(result, Tensor):
             if name in CURVED or name in LOSSES:
                 self._keep_places(name, [*args, *kwargs.values()], result)
-            elif name in SUMS:
+            elif name in SUMS and not kwargs and len(args) == 2:  # and no factor alpha
                 self._keep_constant(args, result)
             self._keep(func, name, args, kwargs, result)
         return result

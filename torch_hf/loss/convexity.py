@@ -32,14 +32,9 @@ from torch_hf.capture.autograd_graph import (
 )
 from torch_hf.capture.capture import Record, unwrapped
 from torch_hf.capture.op_names import kind
-from torch_hf.loss.linear_terms import PRODUCTS, LinearTerm, is_linear
-from torch_hf.loss.loss_hessians import (
-    AutogradTerm,
-    ElementwiseTerm,
-    LossTerm,
-    NormTerm,
-    SoftmaxTerm,
-)
+from torch_hf.loss.linear_terms import PRODUCTS, is_linear
+from torch_hf.loss.loss_hessians import AutogradTerm, LossTerm
+from torch_hf.loss.positive_forms import is_positive
 
 #: Elementwise and reducing functions: 1 for convex, -1 for concave, and how they grow in their
 #: arguments, "+", "-", "" for neither and "0" for upwards from 0.
@@ -108,13 +103,12 @@ NONNEGATIVE |= {"BinaryCrossEntropyWithLogits", "SoftMarginLoss"}
 #: Loss functions of one argument; the other must be a constant.
 OF_FIRST = {"BinaryCrossEntropyWithLogits", "SoftMarginLoss"}
 LOSS_NODES = NORMS | OF_FIRST | {"MseLoss", "HuberLoss", "SmoothL1Loss", "L1Loss", "Var", "Std"}
-#: What each of these does to an entry depends on that entry alone.
-ELEMENTWISE = {"Exp", "Exp2", "Expm1", "Softplus", "Cosh", "LogSigmoid", "SpecialLogNdtr"}
-ELEMENTWISE |= {"Log", "Log2", "Log10", "Log1P", "SpecialEntr", "Pow", "Xlogy", "Rsqrt"}
 LOGARITHMS = {"Log", "Log2", "Log10", "Log1P"}
 MORE_LINEAR = {"NllLoss", "NllLossNd", "NllLoss2D", "LinalgSolveTriangular", "FftC2C", "FftR2C"}
 MORE_LINEAR |= {"FftC2R", "SumToSize", "Roll", "ConstantPadNd", "Scatter", "Slice", "Tril", "Triu"}
 
+#: So many recorded places below a product are tried.
+DEPTH = 6
 BILINEAR = PRODUCTS | {"Trilinear", "Baddbmm", "Vdot"}
 
 CONVEX, CONCAVE, AFFINE = 1, -1, 0
@@ -181,23 +175,23 @@ class Calculus:
             return None
         if name in LOGARITHMS and wanted == CONVEX:
             stable = self._stable_softplus(node) if name == "Log1P" else None
-            found = stable or self.log_convex(_only(node))
+            found = stable or self.log_convex(only(node))
             return Proof(found.cuts, True) if found is not None and name == "Log1P" else found
         if name in LOGARITHMS and name != "Log1P":
-            found = self.log_concave(_only(node))
+            found = self.log_concave(only(node))
             if found is not None:
                 return found
         if name == "Sqrt" and wanted == CONVEX:
-            return self.power_convex(_only(node), 2.0)
+            return self.power_convex(only(node), 2.0)
         if name == "Pow":
             return self._pow(node, wanted)
         if name in PRODUCTS or name == "Vdot":
             return self._product(node, wanted)
         if name == "Xlogy":
             return self._xlogy(node, wanted)
-        if name == "Reciprocal" and self.is_nonnegative(_only(node)):
+        if name == "Reciprocal" and self.is_nonnegative(only(node)):
             return self._apply(node, (1, "-"), wanted, True)
-        if name == "Abs" and _is_complex(_only(node)):
+        if name == "Abs" and is_complex(only(node)):
             return self._modulus(node, wanted)
         if name in NORMS:
             order = constant(node, "ord" if name == "LinalgVectorNorm" else "p")
@@ -216,7 +210,7 @@ class Calculus:
         if curvature != wanted:
             return None
         total = Proof(curved=curved)
-        for below in _active(node):
+        for below in active(node):
             up = growth == "+" or (growth == "0" and self.is_nonnegative(below))
             inner = wanted if up else -wanted if growth == "-" else AFFINE
             found = self.argument(below, inner)
@@ -251,17 +245,17 @@ class Calculus:
 
     def _stable_softplus(self, node: Any) -> Proof | None:
         """``log1p(exp(-|z|))``, to which ``relu(z)`` is added: no curvature of it is negative."""
-        argument = self.spread(_only(node))
+        argument = self.spread(only(node))
         if argument.sums or len(argument.signs) != 1:
             return None
         (inner,) = argument.signs.items()
         if kind(inner[0][0]) != "Exp" or inner[1] != 1:
             return None
-        signs = self.spread(_only(inner[0][0])).signs
+        signs = self.spread(only(inner[0][0])).signs
         ends = [place for place, sign in signs.items() if kind(place[0]) == "Abs" and sign == -1]
-        if len(signs) != 1 or not ends or _is_complex(_only(ends[0][0])):
+        if len(signs) != 1 or not ends or is_complex(only(ends[0][0])):
             return None
-        cuts = self.anchor(_only(ends[0][0]))
+        cuts = self.anchor(only(ends[0][0]))
         return None if cuts is None else Proof(cuts, True)
 
     def _pow(self, node: Any, wanted: int) -> Proof | None:
@@ -270,12 +264,12 @@ class Calculus:
         if power is None:
             exponent = constant(node, "exponent")  # of c ** z
             varies = isinstance(exponent, Tensor) and exponent.requires_grad
-            if varies and len(_active(node)) == 1 and wanted == CONVEX:
+            if varies and len(active(node)) == 1 and wanted == CONVEX:
                 return self._apply(node, (1, ""), wanted, True)
             return None
         if power == 1:
             return self.combination(base, wanted)
-        if _is_complex(base):
+        if is_complex(base):
             return None
         positive = self.is_nonnegative(base)
         if power >= 2 and power % 2 == 0:
@@ -293,8 +287,8 @@ class Calculus:
         if len(active) != 2 or any(below is None for below, _ in active):
             return None
         a, b = active
-        if conjugates(a, b) or (a == b and (kind(node) == "Vdot" or not _is_complex(a))):
-            growth = "0" if kind(node) == "Mul" and not _is_complex(a) else ""
+        if conjugates(a, b) or (a == b and (kind(node) == "Vdot" or not is_complex(a))):
+            growth = "0" if kind(node) == "Mul" and not is_complex(a) else ""
             if kind(node) in ("Mul", "Dot", "Vdot") and wanted == CONVEX:
                 return self._apply(node, (1, growth), wanted, True)
         return None
@@ -313,7 +307,7 @@ class Calculus:
 
     def _modulus(self, node: Any, wanted: int) -> Proof | None:
         """``|z|`` of complex z; of what is real and not negative it is the identity."""
-        edge = _only(node)
+        edge = only(node)
         found = self.spread(edge)
         squares = [p for p in found.signs if self._is_squared_modulus(p)]
         if squares and len(squares) == len(found.signs) and set(found.signs.values()) == {1}:
@@ -348,11 +342,11 @@ class Calculus:
         if is_foreign(node):
             return None
         if name in ("Exp", "Exp2"):
-            inner = self.argument(_only(node), CONVEX)
+            inner = self.argument(only(node), CONVEX)
             if inner is not None:
                 return inner
             # a largest entry, subtracted against overflow, is linear in pieces
-            cuts = self.anchor(_only(node), pieces=True)
+            cuts = self.anchor(only(node), pieces=True)
             return None if cuts is None else Proof(cuts)
         if name == "Cosh":
             return self._apply(node, (1, ""), CONVEX, True)
@@ -362,10 +356,10 @@ class Calculus:
                 return self.log_convex(operands(node)[0])
             return self.log_concave(operands(node)[0]) if power is not None else None
         if name in ("Reciprocal", "Rsqrt"):
-            return self.log_concave(_only(node))
+            return self.log_concave(only(node))
         if name == "Sqrt":
-            return self.log_convex(_only(node))
-        if name in ("Mul", "Div") and len(_active(node)) == 2:
+            return self.log_convex(only(node))
+        if name in ("Mul", "Div") and len(active(node)) == 2:
             a, b = operands(node)
             other = self.log_convex(b) if name == "Mul" else self.log_concave(b)
             return _both(self.log_convex(a), other)
@@ -381,19 +375,19 @@ class Calculus:
         if is_foreign(node):
             return None
         if name in ("Exp", "Exp2"):
-            return self.argument(_only(node), CONCAVE)
+            return self.argument(only(node), CONCAVE)
         if name in ("Sigmoid", "Softplus", "Softmax"):
-            inner = self.argument(_only(node), CONCAVE if name == "Sigmoid" else AFFINE)
+            inner = self.argument(only(node), CONCAVE if name == "Sigmoid" else AFFINE)
             return None if inner is None else Proof(inner.cuts, True)
         if name in ("Reciprocal", "Rsqrt"):
-            return self.log_convex(_only(node))
+            return self.log_convex(only(node))
         if name in ("Pow", "Sqrt"):
             power = 0.5 if name == "Sqrt" else _exponent(node)
             if power is None:
                 return None
             base = operands(node)[0]
             return self.log_concave(base) if power > 0 else self.log_convex(base)
-        if name in ("Mul", "Div") and len(_active(node)) == 2:
+        if name in ("Mul", "Div") and len(active(node)) == 2:
             a, b = operands(node)
             other = self.log_concave(b) if name == "Mul" else self.log_convex(b)
             return _both(self.log_concave(a), other)
@@ -432,7 +426,7 @@ class Calculus:
         """
         cuts: dict[Edge, None] = {}
         for node, _ in places:
-            factors = _active(node)
+            factors = active(node)
             if is_foreign(node) or not (kind(node) in BILINEAR or _squares(node)):
                 return []
             for factor in factors:
@@ -459,7 +453,7 @@ class Calculus:
         if name == "Pow":
             power = _exponent(node)
             base = operands(node)[0]
-            if power is not None and power >= q and not _is_complex(base):
+            if power is not None and power >= q and not is_complex(base):
                 even = power % 2 == 0
                 if even or self.is_nonnegative(base):
                     return self._apply(node, (1, "0"), CONVEX, True)
@@ -467,8 +461,8 @@ class Calculus:
             return self.prove(edge, CONVEX)
         if (name in ("Mul", "Dot", "Vdot") or name in PRODUCTS) and q <= 2:
             return self._product(node, CONVEX)
-        if name == "Abs" and _is_complex(_only(node)) and q <= 2:
-            inner = self.spread(_only(node))
+        if name == "Abs" and is_complex(only(node)) and q <= 2:
+            inner = self.spread(only(node))
             if inner.signs and all(self._is_squared_modulus(p) for p in inner.signs):
                 return self.prove(edge, CONVEX)
         return self._log_convex(edge)
@@ -494,17 +488,17 @@ class Calculus:
         if name == "Pow":
             power = _exponent(node)
             even = power is not None and power % 2 == 0
-            return even or (operands(node)[0][0] is not None and self.is_nonnegative(_only(node)))
+            return even or (operands(node)[0][0] is not None and self.is_nonnegative(only(node)))
         if name in ("Clamp", "ClampMin"):
             low = constant(node, "min")
             return isinstance(low, (int, float)) and low >= 0
         if name == "Log1P":
-            return self.is_nonnegative(_only(node))
+            return self.is_nonnegative(only(node))
         if name == "Mul":
             a, b = operands(node)
-            return a == b and not _is_complex(a)
+            return a == b and not is_complex(a)
         if name in ("Reciprocal", "Rsqrt"):
-            return self.is_nonnegative(_only(node))
+            return self.is_nonnegative(only(node))
         return name in NONNEGATIVE
 
     def spread(self, edge: Edge) -> Combination:
@@ -543,7 +537,7 @@ class Calculus:
         name = kind(node)
         if name in ("Add", "Sub", "Rsub"):
             known = self.record.constants.get(node)
-            if known is None or constant(node, "alpha") not in (None, 1):
+            if known is None:
                 return False
             subtracted = name == "Sub" and operands(node)[0][0] is not None
             side = -1 if subtracted else 1
@@ -574,7 +568,7 @@ class Calculus:
         while todo:
             here = todo.pop()
             itself = below and here == edge
-            if not itself and self.record.place(here) is not None and not _is_complex(here):
+            if not itself and self.record.place(here) is not None and not is_complex(here):
                 found[here] = None
             elif not _is_affine(here[0]) and not (pieces and _is_piecewise(here[0])):
                 return None
@@ -593,7 +587,7 @@ class Calculus:
         while todo:
             for root in self.spread(todo.pop()).signs:
                 flat = _is_piecewise(root[0])
-                below = set(_active(root[0])) if flat else set()
+                below = set(active(root[0])) if flat else set()
                 found |= set() if flat else {root}
                 todo += below - seen
                 seen |= below
@@ -640,7 +634,7 @@ class Calculus:
         if kind(node) in ("Convolution", "AccumulateGrad"):
             return True
         return kind(node) in LAYERS and any(
-            kind(below[0]) == "AccumulateGrad" or self._is_leafs(below) for below in _active(node)
+            kind(below[0]) == "AccumulateGrad" or self._is_leafs(below) for below in active(node)
         )
 
     def _is_leafs(self, edge: Edge) -> bool:
@@ -654,12 +648,12 @@ class Calculus:
         return self._memo[key]
 
 
-def _active(node: Any) -> list[Edge]:
+def active(node: Any) -> list[Edge]:
     return list(dict.fromkeys(below for below in operands(node) if below[0] is not None))
 
 
-def _only(node: Any) -> Edge:
-    return _active(node)[0]
+def only(node: Any) -> Edge:
+    return active(node)[0]
 
 
 def _is_affine(node: Any) -> bool:
@@ -669,7 +663,7 @@ def _is_affine(node: Any) -> bool:
     return is_linear(node)
 
 
-def _is_complex(edge: Edge) -> bool:
+def is_complex(edge: Edge) -> bool:
     node, place = edge
     return node is not None and bool(results(node)[place].dtype.is_complex)
 
@@ -679,14 +673,14 @@ def _exponent(node: Any) -> float | None:
     power = constant(node, "exponent")
     if isinstance(power, Tensor):
         power = power.item() if power.numel() == 1 and not power.requires_grad else None
-    if operands(node)[0][0] is None or len(_active(node)) != 1:
+    if operands(node)[0][0] is None or len(active(node)) != 1:
         return None
     return float(power) if isinstance(power, (int, float)) else None
 
 
 def _is_piecewise(node: Any) -> bool:
     """Whether a node is linear in pieces, as ``|z|`` of complex numbers is not."""
-    return kind(node) in FLAT_PIECES and not is_foreign(node) and not _is_complex(_only(node))
+    return kind(node) in FLAT_PIECES and not is_foreign(node) and not is_complex(only(node))
 
 
 def _is_flat_norm(node: Any) -> bool:
@@ -728,19 +722,18 @@ def _sign(node: Any, i: int) -> int:
         )
         found = [constant(node, key) for key in others]
         fixed = [f for f in found if isinstance(f, Tensor) and not f.requires_grad]
-        return _sign_of(fixed[0]) if len(fixed) == 1 else 0
+        return sign_of(fixed[0]) if len(fixed) == 1 else 0
     if name in ("Add", "Sub", "Rsub"):
-        alpha = constant(node, "alpha")
-        negative = (name == "Sub" and i == 1) or (name == "Rsub" and i == 0)
-        if alpha not in (None, 1):
+        scaled = i == (0 if name == "Rsub" else 1)
+        if scaled and constant(node, "alpha") != 1:
             return 0
-        return -1 if negative else 1
+        return -1 if scaled and name != "Add" else 1
     if name in MORE_LINEAR - {"SumToSize", "Roll", "ConstantPadNd", "Scatter", "Tril", "Triu"}:
         return 0
     return 1
 
 
-def _sign_of(x: Tensor) -> int:
+def sign_of(x: Tensor) -> int:
     if x.is_complex():
         return 0
     return 1 if _nonnegative(x) else -1 if _nonnegative(-x) else 0
@@ -762,14 +755,14 @@ def _both(a: Proof | None, b: Proof | None) -> Proof | None:
 
 def _ends_at(edge: Edge, ends: set[Edge]) -> bool:
     """Whether all affine paths down from a place, at least one step long, end at some others."""
-    todo, seen = list(_active(edge[0])), set(_active(edge[0]))
+    todo, seen = list(active(edge[0])), set(active(edge[0]))
     while todo:
         here = todo.pop()
         if here in ends:
             continue
         if not _is_affine(here[0]):
             return False
-        for below in _active(here[0]):
+        for below in active(here[0]):
             if below not in seen:
                 seen.add(below)
                 todo.append(below)
@@ -787,113 +780,3 @@ def _passes(edge: Edge, places: set[Edge]) -> bool:
                 seen.add(below)
                 todo.append(below)
     return False
-
-
-# --- the terms of a loss --------------------------------------------------------------------
-
-
-def make_convex_term(calculus: Calculus, term: LinearTerm) -> tuple[LossTerm | None, list[Edge]]:
-    """The loss term of a place in the graph, and the places it is a function of.
-
-    No loss term but places is what is affine in these; neither is what no rule proves convex.
-    """
-    edge = (term.node, term.place)
-    weight = term.weight
-    sign = _sign_of(weight.real if weight.is_complex() else weight)
-    proof = calculus.prove(edge, sign) if sign else None
-    if proof is None:
-        return _quadratic_term(calculus, term)
-    cuts = calculus.independent(proof.cuts)
-    if not cuts:
-        return None, []
-    if not proof.curved:
-        return None, cuts
-    outputs = tuple(calculus.record.places[c] for c in cuts)
-    closed = _closed_form(term, cuts, outputs)
-    found = closed or AutogradTerm(GradientEdge(*edge), term.weight, outputs)
-    return (None if isinstance(found, AutogradTerm) and not found.curved else found), cuts
-
-
-def _quadratic_term(calculus: Calculus, term: LinearTerm) -> tuple[LossTerm | None, list[Edge]]:
-    edge = (term.node, term.place)
-    if kind(term.node) in BILINEAR:
-        for cuts in calculus.quadratics([edge]):
-            outputs = tuple(calculus.record.places[c] for c in cuts)
-            found = AutogradTerm(GradientEdge(*edge), term.weight, outputs)
-            if found.curved and is_positive(found.hessian, outputs):
-                return found, cuts
-    return None, []
-
-
-def _closed_form(
-    term: LinearTerm, cuts: list[Edge], outputs: tuple[Tensor, ...]
-) -> LossTerm | None:
-    """The loss term with a root known, of a function that is applied to an output itself."""
-    node = term.node
-    piece = (GradientEdge(node, term.place), term.weight, outputs)
-    name = kind(node)
-    if name == "Abs" and len(cuts) == 1 and _is_complex(_only(node)):
-        through = _active(_only(node)[0])
-        return NormTerm(piece, term.weight.unsqueeze(-1), -1) if through == cuts else None
-    if len(cuts) != 1 or _active(node) != cuts:
-        return None
-    if name == "Logsumexp":
-        dim, keepdim = constant(node, "dim"), constant(node, "keepdim")
-        if dim is None or len(dim) != 1 or not outputs[0].ndim:
-            return None
-        axis = int(dim[0])
-        axis = axis - 2**64 if axis >= 2**63 else axis  # autograd shows it without a sign
-        weight = term.weight if keepdim else term.weight.unsqueeze(axis)
-        return SoftmaxTerm(piece, weight, axis)
-    same = results(node)[term.place].shape == outputs[0].shape
-    return ElementwiseTerm(*piece) if name in ELEMENTWISE and same else None
-
-
-# --- quadratic forms ------------------------------------------------------------------------
-
-#: So many recorded places below a product are tried.
-DEPTH = 6
-#: A Hessian of at most so many rows is looked at whole.
-DENSE = 512
-
-
-def is_positive(hessian: Callable[..., tuple[Tensor, ...]], outputs: tuple[Tensor, ...]) -> bool:
-    """Whether a Hessian in the outputs is positive semidefinite, as a whole or case by case.
-
-    Of a quadratic function the Hessian is the same everywhere, so that this is a proof.
-    """
-    sizes = [z.numel() for z in outputs]
-    if sum(sizes) <= DENSE:
-        eye = torch.eye(sum(sizes), dtype=outputs[0].dtype, device=outputs[0].device)
-        rows = [_flat(hessian(*_unflat(e, outputs)), 0) for e in eye]
-        return _has_positive_eigenvalues(torch.stack(rows))
-    cases = {z.shape[0] if z.ndim else 0 for z in outputs}
-    if len(cases) != 1 or 0 in cases or sum(sizes) // min(cases) > DENSE:
-        return False
-    (n,) = cases
-    width = sum(sizes) // n
-    eye = torch.eye(width, dtype=outputs[0].dtype, device=outputs[0].device)
-    blocks = torch.stack([_flat(hessian(*_unflat(e.expand(n, -1), outputs)), 1) for e in eye], 1)
-    probe = torch.sin(torch.arange(n * width, dtype=eye.dtype, device=eye.device)).view(n, width)
-    product = _flat(hessian(*_unflat(probe, outputs)), 1)
-    expected = torch.einsum("nij,ni->nj", blocks, probe)
-    close = (product - expected).norm() <= 1e-4 * expected.norm()
-    return bool(close) and _has_positive_eigenvalues(blocks)
-
-
-def _has_positive_eigenvalues(matrix: Tensor) -> bool:
-    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
-    rounding = 10 * matrix.shape[-1] * torch.finfo(values.dtype).eps
-    return bool((values >= -rounding * values.abs().max()).all())
-
-
-def _flat(parts: tuple[Tensor, ...], lead: int) -> Tensor:
-    return torch.cat([p.reshape(*p.shape[:lead], -1) for p in parts], dim=lead)
-
-
-def _unflat(v: Tensor, outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    lead = v.ndim - 1
-    sizes = [z.numel() // (z.shape[0] if lead else 1) for z in outputs]
-    return tuple(
-        p.reshape(z.shape) for p, z in zip(torch.split(v, sizes, lead), outputs, strict=True)
-    )

@@ -18,7 +18,8 @@ from torch_hf.capture.autograd_graph import Edge, edge_of, reaches, touches, und
 from torch_hf.capture.capture import Record
 from torch_hf.capture.op_names import LOSSES, kind
 from torch_hf.loss.concave_terms import without_concave
-from torch_hf.loss.convexity import FLAT_PIECES, Calculus, make_convex_term
+from torch_hf.loss.convex_terms import make_convex_term
+from torch_hf.loss.convexity import FLAT_PIECES, Calculus
 from torch_hf.loss.linear_terms import LinearTerm, linear_terms
 from torch_hf.loss.loss_hessians import AutogradTerm, LossTerm
 from torch_hf.loss.recognise import make_loss_term
@@ -90,7 +91,7 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
         ends = {_spelled(kind(t.node)) for t in curved}
         flat |= {_spelled(kind(t.node)) for t in pieces}
         linear = bool(curved) and all(calculus.is_layer((t.node, t.place)) for t in curved)
-        raise RuntimeError(_no_split(record, flat, ends, linear, penalty=bool(found)))
+        raise RuntimeError(_no_split(record, flat, ends, linear, bool(found), bool(concave)))
     return Split(found, _remainders(curved))
 
 
@@ -197,7 +198,9 @@ def _check_separate(outputs: tuple[Tensor, ...]) -> None:
 # --- where there is none --------------------------------------------------------------------
 
 
-def _no_split(record: Record, flat: set[str], ends: set[str], linear: bool, penalty: bool) -> str:
+def _no_split(
+    record: Record, flat: set[str], ends: set[str], linear: bool, penalty: bool, concave: bool
+) -> str:
     refused = record.refused
     if refused == {"gaussian_nll_loss"}:
         cause = (
@@ -218,6 +221,11 @@ def _no_split(record: Record, flat: set[str], ends: set[str], linear: bool, pena
         )
     elif (flat and not ends) or linear:
         cause = f"{_and(flat) or 'a loss that is linear in the outputs'} {NO_CURVATURE}"
+    elif concave:
+        cause = (
+            f"{_and(ends)} has a negative weight, and is concave. Minimise it with the sign changed, "
+            'or take the whole Hessian: HFOptimizer(params, curvature="hessian").'
+        )
     elif record.in_vmap:
         cause = f"it was computed inside torch.func.vmap. {OUTSIDE_VMAP}"
     elif penalty:
