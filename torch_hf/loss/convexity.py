@@ -649,10 +649,12 @@ class Calculus:
 
 
 def active(node: Any) -> list[Edge]:
+    """A node's operands that are no constants."""
     return list(dict.fromkeys(below for below in operands(node) if below[0] is not None))
 
 
 def only(node: Any) -> Edge:
+    """The first of these."""
     return active(node)[0]
 
 
@@ -664,6 +666,7 @@ def _is_affine(node: Any) -> bool:
 
 
 def is_complex(edge: Edge) -> bool:
+    """Whether a place holds complex numbers."""
     node, place = edge
     return node is not None and bool(results(node)[place].dtype.is_complex)
 
@@ -734,6 +737,7 @@ def _sign(node: Any, i: int) -> int:
 
 
 def sign_of(x: Tensor) -> int:
+    """1 or -1 where no entry has the other sign, else 0."""
     if x.is_complex():
         return 0
     return 1 if _nonnegative(x) else -1 if _nonnegative(-x) else 0

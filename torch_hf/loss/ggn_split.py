@@ -78,9 +78,8 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
             flat.add(call.name)
         if (call is None or call.name != "l1_loss") and reaches([term.node], own, ()):
             others.append(term)  # no curvature in its argument, but that may be curved itself
-    if record.negated:
-        found, concave = [loss_term for loss_term, _ in loss_terms], []
-    else:
+    found, concave = [loss_term for loss_term, _ in loss_terms], list[LinearTerm]()
+    if not record.negated:
         found, concave = without_concave(loss_terms)
     calculus = Calculus(record, found)
     found, others = _add_convex(calculus, found, [*others, *concave])
@@ -223,7 +222,8 @@ def _no_split(
         cause = f"{_and(flat) or 'a loss that is linear in the outputs'} {NO_CURVATURE}"
     elif concave:
         cause = (
-            f"{_and(ends)} has a negative weight, and is concave. Minimise it with the sign changed, "
+            f"{_and(ends)} has a negative weight, and is concave. Minimise it with the sign "
+            "changed, "
             'or take the whole Hessian: HFOptimizer(params, curvature="hessian").'
         )
     elif record.in_vmap:
