@@ -81,17 +81,30 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
     found, concave = [loss_term for loss_term, _ in loss_terms], list[LinearTerm]()
     if not record.negated:
         found, concave = without_concave(loss_terms)
+    known = _of_data(found, own)
     calculus = Calculus(record, found)
     found, others = _add_convex(calculus, found, [*others, *concave])
     pieces = [t for t in others if calculus.is_flat((t.node, t.place))]
     curved = [t for t in others if t not in pieces and kind(t.node) != "AccumulateGrad"]
-    of_data = [h for h in found if not all(id(z) in own for z in h.outputs)]
-    if not found or (not of_data and (flat or pieces or curved)):
+    of_data = _of_data(found, own)
+    # beside what is a known loss function a remainder may be anything; alone it would be the loss
+    unproved = bool(curved) and not known
+    if not found or unproved or (not of_data and (flat or pieces)):
         ends = {_spelled(kind(t.node)) for t in curved}
         flat |= {_spelled(kind(t.node)) for t in pieces}
-        linear = bool(curved) and all(calculus.is_layer((t.node, t.place)) for t in curved)
-        raise RuntimeError(_no_split(record, flat, ends, linear, bool(found), bool(concave)))
+        penalty = bool(found) and not of_data
+        linear = (
+            bool(curved)
+            and not of_data
+            and all(calculus.is_layer((t.node, t.place)) for t in curved)
+        )
+        raise RuntimeError(_no_split(record, flat, ends, linear, penalty, bool(concave)))
     return Split(found, _remainders(curved))
+
+
+def _of_data(found: Sequence[LossTerm], own: set[int]) -> bool:
+    """Whether some loss term is more than a penalty on the parameters themselves."""
+    return not all(id(z) in own for h in found for z in h.outputs)
 
 
 def _add_convex(
@@ -154,7 +167,11 @@ def split_by_outputs(
         _check_separate(outputs)
     loss_term = AutogradTerm(loss, None, outputs)
     if not loss_term.curved:
-        pieces = {kind(n) for n in under([loss.grad_fn], stops)} & FLAT_PIECES
+        pieces = {
+            kind(node)
+            for node in under([loss.grad_fn], stops)
+            if kind(node) in FLAT_PIECES and touches(node, stops) and edge_of(loss) not in stops
+        }
         if pieces:
             flat = _and({_spelled(name) for name in pieces})
             raise RuntimeError(f"In the outputs that the closure returned, {flat} {NO_CURVATURE}")
