@@ -198,7 +198,7 @@ BAD_STEPS = (
         "hinge_of_outputs",
         _hinge,
         RuntimeError,
-        ("has no curvature", 'curvature="hessian"'),
+        ("has no curvature", "first-order optimizer"),
     ),
     BadStep("mean", lambda m: m(X).mean(), RuntimeError, ("linear in the outputs", "Adam")),
     BadStep(
