@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch_hf.kronecker.factors import KroneckerFactors
 
 Rows = Tensor | Sequence[int]
 
@@ -66,48 +62,3 @@ def check_finite(name: str, matrix: Tensor) -> None:
             f"{name} has {int(wrong.sum())} values that are not finite, the first {matrix[place]} "
             f"at {place}. Remove such points or fill the values in."
         )
-
-
-def check_new_points(data: KroneckerFactors, points: KroneckerFactors) -> None:
-    """Points at which a layer of ``data`` can be asked."""
-    got = getattr(points, "widths", type(points).__name__)
-    if got != data.widths:
-        raise ValueError(f"points must be KroneckerFactors of widths {data.widths}, got {got}.")
-    if points.dtype != data.dtype:
-        raise TypeError(
-            f"points must be of the layer's dtype {data.dtype}, got {points.dtype}. Convert them: "
-            f"points.to(dtype={data.dtype})."
-        )
-    if points.device != data.device:
-        raise ValueError(
-            f"points must be on the layer's device {data.device}, got {points.device}. Move them: "
-            f"points.to({str(data.device)!r})."
-        )
-    if (points._scale is None) != (data._scale is None):
-        wanted = data._scale is not None
-        have = ("not normalised", "normalised")
-        raise ValueError(
-            f"points must be {have[wanted]} as the layer's data are, got points that are "
-            f"{have[not wanted]}. Make them with normalize={wanted}."
-        )
-
-
-def as_indices(rows: Rows, length: int, device: torch.device, what: str = "indices") -> Tensor:
-    """Numbers of points as a tensor ``(k,)``, each at least 0 and below ``length``."""
-    found = torch.as_tensor(rows)  # checked where it lies: no wait for a device where it is a list
-    if found.numel() == 0:
-        found = found.long()
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(
-            f"{what} must be integers, got {found.dtype}. For a mask, give mask.nonzero()[:, 0]."
-        )
-    if found.dim() != 1:
-        raise ValueError(f"{what} must be a list or a vector, got shape {tuple(found.shape)}.")
-    found = found.long()
-    if len(found):
-        low, high = torch.stack(found.aminmax()).tolist()
-        if low < 0 or high >= length:
-            raise ValueError(
-                f"{what} must be from 0 to {length - 1}; got {low if low < 0 else high}."
-            )
-    return found.to(device)

@@ -123,6 +123,12 @@ class Buffers:
                 self.seen.add(part)
                 self.before.extend(Saved.of(part, name) for name in part._buffers.keys())  # noqa: SIM118
 
+    def _is_ours(self, module: nn.Module) -> bool:
+        """Not of another training that goes on in another thread."""
+        return threading.get_ident() == self.thread or any(
+            id(p) in self.params for p in module.parameters()
+        )
+
 
 def _buffer(module: nn.Module, name: str) -> Tensor | None:
     """A buffer by name; what a scripted module keeps them in is no dict."""
@@ -133,12 +139,6 @@ def _buffer(module: nn.Module, name: str) -> Tensor | None:
 
 def _is_scripted(module: nn.Module) -> bool:
     return isinstance(module, torch.jit.ScriptModule)
-
-    def _is_ours(self, module: nn.Module) -> bool:
-        """Not of another training that goes on in another thread."""
-        return threading.get_ident() == self.thread or any(
-            id(p) in self.params for p in module.parameters()
-        )
 
 
 def untraced(hook: Any) -> Any:
