@@ -62,3 +62,24 @@ def check_finite(name: str, matrix: Tensor) -> None:
             f"{name} has {int(wrong.sum())} values that are not finite, the first {matrix[place]} "
             f"at {place}. Remove such points or fill the values in."
         )
+
+
+def as_indices(rows: Rows, length: int, device: torch.device, what: str = "indices") -> Tensor:
+    """Numbers of points as a tensor ``(k,)``, each at least 0 and below ``length``."""
+    found = torch.as_tensor(rows)  # checked where it lies: no wait for a device where it is a list
+    if found.numel() == 0:
+        found = found.long()
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(
+            f"{what} must be integers, got {found.dtype}. For a mask, give mask.nonzero()[:, 0]."
+        )
+    if found.dim() != 1:
+        raise ValueError(f"{what} must be a list or a vector, got shape {tuple(found.shape)}.")
+    found = found.long()
+    if len(found):
+        low, high = torch.stack(found.aminmax()).tolist()
+        if low < 0 or high >= length:
+            raise ValueError(
+                f"{what} must be from 0 to {length - 1}; got {low if low < 0 else high}."
+            )
+    return found.to(device)
