@@ -58,6 +58,22 @@ HELD_BACK = (
     "when .grad holds the gradient; clipping has no effect on the step."
 )
 
+#: Said where a closure differentiates by the network's inputs in a way that was held back.
+HELD_BACK_INSIDE = (
+    "The closure reads the .grad that backward(create_graph=True) would have left in an input, but "
+    "HFOptimizer holds back each backward() that reaches the parameters. To differentiate by "
+    "the inputs x, write u.backward(gradient=torch.ones_like(u), inputs=[x], create_graph=True), "
+    "or u_x, = torch.autograd.grad(u, x, torch.ones_like(u), create_graph=True)."
+)
+
+#: Said where what the closure returns was computed before it was called.
+STALE = (
+    "The graph of the loss must be built in the closure, got {what} that was computed before the "
+    "closure was called. A step calls the closure several times, with other values in the "
+    "parameters. Move the model's call and the loss into it: def closure(): "
+    "loss = criterion(model(x), y); loss.backward(); return loss."
+)
+
 #: Said where two runs at the same parameters disagree.
 NOT_DETERMINISTIC = (
     "The closure is not deterministic: called twice at the same parameters, it gave two losses. "

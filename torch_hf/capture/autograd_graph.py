@@ -50,6 +50,39 @@ def leaf(node: Any) -> Tensor | None:
     return found
 
 
+def constant(node: Any, name: str) -> Any:
+    """An operand or a number that a node keeps, by name; None where it keeps no such thing.
+
+    What a rule does not find there, it does not apply to.
+    """
+    try:
+        return getattr(node, f"_saved_{name}", None)
+    except RuntimeError:  # it was changed in place since
+        return None
+
+
+def conjugates(first: Edge, second: Edge) -> bool:
+    """Whether one of two places holds the complex conjugate of the other."""
+    return _conjugate(first) == second or _conjugate(second) == first
+
+
+def _conjugate(edge: Edge) -> Edge | None:
+    return operands(edge[0])[0] if kind(edge[0]) in ("Conj", "ConjPhysical") else None
+
+
+def made_before(node: Any, moment: int) -> bool:
+    """Whether a node that is no leaf was made before one with this sequence number."""
+    number = getattr(node, "_sequence_nr", None)
+    return number is not None and kind(node) != "AccumulateGrad" and number() < moment
+
+
+def moment() -> int:
+    """The sequence number of a node that is made now, by this thread."""
+    with torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
+    return int(node._sequence_nr())
+
+
 def is_foreign(node: Any) -> bool:
     """Whether a node is of a user's ``autograd.Function``, whose name tells nothing."""
     return isinstance(node, FunctionCtx) and kind(node) != "BackwardHookFunction"

@@ -76,6 +76,7 @@ class LayerStatistics:
         Args:
             salt: Another one draws other signs; see :mod:`torch_hf.statistics.case_signs`.
         """
+        self._operator.check_alive()
         objective = self._objective
         if objective.vector.sums or not objective.runs.layers:
             return []  # of fully sharded layers no rank sees the whole

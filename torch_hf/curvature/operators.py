@@ -239,7 +239,7 @@ class ObjectiveOperator:
         Raises:
             RuntimeError: The operator was released.
         """
-        self._check_alive()
+        self.check_alive()
         self.products += 1
         objective = self.objective
         v = objective.free(v)
@@ -273,7 +273,7 @@ class ObjectiveOperator:
         Raises:
             RuntimeError: The operator was released.
         """
-        self._check_alive()
+        self.check_alive()
         return self._graph or self.objective.curvature_graph(i)
 
     def loss_terms(self, graph: Graph) -> Sequence[LossTerm]:
@@ -286,7 +286,8 @@ class ObjectiveOperator:
         self._local = self.split = self._graph = None
         self._released = True
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Complains of a use after :meth:`release`."""
         if self._released:
             raise RuntimeError(
                 "This curvature operator was released, and its graph with it, so that trial "

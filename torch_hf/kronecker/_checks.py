@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from torch_hf.kronecker.factors import KroneckerFactors
 
 Rows = Tensor | Sequence[int]
 
@@ -65,30 +61,6 @@ def check_finite(name: str, matrix: Tensor) -> None:
         raise ValueError(
             f"{name} has {int(wrong.sum())} values that are not finite, the first {matrix[place]} "
             f"at {place}. Remove such points or fill the values in."
-        )
-
-
-def check_new_points(data: KroneckerFactors, points: KroneckerFactors) -> None:
-    """Points at which a layer of ``data`` can be asked."""
-    got = getattr(points, "widths", type(points).__name__)
-    if got != data.widths:
-        raise ValueError(f"points must be KroneckerFactors of widths {data.widths}, got {got}.")
-    if points.dtype != data.dtype:
-        raise TypeError(
-            f"points must be of the layer's dtype {data.dtype}, got {points.dtype}. Convert them: "
-            f"points.to(dtype={data.dtype})."
-        )
-    if points.device != data.device:
-        raise ValueError(
-            f"points must be on the layer's device {data.device}, got {points.device}. Move them: "
-            f"points.to({str(data.device)!r})."
-        )
-    if (points._scale is None) != (data._scale is None):
-        wanted = data._scale is not None
-        have = ("not normalised", "normalised")
-        raise ValueError(
-            f"points must be {have[wanted]} as the layer's data are, got points that are "
-            f"{have[not wanted]}. Make them with normalize={wanted}."
         )
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch_hf import _checks
 from torch_hf.kronecker import _arguments, _memory
 from torch_hf.kronecker._autograd import EntryGradient, RowGradient
-from torch_hf.kronecker._checks import Rows, check_new_points
+from torch_hf.kronecker._checks import Rows
 from torch_hf.kronecker._implicit import ImplicitWeights
 from torch_hf.kronecker._initial_weights import GridStart, Start
-from torch_hf.kronecker.factors import KroneckerFactors
+from torch_hf.kronecker.factors import KroneckerFactors, check_new_points
 
 
 class ActiveNeurons(NamedTuple):

@@ -79,6 +79,7 @@ class ClosureRuns:
         if record.held:
             found = [*self.uncleared, *capture.gradients.uncleared()]
             self.uncleared = list({id(g): g for g in found}.values())
+        record.negated = self.sign < 0
         loss = self._objective(record)
         returned, outputs, cases = checks.returned(record.returned)
         if not loss.requires_grad:
@@ -87,6 +88,7 @@ class ClosureRuns:
                 "it from the model's output without detach(), item() or torch.no_grad()."
             )
         self._say_compiled()
+        checks.fresh(record, loss, outputs, self.vector.params)
         counted = count_cases(record, loss, outputs, self.vector.params)
         if cases is not None:
             counted = Cases(cases, adds=False, denominators=(cases,))
