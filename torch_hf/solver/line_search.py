@@ -15,6 +15,8 @@ from torch_hf.solver.trust_region import TRUSTED_RATIO, predict, reduction_ratio
 
 #: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
 SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
+#: A step goes at most 2^this times as far along negative curvature as its size says.
+MAX_DOUBLINGS = 30
 #: Said where rounding hides what is left to gain.
 CONVERGED = "converged: what the quadratic still predicts is below the rounding of the loss"
 
@@ -105,10 +107,14 @@ def search(
     )
     if chosen is not candidates[-1]:
         predicted, floor = predict(chosen, length, damping, space)
+    vector = chosen.vector
+    if chosen.escape is not None and step.length == length:
+        vector, further = escape(loss_along, chosen, length, loss)
+        step = step._replace(loss=further)
     ratio = reduction_ratio(start_loss, loss, predicted)
     noise = max(least, step.noise)
     found = SearchResult(
-        chosen.vector if step.length else None,
+        vector if step.length else None,
         step.length,
         step.loss,
         ratio,
@@ -197,6 +203,31 @@ def backtrack(
             break
         best = Backtracked(iterate, loss)
     return best
+
+
+def escape(
+    loss_along: LossAlong, chosen: Iterate, length: float, loss: float
+) -> tuple[Tensor, float]:
+    """Further along negative curvature, twice as far each time, while the loss falls.
+
+    Args:
+        loss_along: The loss at theta + length * direction.
+        chosen: A step with a part along negative curvature.
+        length: The factor on it, ``lr``.
+        loss: The loss at its end.
+
+    Returns:
+        The direction that went lowest, and the loss there.
+    """
+    assert chosen.escape is not None
+    best, part = chosen.vector, chosen.escape
+    for _ in range(MAX_DOUBLINGS):
+        further = best + part
+        new = loss_along(further, length)
+        if not -math.inf < new < loss:
+            break
+        best, loss, part = further, new, 2.0 * part
+    return best, loss
 
 
 def armijo(
