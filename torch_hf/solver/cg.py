@@ -9,7 +9,8 @@ Minimises ``q(d) = g^T d + 1/2 d^T A d`` from a start d_0. Differences from the 
 - The residual is recomputed from its definition every ``REFRESH`` products: in float32 the
   recurrence drifts.
 - Scalars live on the host in float64 and arrive once an iteration, in one transfer.
-- Curvature that is not positive ends the solve with a direction of descent at hand.
+- Curvature that is not positive ends the solve with a direction of descent at hand; negative
+  curvature of a Hessian is gone along.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from torch_hf.distributed import LOCAL, Space
 from torch_hf.report import Stop
-from torch_hf.solver.negative_curvature import Subspace, directions_kept
+from torch_hf.solver.negative_curvature import Escape, Subspace, directions_kept
 
 #: True residuals every so many iterations (Shewchuk 1994, section B.2: about 50).
 REFRESH = 50
@@ -47,7 +48,7 @@ class Iterate(NamedTuple):
     value: float
     slope: float
     vector: Tensor
-    escape: Tensor | None = None
+    escape: Escape | None = None
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,9 @@ def conjugate_gradients(
         elif progress_is_small(state.values, tol):
             stop = Stop.PROGRESS
     if stop is Stop.NEGATIVE_CURVATURE and state.subspace is not None:
-        return _saddle_free(state, operator, solve_with, tol)
+        found = _saddle_free(state, operator, solve_with, tol)
+        if found.last.slope < 0 and math.isfinite(found.last.value):
+            return found
     if not state.kept or state.kept[-1].iteration < i:
         state.keep(i)
     last = state.kept[-1]
@@ -267,7 +270,7 @@ def _iterate(
 
 
 def _saddle_free(s: _Solve, operator: Operator, solve_with: Operator, tol: float) -> CGResult:
-    """Steps from the subspace seen so far, after as many more products as they gain from."""
+    """The step from the subspace seen so far, after as many more products as it gains from."""
     assert s.subspace is not None
     subspace = s.subspace
     subspace.settle(s.d, -s.g - s.r)
@@ -279,8 +282,8 @@ def _saddle_free(s: _Solve, operator: Operator, solve_with: Operator, tol: float
             if tol > 0 and now - last > more * tol * now:
                 break
             last, checked = now, subspace.size
-    n = subspace.size
-    return CGResult([Iterate(n, *step) for step in subspace.steps(s.g)], Stop.NEGATIVE_CURVATURE, n)
+    end = Iterate(subspace.size, *subspace.step(s.g))
+    return CGResult([end], Stop.NEGATIVE_CURVATURE, subspace.size)
 
 
 def _retreat(s: _Solve) -> Stop:

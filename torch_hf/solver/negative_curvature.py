@@ -27,8 +27,6 @@ LEAST_DIRECTIONS, MOST_NUMBERS = 20, 2**20
 NEGLIGIBLE = 1e-2
 #: A vector that others explain to within the square root of rounding adds no direction.
 DEPENDENT_POWER = 0.5
-#: Steps for lambda times these, shortest first.
-CURVE = 64.0, 8.0, 1.0
 
 
 def directions_kept(numel: int, max_iter: int) -> int:
@@ -41,13 +39,20 @@ def directions_kept(numel: int, max_iter: int) -> int:
     return min(numel, max_iter, max(LEAST_DIRECTIONS, MOST_NUMBERS // numel))
 
 
+class Escape(NamedTuple):
+    """The part of a step along negative curvature, of shape (P,), and g^T times it."""
+
+    slope: float
+    vector: Tensor
+
+
 class SaddleFreeStep(NamedTuple):
-    """A step; g^T d; q(d), with H as it is and lambda; and its part along negative curvature."""
+    """q(d), with H as it is and lambda; g^T d; the step d; and its part to go further along."""
 
     value: float
     slope: float
     vector: Tensor
-    escape: Tensor | None
+    escape: Escape | None
 
 
 class Spectrum(NamedTuple):
@@ -160,18 +165,14 @@ class Subspace:
         theta, _, b = self.spectrum(gradient)
         return -0.5 * float((b.square() / (theta.abs() + self.damping)).sum())
 
-    def steps(self, gradient: Tensor) -> list[SaddleFreeStep]:
-        """Steps of growing length; the last is that for lambda."""
-        found = self.spectrum(gradient)
-        return [self._step(found, self.damping * factor) for factor in CURVE]
-
-    def _step(self, found: Spectrum, damping: float) -> SaddleFreeStep:
-        theta, vectors, b = found
-        x = -b / (theta.abs() + damping)
+    def step(self, gradient: Tensor) -> SaddleFreeStep:
+        """The saddle-free step in the subspace."""
+        theta, vectors, b = self.spectrum(gradient)
+        x = -b / (theta.abs() + self.damping)
         slope = float(b @ x)
         value = slope + 0.5 * float((theta + self.damping) @ x.square())
-        down = theta < 0
-        escape = self._combine(vectors @ (x * down)) if down.any() else None
+        down = torch.where(theta < 0, x, 0.0)
+        escape = Escape(float(b @ down), self._combine(vectors @ down)) if down.any() else None
         return SaddleFreeStep(value, slope, self._combine(vectors @ x), escape)
 
     def _combine(self, coordinates: Tensor) -> Tensor:
