@@ -388,6 +388,7 @@ class HFOptimizer(FlatStateOptimizer):
             max_iter=most,
             observe=observe if worth_observing(self.preconditioner, most) else None,
             space=curvature.objective.space,
+            damping=damping if self.curvature == "hessian" else None,
         )
 
     def _commit(
