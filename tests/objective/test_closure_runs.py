@@ -199,7 +199,7 @@ def watched(form: Callable, model: nn.Module) -> tuple[Callable, list[bool]]:
 def test_trial_points_build_no_graph(form):
     model = network()
     closure, modes = watched(form, model)
-    optimizer = HFOptimizer(model.parameters())
+    optimizer = HFOptimizer(model.parameters(), solver="cg")
     optimizer.step(closure)
     assert modes == [True] + [False] * optimizer.last_report.evaluations
     assert len(modes) > 1

@@ -31,6 +31,7 @@ OPTIONS = [
     "cg_tol",
     "cg_decay",
     "maximize",
+    "solver",
     "curvature",
     "preconditioner",
     "base",
@@ -392,7 +393,7 @@ def old_form(state):
     first = state["state"][0]
     numbers = {k: first.pop(k) for k in NUMBERS}
     for group in state["param_groups"]:
-        del group["base"]
+        del group["base"], group["solver"]
         group |= {"steps": 0, "rejections": 0} | dict.fromkeys(NUMBERS[2:])
     if not numbers["last_cases"]:
         numbers |= dict.fromkeys(NUMBERS[2:])

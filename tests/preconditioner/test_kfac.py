@@ -110,7 +110,7 @@ class TestInverse:
 
         monkeypatch.setattr(LBFGSPreconditioner, "observe", watched)
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        optimizer = HFOptimizer(model.parameters())
+        optimizer = HFOptimizer(model.parameters(), solver="cg")
         for _ in range(3):  # new data, three iterations
             x, y = torch.randn(30, 4, dtype=torch.float64), torch.randint(3, (30,))
             optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))
@@ -122,7 +122,7 @@ class TestInverse:
     def test_short_runs_on_the_gradient_s_own_new_cases_start_at_zero(self):
         """A start costs a product: three iterations take three without it, and four with it."""
         model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        optimizer = HFOptimizer(model.parameters())
+        optimizer = HFOptimizer(model.parameters(), solver="cg")
 
         def closure(batch):
             return F.cross_entropy(model(batch[0]), batch[1])

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("seeded")
 class TestHowFarCGGoes:
     def reports(self, new_data, steps=4, **options):
         model, found = network(), []
-        optimizer = HFOptimizer(model.parameters(), **options)
+        optimizer = HFOptimizer(model.parameters(), solver="cg", **options)
         for step in range(steps):
             x, y = batch_of(step if new_data else 0)
             optimizer.step(lambda x=x, y=y: F.cross_entropy(model(x), y))

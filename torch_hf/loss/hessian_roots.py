@@ -116,6 +116,11 @@ def _separates(term: LossTerm) -> bool:
     return isinstance(term, (DiagonalTerm, ElementwiseTerm)) and len(term.outputs) == 1
 
 
+def sums_of_squares(terms: Sequence[LossTerm]) -> bool:
+    """Whether each term is a sum of squares of its outputs, so that its Hessian stays the same."""
+    return all(term.squares for term in terms)
+
+
 def squared_residual(terms: Sequence[LossTerm], params: Sequence[Tensor]) -> Tensor | None:
     """The residual of all rows where each term is a sum of squares; else None.
 
@@ -123,9 +128,9 @@ def squared_residual(terms: Sequence[LossTerm], params: Sequence[Tensor]) -> Ten
     between them.
     """
     found = []
+    if not sums_of_squares(terms):
+        return None
     for term in terms_with_rows(terms, params):
-        if not isinstance(term, DiagonalTerm):
-            return None
         root = hessian_root(term)
         if root.residual is None:
             return None

@@ -30,6 +30,7 @@ class LossTerm(Protocol):
     """A term of the loss, seen as a function of the network's outputs."""
 
     outputs: tuple[Tensor, ...]
+    squares: bool  # whether it is a sum of squares, so that its Hessian is the same everywhere
 
     def hessian(self, *tangents: Tensor) -> tuple[Tensor, ...]:
         """The term's Hessian in the outputs times tangents of the outputs' shapes."""
@@ -48,7 +49,13 @@ class LossTerm(Protocol):
 
 
 class _TermInGraph:
-    """A loss function's result in the graph, and how strongly the objective counts it."""
+    """A loss function's result in the graph, and how strongly the objective counts it.
+
+    Attributes:
+        squares: Whether it is a sum of squares, so that its Hessian is the same everywhere.
+    """
+
+    squares = False
 
     def __init__(
         self,

@@ -52,12 +52,20 @@ def make_loss_term(call: Call, weight: Tensor, record: Record) -> LossTerm | Non
             return _square_term(call, weight, record)
         case "softmax" | "sigmoid" | "l1_loss" | "modulus":
             return None
-    if len(call.inputs) == 2:
-        return _difference_term(piece)
-    return ElementwiseTerm(*piece)
+    term: LossTerm = (
+        _difference_term(piece) if len(call.inputs) == 2 else ElementwiseTerm(*piece)
+    )
+    term.squares = call.name == "mse_loss" and not isinstance(term, AutogradTerm)
+    return term
 
 
 def _square_term(call: Call, weight: Tensor, record: Record) -> LossTerm:
+    term = _diagonal_square(call, weight, record)
+    term.squares = True
+    return term
+
+
+def _diagonal_square(call: Call, weight: Tensor, record: Record) -> DiagonalTerm:
     """``sum(c * r**2)``, also where it was written as the square of a norm or of a modulus."""
     if call.settings.get("complex"):
         scale = 2 * weight.real

@@ -16,6 +16,7 @@ from torch_hf.curvature.joint_root import (
     why_no_root,
 )
 from torch_hf.curvature.operators import ObjectiveOperator
+from torch_hf.loss.hessian_roots import sums_of_squares
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.timer import StepTimer
@@ -128,12 +129,15 @@ def exact_step(
         )
         if not _agrees(solver, here.gradient):
             return None
+        squares = operator.split is None or sums_of_squares(operator.split.loss_terms)
         operator.release()
     with vector.trial() as trial, timer.part("evaluations"):
 
         def evaluate(d: Tensor) -> tuple[float, Tensor | None]:
             trial.place(d.to(vector.dtype), 1.0)
-            return objective.trial_residual(here)
+            if squares:
+                return objective.trial_residual(here)
+            return objective.trial_loss(here), None
 
         eps = torch.finfo(vector.dtype).eps
         found = DampingSearch(solver, evaluate, here.loss, eps, state, first).run()
