@@ -85,9 +85,7 @@ class SelfScaledBroyden:
         return float(loss), slope, float(length)
 
 
-def update_inverse(
-    inverse: Tensor, step: Tensor, change: Tensor, bend: float, update: str
-) -> None:
+def update_inverse(inverse: Tensor, step: Tensor, change: Tensor, bend: float, update: str) -> None:
     """``H+ = (H - H y y^T H / y^T H y + phi v v^T) / tau + s s^T / y^T s``, in place.
 
     With ``v = sqrt(y^T H y) (s / y^T s - H y / y^T H y)``: equations 14 to 16 of Urbán et al.
@@ -109,7 +107,7 @@ def update_inverse(
 
 
 def scaling(b: float, h: float, size: int, update: str) -> tuple[float, float]:
-    """tau and phi from ``b = s^T B s / y^T s`` and ``h = y^T H y / y^T s`` (Al-Baali & Khalfan).
+    """The pair tau, phi from ``b = s^T B s / y^T s`` and ``h = y^T H y / y^T s`` (Al-Baali & Khalfan).
 
     In the other form of the family, for ``B = H^-1``, theta stands for phi, with
     ``phi = (1 - theta) / (1 + a theta)`` and ``a = b h - 1``.

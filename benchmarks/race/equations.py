@@ -206,9 +206,7 @@ def laplacian(values: Tensor, points: Tensor) -> Tensor:
     return torch.stack(bends).sum(dim=0)
 
 
-def uniform(
-    count: int, low: tuple[float, ...], high: tuple[float, ...], seed: int = 0
-) -> Tensor:
+def uniform(count: int, low: tuple[float, ...], high: tuple[float, ...], seed: int = 0) -> Tensor:
     """Points (count, D) of a box in float64, always the same."""
     generator = torch.Generator().manual_seed(seed)
     unit = torch.rand(count, len(low), generator=generator, dtype=torch.float64)

@@ -7,8 +7,6 @@ residuals are fewer), so that none of them is short of digits or of speed.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -136,9 +134,7 @@ class NaturalGradient:
         momentum: Of the last step; 0 is the natural gradient.
     """
 
-    def __init__(
-        self, problem: FlatProblem, damping: float = 1e-12, momentum: float = 0.0
-    ) -> None:
+    def __init__(self, problem: FlatProblem, damping: float = 1e-12, momentum: float = 0.0) -> None:
         self.problem, self.damping, self.momentum = problem, damping, momentum
         self.last: Tensor | None = None
 
@@ -162,6 +158,6 @@ class NaturalGradient:
             trial = self.problem.loss(here + 2.0**-k * move)
             if trial < best:
                 best, length = trial, 2.0**-k
-            elif length > 0 or math.isnan(trial):
+            elif length > 0:
                 break
         return length

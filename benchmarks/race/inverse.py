@@ -33,9 +33,7 @@ class Heated(nn.Module):
         return slope[:, :1] - self.coefficient * u_xx
 
 
-def heat(
-    setting: Setting, dtype: torch.dtype = torch.float64, resampled: bool = False
-) -> RaceTask:
+def heat(setting: Setting, dtype: torch.dtype = torch.float64, resampled: bool = False) -> RaceTask:
     """``u_t = k u_xx`` on the unit square; 60 readings of u with noise of 1e-3 tell of k = 0.3.
 
     Start and ends are given at 200 points. The test metric is the relative error of k; the noise
