@@ -107,10 +107,10 @@ def update_inverse(inverse: Tensor, step: Tensor, change: Tensor, bend: float, u
 
 
 def scaling(b: float, h: float, size: int, update: str) -> tuple[float, float]:
-    """The pair tau, phi from ``b = s^T B s / y^T s`` and ``h = y^T H y / y^T s`` (Al-Baali & Khalfan).
+    """The pair (tau, phi), from ``b = s^T B s / y^T s`` and ``h = y^T H y / y^T s``.
 
-    In the other form of the family, for ``B = H^-1``, theta stands for phi, with
-    ``phi = (1 - theta) / (1 + a theta)`` and ``a = b h - 1``.
+    Published by Al-Baali & Khalfan (2005). In the other form of the family, for ``B = H^-1``,
+    theta stands for phi, with ``phi = (1 - theta) / (1 + a theta)`` and ``a = b h - 1``.
     """
     if update == "bfgs":
         return 1.0, 1.0

@@ -16,8 +16,9 @@ from .flat import FlatProblem, Linearization
 
 #: Trials of one step before it is given up.
 TRIALS = 16
-#: The least damping, relative to the largest squared column norm: below it there is only rounding.
-FLOOR = 1e-18
+#: The least and the largest damping, relative to the largest squared norm of a column: beyond them
+#: there is only rounding.
+FLOOR, CEILING = 1e-18, 1e18
 #: Of the difference along the step that gives the acceleration, and how long that may be
 #: (Transtrum & Sethna 2012).
 PROBE, BEND = 0.1, 0.75
@@ -64,7 +65,7 @@ class LevenbergMarquardt:
         if self.damping is None:
             self.damping = self.first * unit
         for _ in range(TRIALS):
-            self.damping = max(self.damping, FLOOR * unit)
+            self.damping = min(max(self.damping, FLOOR * unit), CEILING * unit)
             self.trials += 1
             move = self._move(solver, at, here)
             if move is not None:
@@ -73,6 +74,7 @@ class LevenbergMarquardt:
                     self._lower((at.loss - loss) / self._predicted(solver, at, move))
                     return
             self._raise()
+        self.raise_by = 2.0
         problem.move_to(here)
 
     def _solver(self, jacobian: Tensor, residual: Tensor) -> tuple[ExactSolver, float]:
@@ -107,7 +109,7 @@ class LevenbergMarquardt:
     def _lower(self, ratio: float) -> None:
         assert self.damping is not None
         if self.rule == "nielsen":
-            self.damping *= max(1 / 3, 1 - (2 * ratio - 1) ** 3)
+            self.damping *= max(1 / 3, 1 - (2 * min(ratio, 1.0) - 1) ** 3)
         else:
             self.damping /= 10
         self.raise_by = 2.0
