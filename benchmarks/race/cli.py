@@ -146,18 +146,18 @@ def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> Non
             if args.turns:
                 turns.append(Training(task, name, seed, budget, clock=args.clock, **options))
                 continue
-            _keep(task, record, run(task, name, seed, budget, clock=args.clock, **options))
+            _keep(task, record, seed, run(task, name, seed, budget, clock=args.clock, **options))
         take_turns(turns, args.turns or math.inf)
         for training in turns:
-            _keep(task, record, training.result)
+            _keep(task, record, seed, training.result)
     if record.runs:
         print(f"\n{as_text(record)}\n", flush=True)
         plot(record, path.with_suffix(".png"))
 
 
-def _keep(task: RaceTask, record: Record, result: dict[str, Any]) -> None:
+def _keep(task: RaceTask, record: Record, seed: int, result: dict[str, Any]) -> None:
     record.add(result)
-    print(f"  {task.name} seed {result['seed']} {_line(task, result)}", flush=True)
+    print(f"  {task.name} seed {seed} {_line(task, result)}", flush=True)
 
 
 def report(args: argparse.Namespace) -> None:

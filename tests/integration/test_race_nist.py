@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT.parent / "shared" / "data" / "nist"
+FOLDER = Path(os.environ.get("TORCH_HF_DATA", ROOT.parent / "shared" / "data")) / "nist"
 
 
 @pytest.fixture(scope="module")
