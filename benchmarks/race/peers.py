@@ -133,6 +133,8 @@ def sgd(model: nn.Module, **options: Any) -> Sequence[Optimizer]:
 
 
 def lbfgs(model: nn.Module, lr: float = 1.0, **options: Any) -> Sequence[Optimizer]:
+    """Without the tolerances, at which it would rest where these tasks begin to be of interest."""
+    options = {"tolerance_grad": 0.0, "tolerance_change": 0.0, **options}
     return [torch.optim.LBFGS(model.parameters(), lr=lr, line_search_fn="strong_wolfe", **options)]
 
 
