@@ -16,7 +16,7 @@ from .rates import PART, PATH, Rates, search
 from .record import Record, session
 from .report import as_markdown, as_text, placed, plot
 from .runner import Training, run, take_turns, warm_up
-from .schedule import fitting
+from .schedule import fitting, search_length
 from .task import Missing, RaceTask, Setting
 from .tasks import TASKS
 
@@ -192,7 +192,9 @@ def command(args: argparse.Namespace) -> str:
 def _fitting(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> float:
     rates, setting = Rates(args.rates), _setting(args)
     searches = sum(
-        args.search or rates.get(setting, task.name, peer, 0.0) is None for peer in _searched(names)
+        search_length(PEERS[peer])
+        for peer in _searched(names)
+        if args.search or rates.get(setting, task.name, peer, 0.0) is None
     )
     try:
         budget = fitting(task, args.device, len(names) * args.seeds, searches, args.minutes)

@@ -95,7 +95,7 @@ class FlatProblem:
         self.move_to(point)
         found = self._residuals()
         terms = [
-            DiagonalTerm((z.square().mean(), None, (z,)), z.new_tensor(2 / z.numel()))
+            DiagonalTerm((z.square().mean(), z.new_ones(()), (z,)), z.new_tensor(2 / z.numel()))
             for z in found
         ]
         root = jacobian_root(Split([*terms]), self.params)

@@ -55,12 +55,15 @@ def heat(setting: Setting, dtype: torch.dtype = torch.float64, resampled: bool =
     rim = draw(200)
     rim[:100, 1] = (torch.arange(100) % 2).double()
     rim[100:, 0] = 0.0
-    here = {"device": setting.device, "dtype": dtype}
-    low, high = torch.zeros(2, **here), torch.ones(2, **here)
+
+    def here(tensor: Tensor) -> Tensor:
+        return tensor.to(setting.device, dtype)
+
+    low, high = here(torch.zeros(2)), here(torch.ones(2))
     readings, edges, points = (
-        (places.to(**here), (temperature(places) + noise).to(**here)),
-        (rim.to(**here), temperature(rim).to(**here)),
-        draw(count).to(**here),
+        (here(places), here(temperature(places) + noise)),
+        (here(rim), here(temperature(rim))),
+        here(draw(count)),
     )
 
     def residuals(model: nn.Module, batch: Tensors) -> Tensors:
@@ -78,7 +81,7 @@ def heat(setting: Setting, dtype: torch.dtype = torch.float64, resampled: bool =
         return {"train_loss": loss(model, (points,))[0].item(), "coefficient_error": error}
 
     def anew(source: torch.Generator) -> Tensors:
-        return (draw(count, source).to(**here),)
+        return (here(draw(count, source)),)
 
     return RaceTask(
         "heat-resampled" if resampled else "heat",

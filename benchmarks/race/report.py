@@ -131,8 +131,8 @@ def plot(record: Record, path: Path) -> None:
         axes.fill_between(grid, low, high, color=colours[i % 20], alpha=0.12, linewidth=0)
     for share, part in SHARES.items():
         axes.axvline(part * record.budget, color="black", linestyle=":", linewidth=0.8)
-        place = (part * record.budget, 1.0)
-        axes.annotate(share, place, xycoords=("data", "axes fraction"), fontsize=8)
+        place, style = (part * record.budget, 0.98), {"fontsize": 8, "va": "top"}
+        axes.annotate(f" {share}", place, xycoords=("data", "axes fraction"), **style)
     start = [r["curve"][metric][0] for r in record.runs if r["curve"].get(metric)]
     if start and start[0]:
         axes.autoscale_view()

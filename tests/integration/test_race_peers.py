@@ -334,6 +334,12 @@ def test_a_damping_is_searched_by_factors_of_thirty(race, monkeypatch):
     assert found["options"] == {"damping": pytest.approx(10**-1.5, rel=0.01)}
 
 
+@pytest.mark.parametrize(("name", "trials"), [("adam", 7), ("lm", 15), ("ssbroyden", 2)])
+def test_a_search_is_planned_by_its_trials(race, name, trials):
+    """Each peer's, in units of the usual one of seven trials and two of three times the length."""
+    assert race.schedule.search_length(race.peers.PEERS[name]) == (trials + 6) / 13
+
+
 def test_every_step_of_everybody_sees_the_same_new_points(race):
     seen = {}
     for name in ("hf", "adam", "lbfgs", *DENSE):
