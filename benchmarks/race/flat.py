@@ -75,15 +75,14 @@ class FlatProblem:
     def loss(self, point: Tensor) -> float:
         """The loss; infinite where it is no number."""
         self.move_to(point)
-        value = self.task.loss(self.model, self.batch)[0].item()
-        return value if math.isfinite(value) else math.inf
+        return _or_infinite(self.task.loss(self.model, self.batch)[0].item())
 
     def gradient(self, point: Tensor) -> tuple[float, Tensor]:
-        """The loss and its gradient (P,)."""
+        """The loss, infinite where it is no number, and its gradient (P,)."""
         self.move_to(point)
         loss, _ = self.task.loss(self.model, self.batch)
         slopes = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
-        return loss.item(), torch.cat([g.reshape(-1) for g in slopes])
+        return _or_infinite(loss.item()), torch.cat([g.reshape(-1) for g in slopes])
 
     def residual(self, point: Tensor) -> Tensor:
         """``r`` (M,)."""
@@ -105,6 +104,11 @@ class FlatProblem:
     def _residuals(self) -> Tensors:
         assert self.task.residuals is not None
         return self.task.residuals(self.model, self.batch)
+
+
+def _or_infinite(loss: float) -> float:
+    """A line search compares: what is no number is neither above nor below."""
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _scaled(z: Tensor) -> Tensor:

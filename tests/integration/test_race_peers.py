@@ -99,6 +99,12 @@ def test_residuals_of_a_task_are_its_loss(race, name):
     torch.testing.assert_close(task.loss(model, task.train)[0], squares)
 
 
+def test_a_loss_that_is_no_number_is_infinite(race):
+    problem = tiny_problem(race)
+    nowhere = problem.position() * math.nan
+    assert problem.loss(nowhere) == problem.gradient(nowhere)[0] == math.inf
+
+
 def test_a_task_of_another_kind_is_refused(race):
     task = tiny(race)
     task.residuals = None
