@@ -52,9 +52,7 @@ def make_loss_term(call: Call, weight: Tensor, record: Record) -> LossTerm | Non
             return _square_term(call, weight, record)
         case "softmax" | "sigmoid" | "l1_loss" | "modulus":
             return None
-    term: LossTerm = (
-        _difference_term(piece) if len(call.inputs) == 2 else ElementwiseTerm(*piece)
-    )
+    term: LossTerm = _difference_term(piece) if len(call.inputs) == 2 else ElementwiseTerm(*piece)
     term.squares = call.name == "mse_loss" and not isinstance(term, AutogradTerm)
     return term
 
