@@ -93,12 +93,12 @@ def collectives(mode: str, work: Work) -> dict[str, int]:
     # two sums an iteration and one of the preconditioner, which the last (of the most) leaves out
     few = 3 * work.iterations - 1 + work.kept + work.evaluations
     if mode == REPLICATED:
-        return {REDUCE: 1 + work.products, SCATTER: 0, GATHER: 0, "small": few + 8}
+        return {REDUCE: 1 + work.products, SCATTER: 0, GATHER: 0, "small": few + 10}
     if mode == SHARDED:  # a direction is gathered when it is tried and taken, and .grad is
         gathers = work.products + work.evaluations + 2
-        return {REDUCE: 0, SCATTER: 1 + work.products, GATHER: gathers, "small": few + 9}
+        return {REDUCE: 0, SCATTER: 1 + work.products, GATHER: gathers, "small": few + 11}
     gathers = 2 + 3 * work.products + work.evaluations
-    return {REDUCE: 0, SCATTER: 1 + work.products, GATHER: gathers, "small": few + 9}
+    return {REDUCE: 0, SCATTER: 1 + work.products, GATHER: gathers, "small": few + 11}
 
 
 def memory(mode: str, numel: float, ranks: int, work: Work) -> float:

@@ -537,7 +537,7 @@ def test_a_negative_penalty_has_no_root():
     model = mlp(3, 4, 2).double()
     params = list(model.parameters())
     record = Capture(params).run(lambda: F.mse_loss(model(X), Y2) - 0.1 * params[0].square().sum())
-    with pytest.raises(RuntimeError, match="is not convex"):
+    with pytest.raises(RuntimeError, match="bypasses"):  # it is no loss term
         jacobian_root(split_by_calls(record, record.returned, params), params)
 
 

@@ -192,7 +192,8 @@ def test_the_script_with_its_own_constructor(script, fraction):
 def test_the_script_with_hf(script, fraction):
     losses, optimizer = script(lambda params: HFOptimizer(params, lr=1))
     assert optimizer.last_report.new_loss < fraction * losses[0]
-    assert optimizer.last_report.products > 0
+    report = optimizer.last_report
+    assert report.products > 0 or report.solver == "exact" or report.converged
 
 
 def test_both_find_the_same_minimum():

@@ -176,7 +176,8 @@ class FlatStateOptimizer(Optimizer):
         pack(self.state, vector, self._kept(vector), self.preconditioner, self._progress, space)
 
     def _kept(self, vector: ParameterVector) -> dict[str, Tensor | None]:
-        small = vector.numel <= MOST_NORMS
+        alone = self.process_group is None and not vector.sums  # ranks take no exact steps
+        small = alone and vector.numel <= MOST_NORMS
         return {"cg_iterate": self._start} | ({"column_norms": self._norms} if small else {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

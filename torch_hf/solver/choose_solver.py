@@ -22,8 +22,8 @@ def exact_bytes(rows: int, params: int, element_size: int) -> float:
     """What an exact solve holds at once, R included.
 
     Example:
-        >>> exact_bytes(1000, 2241, 8) / 2**20
-        49.448394775390625
+        >>> round(exact_bytes(1000, 2241, 8) / 2**20)
+        49
     """
     return rows * params * element_size + exact_cost(rows, params, element_size).bytes
 

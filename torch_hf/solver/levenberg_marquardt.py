@@ -105,8 +105,9 @@ def column_scale(squares: Tensor) -> Tensor:
 
     Example:
         >>> import torch
-        >>> column_scale(torch.tensor([1.0, 16.0, 16.0, 16.0, 1e8])).round(decimals=6)
-        tensor([0.0003, 0.0006, 0.0006, 0.0006, 2.2361])
+        >>> scale = column_scale(torch.tensor([1.0, 16.0, 16.0, 16.0, 1e8]))
+        >>> [round(float(x / scale[1]), 2) for x in scale]
+        [0.5, 1.0, 1.0, 1.0, 790.57]
     """
     squares = squares.double()
     largest = squares.max()
