@@ -6,6 +6,7 @@ TF32 rounds the factors of matrix products and convolutions to 10 bits, autocast
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,10 +37,21 @@ def lowered(device: torch.device) -> list[str]:
     return [text for text in found if not text.endswith(tuple(repr(word) for word in _FULL))]
 
 
+#: What is to be put back, of each thread.
+_lifted = threading.local()
+
+
+def restore_precision() -> None:
+    """As outside of :func:`full_precision`, where an interrupt may have skipped its end."""
+    stack: ExitStack = getattr(_lifted, "stack", ExitStack())
+    stack.close()
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 as it is, inside; afterwards all settings are as they were."""
-    with ExitStack() as stack:
+    _lifted.stack = ExitStack()
+    with _lifted.stack as stack:
         # The older options are set by themselves: torch complains where the two disagree.
         matmul = _older(torch.get_float32_matmul_precision)
         if matmul not in (None, "highest"):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_hf import _checks
-from torch_hf.diagnostics.diagnose import explain
-from torch_hf.distributed import PeerError, Reducer, Sharded, Space, parameter_vector, space_of
+from torch_hf.distributed import Reducer, Sharded, Space, parameter_vector, space_of
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.replay import Replay
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.state_dict import (
     check_state,
@@ -26,6 +23,7 @@ from torch_hf.optimizer.state_dict import (
     upgraded,
     whole_state,
 )
+from torch_hf.optimizer.transaction import Transaction
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.vector import ParameterVector
@@ -47,6 +45,8 @@ class FlatStateOptimizer(Optimizer):
     _start: Tensor | None  # where CG ended
     _format: tuple[torch.dtype, torch.device] | None = None  # of the vectors kept
     _progress: Progress
+    _knows_precision = False  # whether a step has looked at it
+    _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
 
     def _trainable(self) -> list[Tensor]:
         return [p for _, p in self._owned()]
@@ -70,51 +70,28 @@ class FlatStateOptimizer(Optimizer):
             self.preconditioner.space = space
         return reducer, space
 
-    # --- a step's beginning, and its end if it fails ---
-
-    @contextmanager
-    def _attempt(
-        self,
-        closure: Callable[..., Any],
-        batches: Iterable[Any] | None,
-        curvature_batches: Iterable[Any] | None,
-        vector: ParameterVector,
-    ) -> Iterator[Objective]:
-        """The step's objective; an error inside leaves everything as it was before."""
-        replay = Replay(vector.device, vector.params)
-        gradients = [p.grad for p in vector.params]
-        objective = forgotten = None
-        form = self._format
-        try:
-            forgotten = self._forget_if_stale(vector) or self._convert(vector)
-            objective = self._objective(closure, batches, curvature_batches, vector, replay)
-            yield objective
-        except BaseException as error:
-            self.preconditioner.abandon()
-            self._format = form
-            if forgotten is not None:
-                self._start, pairs = forgotten
-                self.preconditioner.load_state_dict(pairs)
-            replay.undo()
-            for p, g in zip(vector.params, gradients, strict=True):
-                p.grad = g
-            if not isinstance(error, PeerError) and (message := explain(error, objective)):
-                raise RuntimeError(message) from error
-            raise
+    # --- a step's beginning ---
 
     def _objective(
-        self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, replay: Replay
+        self,
+        closure: Any,
+        batches: Any,
+        curvature_batches: Any,
+        vector: ParameterVector,
+        change: Transaction,
     ) -> Objective:
+        self._forget_if_stale(vector, change)
+        self._convert(vector, change)
         checks.closure(closure)
         checks.accumulates(batches)
         for group in self.param_groups:
             _checks.options(group)
         reducer, space = self._space(vector)
-        vector.modules = replay.buffers.seen
-        return Objective(
+        vector.modules = change.replay.buffers.seen
+        change.objective = Objective(
             closure,
             vector,
-            replay,
+            change.replay,
             batches=batches,
             curvature_batches=curvature_batches,
             decay=[g["weight_decay"] for g, _ in self._owned()],
@@ -124,40 +101,31 @@ class FlatStateOptimizer(Optimizer):
             reducer=reducer,
             space=space,
         )
+        return change.objective
 
-    def _forget_if_stale(self, vector: ParameterVector) -> tuple[Tensor | None, Any] | None:
-        """Drops directions of another length: parameters were added, frozen or thawed.
-
-        Returns:
-            What was dropped, for a step that fails.
-        """
+    def _forget_if_stale(self, vector: ParameterVector, change: Transaction) -> None:
+        """Drops directions of another length: parameters were added, frozen or thawed."""
         known = list(self.state)
-        if not known or [id(p) for p in known] == [id(p) for p in vector.params]:
-            return None
-        dropped = self._start, self.preconditioner.state_dict()
-        self._start = None
-        self.preconditioner.load_state_dict({})
-        return dropped
+        if known and [id(p) for p in known] != [id(p) for p in vector.params]:
+            change.reloads = True
+            self._start = None
+            self.preconditioner.load_state_dict({})
 
-    def _convert(self, vector: ParameterVector) -> tuple[Tensor | None, Any] | None:
-        """Takes what is kept along where the model went: ``model.double()``, ``.to(device)``.
-
-        Returns:
-            What it was before, for a step that fails; None where nothing has changed.
-        """
+    def _convert(self, vector: ParameterVector, change: Transaction) -> None:
+        """Takes what is kept along where the model went: ``model.double()``, ``.to(device)``."""
         before, self._format = self._format, (vector.dtype, vector.device)
         if before is None or before == self._format:
-            return None
+            return
 
         def converted(value: Any) -> Any:
             if not isinstance(value, Tensor) or (value.dtype, value.device) != before:
                 return value
             return value.to(vector.device, vector.dtype)
 
-        kept = self._start, self.preconditioner.state_dict()
-        self._start = converted(kept[0])
-        self.preconditioner.load_state_dict({k: converted(v) for k, v in kept[1].items()})
-        return kept
+        change.reloads = True
+        self._start = converted(self._start)
+        kept = self.preconditioner.state_dict()
+        self.preconditioner.load_state_dict({k: converted(v) for k, v in kept.items()})
 
     # --- checkpoints ---
 
@@ -166,7 +134,10 @@ class FlatStateOptimizer(Optimizer):
         params = self._trainable()
         checks.no_closure(params, [g["lr"] for g in self.param_groups])
         vector = self._vector()
-        self._pack(vector, self._space(vector)[1])
+        change = Transaction(self, vector)
+        with change, change:
+            self._pack(vector, self._space(vector)[1])
+            change.whole = True
 
     def _pack(self, vector: ParameterVector, space: Space) -> None:
         pack(self.state, vector, self._start, self.preconditioner, self._progress, space)

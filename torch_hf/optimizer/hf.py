@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from inspect import signature
 from typing import Any, NoReturn
@@ -26,6 +26,7 @@ from torch_hf.optimizer.base import FlatStateOptimizer
 from torch_hf.optimizer.outcome import StepDecision
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
+from torch_hf.optimizer.transaction import Transaction
 from torch_hf.preconditioner.choose import make_preconditioner, worth_observing
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
@@ -151,9 +152,6 @@ class HFOptimizer(FlatStateOptimizer):
         super().__init__(params, defaults)
         self._vector()  # complains now rather than at the first step
 
-    _knows_precision = False  # whether a step has looked at it
-    _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by ``torch.amp.GradScaler``, which no step can be taken under."""
@@ -190,16 +188,20 @@ class HFOptimizer(FlatStateOptimizer):
             return self._initialise()
         timer = StepTimer(("gradient", "products", "preconditioner", "evaluations"))
         vector = self._vector()
-        attempt = self._attempt(closure, batches, curvature_batches, vector)
-        with attempt as objective, objective.replay.arithmetic():
-            with timer.part("gradient"):
-                here = objective.evaluate(lambda waiting: checks.accumulated(waiting, self._left))
-            self._look_at_precision(objective)
-            outcome = self._decide(objective, here, timer)
-        self._commit(vector, objective.space, here, outcome)
-        objective.replay.settle(counts=math.isfinite(here.loss))
-        steps, rejections = self._progress.steps, self._progress.rejections
-        self.last_report = outcome.report(steps, objective, here, timer, self._requests)
+        change = Transaction(self, vector)
+        with change, change:
+            objective = self._objective(closure, batches, curvature_batches, vector, change)
+            with objective.replay.arithmetic():
+                with timer.part("gradient"):
+                    here = objective.evaluate(lambda left: checks.accumulated(left, self._left))
+                self._look_at_precision(objective)
+                outcome = self._decide(objective, here, timer)
+            change.reloads = True
+            self._commit(vector, objective.space, here, outcome)
+            objective.replay.settle(counts=math.isfinite(here.loss))
+            steps, rejections = self._progress.steps, self._progress.rejections
+            self.last_report = outcome.report(steps, objective, here, timer, self._requests)
+            change.whole = True
         if rejections and rejections % PATIENCE == 0:
             message = _messages.rejected(rejections, outcome.move.reason)
             warnings.warn(message, RuntimeWarning, stacklevel=4)
