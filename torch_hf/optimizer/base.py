@@ -16,9 +16,10 @@ from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.state_dict import (
+    Unpacked,
+    check_form,
     check_state,
     pack,
-    saved_progress,
     unpack,
     upgraded,
     whole_state,
@@ -94,7 +95,7 @@ class FlatStateOptimizer(Optimizer):
             change.replay,
             batches=batches,
             curvature_batches=curvature_batches,
-            decay=[g["weight_decay"] for g, _ in self._owned()],
+            decay=[float(g["weight_decay"]) for g, _ in self._owned()],
             maximize=self.param_groups[0]["maximize"],
             layers=self.preconditioner.wants_layers,
             fast_convolutions=self.curvature == "ggn",
@@ -158,18 +159,52 @@ class FlatStateOptimizer(Optimizer):
         A state of an older version loads; an option that it did not have is this optimizer's.
 
         Raises:
-            ValueError: An entry does not fit these parameters or options; the message says which.
+            ValueError: An entry does not fit these parameters or options; the message says which,
+                and the optimizer is as it was.
         """
-        state_dict = upgraded(state_dict, self.defaults)
-        check_state(state_dict, self.param_groups, self.defaults)
+        check_form(state_dict)
         vector = self._vector()
-        _, space = self._space(vector)
-        whole = state_dict | {"state": {}} if space.sharded else state_dict
-        super().load_state_dict(whole)  # of what is sharded no rank is to hold all
-        self._start = unpack(state_dict, self.param_groups, vector, self.preconditioner, space)
+        change = Transaction(self, vector)
+        found: list[Unpacked] = []
+
+        def check(_: Any, saved: Any) -> dict[str, Any]:
+            check_form(saved)  # which hooks may have changed
+            full = upgraded(saved, self.defaults)
+            check_state(full, self.param_groups, self.defaults)
+            space = self._space(vector)[1]
+            groups = self.param_groups
+            found.append(unpack(full, groups, vector, self.preconditioner, space))
+            return full | {"state": {}}  # it would cast vectors to the parameters' types
+
+        def take(_: Any) -> None:
+            self._take(found[-1], vector)
+
+        with change, change:
+            change.reloads = True
+            # The user's hooks run before the one and after the other, and see what they expect.
+            hooks = change.replay.hooks.on(
+                lambda: self.register_load_state_dict_pre_hook(check),
+                lambda: self.register_load_state_dict_post_hook(take, prepend=True),
+            )
+            with hooks:
+                super().load_state_dict(dict(state_dict))
+            change.whole = True
+
+    def _take(self, found: Unpacked, vector: ParameterVector) -> None:
+        """Makes what was found in a state this optimizer's own."""
+        try:
+            self.preconditioner.load_state_dict(found.entries)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            name = type(self.preconditioner).__name__
+            raise ValueError(
+                f"The preconditioner {name} does not take the state's entries "
+                f"{sorted(found.entries)}: {error}. Load another checkpoint, or begin with a new "
+                "optimizer."
+            ) from error
+        self._start = found.start
         self._format = vector.dtype, vector.device
-        self._progress = saved_progress(state_dict)
-        self._pack(vector, space)
+        self._progress = found.progress
+        self._pack(vector, self._space(vector)[1])
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, vectors by parameter.

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from torch_hf.preconditioner.saved_state import number
+
 
 class Progress(NamedTuple):
     """What is known of the steps so far; lambda is with the options, where users read and set it.
@@ -48,10 +50,28 @@ class Progress(NamedTuple):
         kept = 0.9 * self.curvature_seen
         return self._replace(curvature_seen=max(seen, kept) if math.isfinite(seen) else kept)
 
+    @staticmethod
+    def check(entries: Mapping[str, Any]) -> None:
+        """Complains of the first entry that is no such number."""
+        for name, low in (("steps", 0), ("rejections", 0)):
+            if _is_given(entries.get(name)):
+                number(name, entries[name], low, whole=True)
+        for name in ("last_cases", "curvature_seen", "noise"):
+            if _is_given(entries.get(name)):
+                number(name, entries[name], 0.0)
+        for name in ("last_loss", "last_ratio", "converged_at"):
+            if _is_given(entries.get(name)):
+                number(name, entries[name], finite=False)
+
     @classmethod
     def restored(cls, entries: Mapping[str, Any]) -> Progress:
         """From a state's entries, of this version or another; what is missing takes its default."""
-        given = {name: entries.get(name) for name in cls._fields}
-        numbers = {k: v for k, v in given.items() if v is not None and v != {}}  # {}: flattened
+        numbers: dict[str, Any] = {k: entries.get(k) for k in cls._fields}
+        numbers = {k: v for k, v in numbers.items() if _is_given(v)}
         progress = cls(**numbers)
         return cls(int(progress.steps), int(progress.rejections), *map(float, progress[2:]))
+
+
+def _is_given(value: Any) -> bool:
+    """Not None, nor what None becomes in a state that was flattened."""
+    return value is not None and not (isinstance(value, dict) and not value)
