@@ -174,5 +174,5 @@ def _function_modes() -> int:
 
 
 def _autocast_depth() -> int:
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
+    # In one line, between whose calls no tracer and hardly a signal gets.
+    return (torch.autocast_increment_nesting(), torch.autocast_decrement_nesting())[1]
