@@ -177,7 +177,6 @@ class Run:
             "start": optimizer._start,
             "progress": optimizer._progress,
             "format": optimizer._format,
-            "precision": optimizer._knows_precision,
             "left": [ref() for ref in optimizer._left],
             "preconditioner": optimizer.preconditioner.state_dict(),
             "order": [id(p) for p in optimizer.state],

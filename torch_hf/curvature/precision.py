@@ -7,7 +7,6 @@ TF32 rounds the factors of matrix products and convolutions to 10 bits, autocast
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from torch_hf._user_warnings import warn_user
 from torch_hf.capture.autograd_graph import under
 
 #: What torch calls float32 at its own precision; "none" is the default, which is that.
@@ -82,7 +82,7 @@ def warn_of_tf32(device: torch.device, dtype: torch.dtype, modules: Iterable[obj
     seen = {kind for m in modules for kind, types in _USERS.items() if isinstance(m, types)}
     found = [s for s in lowered(device) if "cudnn" not in s or any(k in s for k in seen)]
     if found:
-        warnings.warn(TF32_IS_ON.format(settings="; ".join(found)), UserWarning, stacklevel=5)
+        warn_user(TF32_IS_ON.format(settings="; ".join(found)), UserWarning)
 
 
 def casts(outputs: Sequence[Tensor]) -> bool:

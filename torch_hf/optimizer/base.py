@@ -47,6 +47,7 @@ class FlatStateOptimizer(Optimizer):
     _format: tuple[torch.dtype, torch.device] | None = None  # of the vectors kept
     _progress: Progress
     _knows_precision = False  # whether a step has looked at it
+    _knows_rates = False  # whether the user was told that lr is small
     _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
 
     def _trainable(self) -> list[Tensor]:
@@ -229,4 +230,5 @@ class FlatStateOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ["preconditioner", "curvature", "process_group", "shard_state"]
         own += ["last_report", "_requests", "_start", "_format", "_progress"]
+        own += ["_knows_precision", "_knows_rates"]
         return super().__getstate__() | {name: getattr(self, name) for name in own}

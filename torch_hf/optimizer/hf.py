@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from inspect import signature
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_hf import _checks, _messages
+from torch_hf._user_warnings import warn_user
 from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.curvature.precision import warn_of_tf32
@@ -47,6 +47,8 @@ from torch_hf.vector import ParameterVector
 NO_BIT_MOVES = "converged: the step is below the rounding of the parameters"
 #: After so many rejections in a row a warning says what to look at.
 PATIENCE = 5
+#: Below this a factor on the Newton step is one that was meant for a gradient.
+SMALL_RATE = 0.1
 
 
 class HFOptimizer(FlatStateOptimizer):
@@ -151,6 +153,7 @@ class HFOptimizer(FlatStateOptimizer):
         self._progress = Progress()
         super().__init__(params, defaults)
         self._vector()  # complains now rather than at the first step
+        self._look_at_rates()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -183,9 +186,17 @@ class HFOptimizer(FlatStateOptimizer):
         Raises:
             TypeError, ValueError, RuntimeError: The closure or a batch is unusable. Parameters,
                 buffers, random generators and the optimizer's state are as before the call.
+            KeyboardInterrupt: All is as before the call, or the step is whole.
+
+        Warns:
+            UserWarning: ``lr`` is below 0.1; products are rounded (TF32). Each is said once; as an
+                error it leaves all as before the call.
+            RuntimeWarning: Five steps in a row, ten and so on, were rejected. As an error it
+                leaves the step whole, with its report.
         """
         if closure is None:
             return self._initialise()
+        self._look_at_rates()
         timer = StepTimer(("gradient", "products", "preconditioner", "evaluations"))
         vector = self._vector()
         change = Transaction(self, vector)
@@ -203,9 +214,16 @@ class HFOptimizer(FlatStateOptimizer):
             self.last_report = outcome.report(steps, objective, here, timer, self._requests)
             change.whole = True
         if rejections and rejections % PATIENCE == 0:
-            message = _messages.rejected(rejections, outcome.move.reason)
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            # As an error it finds the step whole, its report included.
+            warn_user(_messages.rejected(rejections, outcome.move.reason), RuntimeWarning)
         return here.returned
+
+    def _look_at_rates(self) -> None:
+        """Warns, once, of a learning rate that was kept from another optimizer."""
+        small = [g["lr"] for g in self.param_groups if 0.0 < g["lr"] < SMALL_RATE]
+        if small and not self._knows_rates:
+            self._knows_rates = True
+            warn_user(_messages.small_rate(min(small)), UserWarning)
 
     def _look_at_precision(self, objective: Objective) -> None:
         if not self._knows_precision:

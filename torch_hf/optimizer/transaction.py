@@ -28,7 +28,6 @@ _ATTRIBUTES = (
     "_format",
     "_progress",
     "_left",
-    "_knows_precision",
 )
 
 
