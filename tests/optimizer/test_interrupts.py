@@ -214,10 +214,12 @@ def healthy(case: Case) -> tuple[list[Line], dict[str, Any], BaseException | Non
     return tracer.lines, run.snapshot(), raised
 
 
-def interrupted_everywhere(case: Case, lines: list[Line], truth: Any, raised: Any) -> list[str]:
+def interrupted_everywhere(
+    case: Case, lines: list[Line], truth: Any, raised: Any, make: type[Run] = Run
+) -> list[str]:
     """The lines at which an interrupt leaves anything but all or nothing."""
     wrong = []
-    run = Run(case)
+    run = make(case)
     before = run.snapshot()
     for line in lines:
         tracer = Tracer(line.index)
@@ -230,7 +232,7 @@ def interrupted_everywhere(case: Case, lines: list[Line], truth: Any, raised: An
             differing = [k for k in before if not same(after[k], before[k])]
             wrong.append(f"{line.place} (line {line.index} of {len(lines)}): {differing}")
             leave_nothing_behind()
-        run = Run(case)
+        run = make(case)
         before = run.snapshot()
     run.armed = True
     assert (error := Tracer().run(run.step)) is None or type(error) is type(raised)
@@ -264,7 +266,7 @@ def sample(lines: list[Line], count: int) -> list[Line]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_an_interrupt_at_some_lines_leaves_all_or_nothing(case):
     lines, truth, raised = healthy(case)
-    assert interrupted_everywhere(case, sample(lines, 25), truth, raised) == []
+    assert interrupted_everywhere(case, sample(lines, 10), truth, raised) == []
 
 
 @pytest.mark.slow
@@ -272,3 +274,34 @@ def test_an_interrupt_at_some_lines_leaves_all_or_nothing(case):
 def test_an_interrupt_at_any_line_leaves_all_or_nothing(case):
     lines, truth, raised = healthy(case)
     assert interrupted_everywhere(case, ends_of_lines(lines), truth, raised) == []
+
+
+class Loading(Run):
+    """A run whose next step is to load a state."""
+
+    def __init__(self, case: Case) -> None:
+        other = Run(case)
+        other.step()
+        self.saved = copy.deepcopy(other.optimizer.state_dict())
+        super().__init__(case)
+
+    def step(self) -> None:
+        if not self.armed:
+            return super().step()
+        self.optimizer.load_state_dict(copy.deepcopy(self.saved))
+        return None
+
+    def snapshot(self) -> dict[str, Any]:
+        own = self.optimizer
+        hooks = own._optimizer_load_state_dict_pre_hooks, own._optimizer_load_state_dict_post_hooks
+        return super().snapshot() | {"hooks": [len(h) for h in hooks]}
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[4]], ids=lambda case: case.name)
+def test_an_interrupt_while_a_state_is_loaded_leaves_the_old_one_or_the_new(case):
+    Tracer().run(Loading(case).step)
+    run, tracer = Loading(case), Tracer()
+    assert tracer.run(run.step) is None
+    lines, truth = ends_of_lines(tracer.lines), run.snapshot()
+    wrong = interrupted_everywhere(case, lines, truth, None, Loading)
+    assert wrong == []
