@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import kronecker_pairs
 import torch
 from common import RESULTS, environment, interleaved, make_parser, parse, print_table, write_json
 from kronecker_report import (
@@ -47,7 +48,7 @@ from torch_hf.kronecker._memory import available
 #: Steps of the Kronecker contenders in a round: several of the larger, deferred updates.
 BLOCK = 64
 #: A contender whose steps take longer than this is left out where d is larger still.
-SLOW = 6.0
+SLOW = 0.4
 Step = Callable[[], Any]
 
 
@@ -257,7 +258,7 @@ def resident(field: str) -> float:
 
 
 def main() -> None:
-    parser = make_parser(__doc__, rounds=7)
+    parser = make_parser(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parse(parser)
@@ -276,11 +277,15 @@ def main() -> None:
         print(" ".join(rows[-1]), file=sys.stderr, flush=True)
     flat = flatness([case for case in all_cases(args.quick) if case.title == "d grows"], args)
     about = environment(args.device, args.threads)
+    pair_rows, pairs = kronecker_pairs.measure(args)
     print_table("Milliseconds a step (synthetic data, float32)", HEADER, rows)
     print("\n" + "\n".join(verdicts(results, flat)))
+    title = "Pairs: milliseconds a step (synthetic data, float32)"
+    print_table(title, kronecker_pairs.HEADER, pair_rows)
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
     if not args.quick:
         content = {"environment": about, "rounds": args.rounds, "cases": results, "flat": flat}
+        content["pairs"] = pairs
         write_json("kronecker", args.device, content)
         plot(results, RESULTS / f"kronecker-{args.device.type}.png")
 

@@ -12,11 +12,66 @@ GRADIENT_SCALER = (
     "train in 32 bits."
 )
 
+#: Said where a closure scales its loss.
+SCALED_LOSS = (
+    "The closure's loss must be the loss itself, got one that a GradScaler has scaled: HFOptimizer "
+    "evaluates it at trial points, and float16 is not supported. Write loss.backward() in place of "
+    "scaler.scale(loss).backward(), under bfloat16 or in 32 bits, or make the scaler with "
+    "enabled=False."
+)
+
+#: Said where a hook on a parameter's gradient is no mask.
+HOOK_CHANGES = (
+    "A hook on a gradient (register_hook) must leave each entry as it is or set it to 0, the same "
+    "entries for every gradient; that of {} does something else, so that the gradient would not be "
+    "that of the loss. Take the hook away: a step needs no clipping, and a group may have its own "
+    "lr. To hold entries fixed, write p.register_hook(lambda g: g * mask) with a mask of 0 and 1."
+)
+
+#: Said where a hook waits for what a step never does.
+POST_ACCUMULATE_HOOK = (
+    "Parameters must have no post-accumulate hook (register_post_accumulate_grad_hook), since "
+    "HFOptimizer holds backward() back and accumulates nothing; {} has one. To hold entries fixed, "
+    "write p.register_hook(lambda g: g * mask) with a mask of 0 and 1; to look at gradients, read "
+    ".grad after optimizer.step(closure)."
+)
+
+#: Said where a gradient is changed on its way.
+HOOK_INSIDE = (
+    "A hook on a tensor inside the closure (register_hook), or on a module's backward pass, must "
+    "leave the gradient as it is, got one that changes it, so that it would not be that of the "
+    "loss. Take the hook away; to hold entries of a parameter fixed, write "
+    "p.register_hook(lambda g: g * mask) with a mask of 0 and 1."
+)
+
+#: Said once of a compiled module.
+COMPILED = (
+    "The closure calls a module under torch.compile, which HFOptimizer runs uncompiled: it looks "
+    "into the closure and differentiates it twice, and compiled code allows neither. The step is "
+    "right; call the module itself in the closure if you do not want to read this."
+)
+
 #: Said where a closure looks for gradients after ``backward()``.
 HELD_BACK = (
     "The closure reads .grad after backward(), but HFOptimizer holds backward() back while it runs "
     "the closure, so .grad is None there. Clip or log gradients after optimizer.step(closure), "
     "when .grad holds the gradient; clipping has no effect on the step."
+)
+
+#: Said where a closure differentiates by the network's inputs in a way that was held back.
+HELD_BACK_INSIDE = (
+    "The closure reads the .grad that backward(create_graph=True) would have left in an input, but "
+    "HFOptimizer holds back each backward() that reaches the parameters. To differentiate by "
+    "the inputs x, write u.backward(gradient=torch.ones_like(u), inputs=[x], create_graph=True), "
+    "or u_x, = torch.autograd.grad(u, x, torch.ones_like(u), create_graph=True)."
+)
+
+#: Said where what the closure returns was computed before it was called.
+STALE = (
+    "The graph of the loss must be built in the closure, got {what} that was computed before the "
+    "closure was called. A step calls the closure several times, with other values in the "
+    "parameters. Move the model's call and the loss into it: def closure(): "
+    "loss = criterion(model(x), y); loss.backward(); return loss."
 )
 
 #: Said where two runs at the same parameters disagree.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ from .peers import PEERS
 from .rates import PART, PATH, Rates, search
 from .record import Record, session
 from .report import as_markdown, as_text, placed, plot
-from .runner import run, warm_up
-from .schedule import fitting
+from .runner import Training, run, take_turns, warm_up
+from .schedule import fitting, search_length
 from .task import Missing, RaceTask, Setting
 from .tasks import TASKS
 
 RESULTS = Path(__file__).parents[1] / "results"
 #: The literal baseline with its gradient over all cases is slow; it runs where it is named.
 USUAL = [name for name in [*OURS, *PEERS] if name != "hf-kingsbury"]
+#: Peers that make no sense where a step sees a part of the data.
+ON_FULL_BATCH_ALONE = ["adam-lbfgs", *(name for name, spec in PEERS.items() if spec.dense)]
 
 #: Arguments that say where things lie, or what is in the record anyway.
 ELSEWHERE = ("data_root", "download", "output", "rates", "resume", "search_budget")
@@ -53,6 +56,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="as in torch")
     add("--large", action="store_true", help="sizes meant for a GPU")
     add("--threads", type=int, default=2, help="of the host")
+    add(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="what a second is: of the wall, or of one thread's CPU time (sets --threads 1), "
+        "which a busy machine does not lengthen",
+    )
+    add(
+        "--turns",
+        type=float,
+        metavar="SECONDS",
+        help="optimizers of a seed take turns of so many seconds, all in memory at once",
+    )
     add("--output", type=Path, default=RESULTS, help="folder of JSON files and plots")
     add("--resume", action="store_true", help="keep the runs that are there, add what is missing")
     add(
@@ -81,6 +97,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = _names(args)
     except ValueError as error:
         parser.error(str(error))
+    if args.clock == "cpu":
+        if torch.device(args.device).type != "cpu":
+            parser.error(f"--clock cpu does not see what {args.device} does; take --clock wall")
+        args.threads = 1
     if args.report:
         report(args)
         return
@@ -94,12 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if task.full_batch:
             kept = {n: b for n, b in names.items() if b in PEERS or b in ON_FULL_BATCH}
         else:
-            kept = {n: b for n, b in names.items() if b != "adam-lbfgs"}
+            kept = {n: b for n, b in names.items() if b not in ON_FULL_BATCH_ALONE}
         race(task, kept, args)
 
 
 def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> None:
-    """All optimizers of the first seed, then of the next: what disturbs the machine hits all."""
+    """All optimizers of the first seed, then of the next: what disturbs the machine hits all.
+
+    With ``--turns``, those of a seed take turns, and the runs are kept when all are done.
+    """
     budget = args.budget or task.budget
     if args.minutes:
         budget = min(budget, _fitting(task, names, args))
@@ -108,10 +131,11 @@ def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> Non
         return
     path = _path(args, task.name)
     record = Record(path, keep=args.resume)
-    record.about = _about(task)
-    record.sessions.append(session(command(args), args.device, args.threads))
+    record.about = {**_about(task), "clock": args.clock}
+    record.sessions.append(session(command(args), args.device, args.threads, args.clock))
     warm: set[str] = set()
     for seed in range(args.first_seed, args.first_seed + args.seeds):
+        turns: list[Training] = []
         for name, base in names.items():
             if args.resume and record.has(name, seed, budget):
                 continue
@@ -119,12 +143,21 @@ def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> Non
             if base not in warm:
                 warm_up(task, name, **options)
                 warm.add(base)
-            result = run(task, name, seed, budget, **options)
-            record.add(result)
-            print(f"  {task.name} seed {seed} {_line(task, result)}", flush=True)
+            if args.turns:
+                turns.append(Training(task, name, seed, budget, clock=args.clock, **options))
+                continue
+            _keep(task, record, seed, run(task, name, seed, budget, clock=args.clock, **options))
+        take_turns(turns, args.turns or math.inf)
+        for training in turns:
+            _keep(task, record, seed, training.result)
     if record.runs:
         print(f"\n{as_text(record)}\n", flush=True)
         plot(record, path.with_suffix(".png"))
+
+
+def _keep(task: RaceTask, record: Record, seed: int, result: dict[str, Any]) -> None:
+    record.add(result)
+    print(f"  {task.name} seed {seed} {_line(task, result)}", flush=True)
 
 
 def report(args: argparse.Namespace) -> None:
@@ -159,7 +192,9 @@ def command(args: argparse.Namespace) -> str:
 def _fitting(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> float:
     rates, setting = Rates(args.rates), _setting(args)
     searches = sum(
-        args.search or rates.get(setting, task.name, peer, 0.0) is None for peer in _searched(names)
+        search_length(PEERS[peer])
+        for peer in _searched(names)
+        if args.search or rates.get(setting, task.name, peer, 0.0) is None
     )
     try:
         budget = fitting(task, args.device, len(names) * args.seeds, searches, args.minutes)
@@ -171,7 +206,11 @@ def _fitting(task: RaceTask, names: dict[str, str], args: argparse.Namespace) ->
 
 def _searched(names: dict[str, str]) -> list[str]:
     """Peers whose rate is to be found; one given by hand is not."""
-    wanted = [base for name, base in names.items() if base in PEERS and ":lr=" not in name]
+    wanted = [
+        base
+        for name, base in names.items()
+        if base in PEERS and f":{PEERS[base].searched}=" not in name
+    ]
     return list(dict.fromkeys(wanted))
 
 
@@ -210,12 +249,11 @@ def _about(task: RaceTask) -> dict[str, Any]:
 
 
 def _path(args: argparse.Namespace, task_name: str) -> Path:
-    kind = torch.device(args.device).type + ("-large" if args.large else "")
-    return args.output / f"race-{task_name}-{kind}.json"
+    return args.output / f"race-{task_name}-{_setting(args).kind}.json"
 
 
 def _setting(args: argparse.Namespace) -> Setting:
-    return Setting(args.data_root, args.device, args.large, args.download)
+    return Setting(args.data_root, args.device, args.large, args.download, args.clock)
 
 
 def _line(task: RaceTask, result: dict[str, Any]) -> str:

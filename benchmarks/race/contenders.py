@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from torch_hf import GrowingBatchSampler, HFOptimizer, head, split_batch
 
-from .peers import PEERS, Peer
+from .peers import PEERS, DensePeer, Peer
 from .task import Batches, RaceTask, Tensors
 
 Options = dict[str, Any]
@@ -63,6 +63,7 @@ class HF:
             raise ValueError(f"{task.name} has no hidden states for structural damping")
         self.task, self.model = task, model
         self.optimizer = HFOptimizer(model.parameters(), **own)
+        self.whole, self.generator = task.train, torch.Generator().manual_seed(seed)
         self.sampler: GrowingBatchSampler | None = None
         self.work = {"cg_iterations": 0, "products": 0, "evaluations": 0, "rejections": 0}
         self.parts: dict[str, float] = {}
@@ -74,6 +75,7 @@ class HF:
 
     def step(self, progress: float) -> None:
         if self.sampler is None:
+            self.whole = self.task.whole(self.generator)
             self.optimizer.step(self._loss)
         else:
             batch = next(self.drawn)
@@ -97,10 +99,10 @@ class HF:
     def _loss(self) -> Any:
         damping = self.optimizer.param_groups[0]["damping"]
         if not self.structural or damping is None or not torch.is_grad_enabled():
-            return self.task.loss(self.model, self.task.train)
+            return self.task.loss(self.model, self.whole)
         assert self.task.structurally_damped is not None
         weight = self.structural * damping  # mu times lambda, as published
-        return self.task.structurally_damped(self.model, self.task.train, weight)
+        return self.task.structurally_damped(self.model, self.whole, weight)
 
     def notes(self) -> dict[str, float]:
         report = self.optimizer.last_report
@@ -178,11 +180,12 @@ def make_contender(
         task: What it trains on.
         model: What it trains.
         seed: Of the order of the cases.
-        rate: The peer's learning rate and what else was searched.
+        rate: The peer's learning rate or damping, and what else was searched.
     """
     base, own = split_name(name)
     if base in OURS:
         options = {**OURS[base], **own}
         return HF(task, model, seed, options), options
     options = {**rate, **own}
-    return Peer(PEERS[base], task, model, seed, options), options
+    make = DensePeer if PEERS[base].dense else Peer
+    return make(PEERS[base], task, model, seed, options), options

@@ -6,12 +6,16 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .broyden import SelfScaledBroyden
+from .flat import FlatProblem
+from .gauss_newton import LevenbergMarquardt, NaturalGradient
 from .task import Missing, RaceTask, Tensors
 
 
@@ -20,19 +24,26 @@ class PeerSpec:
     """How a peer is made.
 
     Attributes:
-        make: Model and options to the optimizers that step together.
+        make: Model and options to the optimizers that step together; of a dense method, problem and
+            options to what has a ``step()``.
         rates: Learning rates to try; the search goes on at an end that wins.
         variants: Further options, each tried with each rate.
+        searched: The option that takes the rates.
+        factor: By which the search goes on.
         create_graph: Whether its gradients need a graph (for Hessian products).
         schedule: ``"cosine"`` lowers the rate to zero over the budget, ``"then-lbfgs"`` hands
             over to L-BFGS after a quarter of it.
+        dense: Whether it is a dense method for least squares on the full batch.
     """
 
-    make: Callable[..., Sequence[Optimizer]]
+    make: Callable[..., Any]
     rates: Sequence[float]
     variants: Sequence[dict[str, Any]] = ({},)
+    searched: str = "lr"
+    factor: float = math.sqrt(10)
     create_graph: bool = False
     schedule: str = ""
+    dense: bool = False
 
 
 class Peer:
@@ -45,13 +56,14 @@ class Peer:
         options = dict(options)
         usual = task.lbfgs_batch if spec.make is lbfgs else task.peer_batch
         size = options.pop("batch_size", usual)
-        self.optimizers = spec.make(model, **options)
+        self.optimizers: Sequence[Optimizer] = spec.make(model, **options)
         self.rates = [[g["lr"] for g in optimizer.param_groups] for optimizer in self.optimizers]
-        self.batches = self._draw(size, torch.Generator().manual_seed(seed))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.batches = self._draw(size, self.generator)
 
     def step(self, progress: float) -> None:
         self._follow(progress)
-        batch = self.task.train if self.task.full_batch else next(self.batches)
+        batch = self.task.whole(self.generator) if self.task.full_batch else next(self.batches)
 
         def closure() -> Tensor:
             self.model.zero_grad()
@@ -91,6 +103,23 @@ class Peer:
                 yield tuple(tensor[indices] for tensor in self.task.train)
 
 
+class DensePeer:
+    """A dense method for least squares, which takes the parameters as one vector."""
+
+    def __init__(
+        self, spec: PeerSpec, task: RaceTask, model: nn.Module, seed: int, options: dict[str, Any]
+    ) -> None:
+        self.problem = FlatProblem(task, model, seed)
+        self.method = spec.make(self.problem, **options)
+
+    def step(self, progress: float) -> None:
+        self.problem.draw()
+        self.method.step()
+
+    def notes(self) -> dict[str, float]:
+        return {}
+
+
 def adam(model: nn.Module, **options: Any) -> Sequence[Optimizer]:
     return [torch.optim.Adam(model.parameters(), **options)]
 
@@ -104,6 +133,8 @@ def sgd(model: nn.Module, **options: Any) -> Sequence[Optimizer]:
 
 
 def lbfgs(model: nn.Module, lr: float = 1.0, **options: Any) -> Sequence[Optimizer]:
+    """Without the tolerances, at which it would rest where these tasks begin to be of interest."""
+    options = {"tolerance_grad": 0.0, "tolerance_change": 0.0, **options}
     return [torch.optim.LBFGS(model.parameters(), lr=lr, line_search_fn="strong_wolfe", **options)]
 
 
@@ -155,7 +186,13 @@ def _package() -> Any:
     return pytorch_optimizer
 
 
+def geodesic(problem: FlatProblem, **options: Any) -> LevenbergMarquardt:
+    return LevenbergMarquardt(problem, geodesic=True, **options)
+
+
 USUAL = (3e-4, 1e-3, 3e-3, 1e-2)
+#: Dampings matter by their power of ten; the search goes on by factors of thirty.
+dense = partial(PeerSpec, searched="damping", factor=10**1.5, dense=True)
 
 PEERS: dict[str, PeerSpec] = {
     "adam": PeerSpec(adam, USUAL),
@@ -170,4 +207,22 @@ PEERS: dict[str, PeerSpec] = {
     "kron": PeerSpec(kron, (3e-4, 1e-3, 3e-3, 1e-2)),
     "adahessian": PeerSpec(adahessian, (0.03, 0.1, 0.3), create_graph=True),
     "kfac": PeerSpec(kfac, (1e-3, 3e-3, 1e-2), variants=({"damping": 1e-3}, {"damping": 1e-2})),
+    "lm": dense(
+        *(LevenbergMarquardt, (1e-6, 1e-3)),
+        variants=({"rule": "nielsen"}, {"rule": "tenfold"}, {"rule": "nielsen", "scaled": True}),
+    ),
+    "lm-geodesic": dense(
+        *(geodesic, (1e-6, 1e-3)),
+        variants=({"rule": "delayed"}, {"rule": "nielsen"}, {"rule": "delayed", "scaled": True}),
+    ),
+    "engd": dense(NaturalGradient, (1e-12, 1e-9, 1e-6)),
+    "spring": dense(
+        NaturalGradient, (1e-12, 1e-9, 1e-6), variants=({"momentum": 0.8}, {"momentum": 0.95})
+    ),
+    "ssbroyden": PeerSpec(
+        SelfScaledBroyden,
+        (1.0,),
+        variants=({"update": "ssbroyden"}, {"update": "ssbfgs"}),
+        dense=True,
+    ),
 }

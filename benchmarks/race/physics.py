@@ -1,4 +1,4 @@
-"""Physics-informed tasks: 2-d Poisson and 1-d viscous Burgers, all points in every step."""
+"""Physics-informed tasks, all points in every step: 2-d Poisson, 1-d viscous Burgers, the frame."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def poisson(setting: Setting, dtype: torch.dtype = torch.float64) -> RaceTask:
     def residual(model: nn.Module, p: Tensor) -> Tensor:
         p = p.requires_grad_()
         (slope,) = torch.autograd.grad(model(p).sum(), p, create_graph=True)
-        laplacian = sum(_derivative(slope[:, i], p)[:, i : i + 1] for i in range(2))
+        laplacian = sum(derivative(slope[:, i], p)[:, i : i + 1] for i in range(2))
         return -laplacian - 2 * math.pi**2 * exact(p.detach())
 
     line = torch.linspace(0, 1, 64, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line)
-    return _physics(
+    return physics_task(
         "poisson",
         "Poisson equation, 2-d",
         (2, 32, 32, 32, 1),
@@ -89,12 +89,12 @@ def burgers(setting: Setting, dtype: torch.dtype = torch.float64) -> RaceTask:
         p = p.requires_grad_()
         u = model(p)
         (slope,) = torch.autograd.grad(u.sum(), p, create_graph=True)
-        u_xx = _derivative(slope[:, 1], p)[:, 1:]
+        u_xx = derivative(slope[:, 1], p)[:, 1:]
         return slope[:, :1] + u * slope[:, 1:] - VISCOSITY * u_xx
 
     times, places = torch.linspace(0, 1, 51).double(), torch.linspace(-1, 1, 201).double()
     grid = torch.cartesian_prod(times, places)
-    return _physics(
+    return physics_task(
         "burgers",
         "viscous Burgers equation",
         (2, 20, 20, 20, 20, 1),
@@ -122,7 +122,7 @@ def cole_hopf(t: Tensor, x: Tensor, viscosity: float = VISCOSITY, nodes: int = 1
     return -(torch.softmax(logits, dim=1) * torch.sin(math.pi * y)).sum(dim=1)
 
 
-def _physics(
+def physics_task(
     name: str,
     title: str,
     widths: tuple[int, ...],
@@ -142,8 +142,11 @@ def _physics(
         tensor.to(setting.device, dtype) for tensor in (*box, points, *boundary, *truth)
     )
 
+    def residuals(model: nn.Module, batch: Tensors) -> Tensors:
+        return residual(model, batch[0].detach()), model(rim) - values
+
     def loss(model: nn.Module, batch: Tensors) -> tuple[Tensor, Tensors]:
-        inside, misfit = residual(model, batch[0].detach()), model(rim) - values
+        inside, misfit = residuals(model, batch)
         return inside.square().mean() + misfit.square().mean(), (inside, misfit)
 
     def evaluate(model: nn.Module, whole: bool) -> Metrics:
@@ -166,9 +169,11 @@ def _physics(
         targets=targets,
         budget=budget,
         dtype=dtype,
+        residuals=residuals,
         dimensions={"points": len(points), "boundary_points": len(rim)},
     )
 
 
-def _derivative(values: Tensor, points: Tensor) -> Tensor:
+def derivative(values: Tensor, points: Tensor) -> Tensor:
+    """The gradient of each point's value in its coordinates, with its graph."""
     return torch.autograd.grad(values.sum(), points, create_graph=True)[0]

@@ -1,4 +1,4 @@
-"""The peers' learning rates: searched once, off the clock, kept in ``rates.json``.
+"""The peers' learning rates and dampings: searched once, off the clock, kept in ``rates.json``.
 
 The search favours the peers. Each has its own time for it, which no race counts; a grid of about
 a factor of three, with further options for some, which goes on beyond an end that wins; and the
@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .peers import PEERS
+from .peers import PEERS, PeerSpec
 from .runner import run
 from .task import RaceTask, Setting
 
@@ -24,7 +24,6 @@ PATH = Path(__file__).parent / "rates.json"
 #: Each trial gets this part of the race's budget, on weights that no race starts from.
 PART = 6
 SEED = 1_000
-FACTOR = math.sqrt(10)
 EXTENSIONS = 4
 #: How many times longer the two best are tried again.
 FINAL = 3
@@ -40,13 +39,13 @@ class Rates:
 
     def get(self, setting: Setting, task: str, peer: str, seconds: float) -> dict[str, Any] | None:
         """The options found, or None; trials much shorter than these seconds do not count."""
-        entry = self.found.get(_place(setting), {}).get(task, {}).get(peer)
+        entry = self.found.get(setting.kind, {}).get(task, {}).get(peer)
         return entry["options"] if entry and entry["seconds_each"] >= seconds / 2 else None
 
     def put(self, setting: Setting, task: str, peer: str, entry: dict[str, Any]) -> None:
         """Keep a search's result, on disk too (a search may be cut short)."""
         self._read()  # another search may have written since
-        self.found.setdefault(_place(setting), {}).setdefault(task, {})[peer] = entry
+        self.found.setdefault(setting.kind, {}).setdefault(task, {})[peer] = entry
         self.path.write_text(json.dumps(self.found, indent=1, sort_keys=True) + "\n")
 
     def _read(self) -> None:
@@ -65,7 +64,7 @@ def search(
     torch.manual_seed(SEED)
     trials = Trials(task, peer, setting)
     for variant in PEERS[peer].variants:
-        _climb(trials, PEERS[peer].rates, variant, budget)
+        _climb(trials, PEERS[peer], variant, budget)
     best = sorted((t for t in trials.done if t.value < math.inf), key=lambda t: t.value)[:2]
     if len(best) > 1:
         finals = [trials(t.options, FINAL * budget) for t in best]
@@ -103,6 +102,7 @@ class Trials:
             device=self.setting.device,
             rate=options,
             points=1,
+            clock=self.setting.clock,
         )
         metric = self.task.train_metric
         found = None if "error" in result else (result["curve"].get(metric) or [None])[-1]
@@ -114,26 +114,22 @@ class Trials:
         return self.done[-1]
 
 
-def _climb(trials: Trials, rates: Sequence[float], variant: dict[str, Any], budget: float) -> None:
-    """Try these rates, and go on where an end is the best, or below if the lowest diverged."""
+def _climb(trials: Trials, spec: PeerSpec, variant: dict[str, Any], budget: float) -> None:
+    """Try the rates, and go on where an end is the best, or below if the lowest diverged."""
 
     def attempt(rate: float) -> float:
-        return trials({"lr": float(f"{rate:.3g}"), **variant}, budget).value
+        return trials({spec.searched: float(f"{rate:.3g}"), **variant}, budget).value
 
-    values = {rate: attempt(rate) for rate in rates}
-    if len(rates) == 1 or all("error" in trial.entry for trial in trials.done):
+    values = {rate: attempt(rate) for rate in spec.rates}
+    if len(spec.rates) == 1 or all("error" in trial.entry for trial in trials.done):
         return
     for _ in range(EXTENSIONS):
         best = min(values, key=lambda rate: values[rate])
         # where the lowest diverged, a better one may have come to nothing by chance
         if math.isinf(values[min(values)]) or best == min(values):
-            rate = min(values) / FACTOR
+            rate = min(values) / spec.factor
         elif best == max(values):
-            rate = best * FACTOR
+            rate = best * spec.factor
         else:
             return
         values[rate] = attempt(rate)
-
-
-def _place(setting: Setting) -> str:
-    return setting.device.partition(":")[0] + ("-large" if setting.large else "")

@@ -16,7 +16,7 @@ import torch
 
 from ..machine import processor, version
 from .contenders import split_name
-from .runner import Run
+from .runner import SHARES, Run
 
 PACKAGES = ("torch", "torch_hf", "pytorch-optimizer", "singd")
 #: Times to their final training metric are shown, and the test metric there: the paper's headline,
@@ -74,7 +74,7 @@ class Record:
         return list(dict.fromkeys(r["optimizer"] for r in self.runs if r["budget"] == self.budget))
 
 
-def session(command: str, device: str, threads: int) -> dict[str, Any]:
+def session(command: str, device: str, threads: int, clock: str = "wall") -> dict[str, Any]:
     """What the numbers depend on besides the code."""
     cuda = torch.device(device).type == "cuda"
     return {
@@ -82,6 +82,7 @@ def session(command: str, device: str, threads: int) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if cuda else processor(),
         "threads": threads,
+        "clock": clock,
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
@@ -107,6 +108,13 @@ def summary(record: Record) -> list[dict[str, Any]]:
             values = [final(r, metric) for r in runs]
             row[metric] = median(values)
             row[f"{metric}_range"] = _range(values)
+        row["at"] = {
+            share: {
+                metric: median(value_at(r, metric, part * record.budget) for r in runs)
+                for metric in (train, test)
+            }
+            for share, part in SHARES.items()
+        }
         row["best_test"] = median(best(r, test) for r in runs)
         row["seconds_to"] = {
             f"{metric} {value:g}": median(seconds_to(r, metric, value) for r in runs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .record import Record, median, summary
-from .runner import Run
+from .runner import SHARES, Run
 
 MARKS = ("<!-- tables of the race: begin -->\n", "<!-- tables of the race: end -->")
 
@@ -23,6 +23,7 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
     targets = [key for key in rows[0]["seconds_to"] if _reached(rows, key)] if rows else []
     header = ["optimizer", "seeds", "steps", *(_words(m) for m in (train, test))]
     header.append(f"best {_words(test)}")
+    header += [f"{_words(metric)} at {share}" for metric in (train, test) for share in SHARES]
     header += [f"s to {_words(key)}" for key in targets]
     for name in ends:
         header += [f"s to {name}'s end", f"{_words(test)} there"]
@@ -33,6 +34,7 @@ def table(record: Record) -> tuple[list[str], list[list[str]]]:
             continue
         line = [row["optimizer"], str(row["seeds"]), _number(row["steps"], whole=True)]
         line += [_number(row[key]) for key in (train, test, "best_test")]
+        line += [_number(row["at"][share][metric]) for metric in (train, test) for share in SHARES]
         line += [_number(row["seconds_to"][key]) for key in targets]
         for name in ends:
             line += [_number(row[k][name]) for k in ("seconds_to_end_of", "test_at_end_of")]
@@ -82,7 +84,9 @@ def measured(record: Record) -> str:
     sessions = [record.sessions[i] for i in sorted({run["session"] for run in shown})]
     places: dict[str, list[str]] = {}
     for s in sessions:
-        place = f"{s['device']}, {s['threads']} threads, torch {s['torch']}"
+        clock = ", CPU seconds" if s.get("clock") == "cpu" else ""
+        threads = "1 thread" if s["threads"] == 1 else f"{s['threads']} threads"
+        place = f"{s['device']}, {threads}{clock}, torch {s['torch']}"
         places.setdefault(place, []).append(f"`{s['command']}`")
     lines = [f"{place}; {', then '.join(dict.fromkeys(c))}" for place, c in places.items()]
     return ". Then: ".join(lines)
@@ -99,7 +103,8 @@ def placed(page: str, tables: str) -> str:
 
 def title(record: Record) -> str:
     """Task and budget."""
-    return f"{record.about['title']}: medians at {record.budget:g} s"
+    unit = "CPU s" if record.about.get("clock") == "cpu" else "s"
+    return f"{record.about['title']}: medians at {record.budget:g} {unit}"
 
 
 def plot(record: Record, path: Path) -> None:
@@ -112,7 +117,7 @@ def plot(record: Record, path: Path) -> None:
     metric = record.about["train_metric"]
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     # the scales first: limits set on a linear axis would be wrong for a logarithmic one
-    axes.set(xscale="log", yscale="log", xlabel="seconds of training", ylabel=_words(metric))
+    axes.set(xscale="log", yscale="log", xlabel=_clock(record), ylabel=_words(metric))
     colours = pyplot.get_cmap("tab20").colors
     grid = [record.budget * 0.01 ** (1 - i / 60) for i in range(61)]
     for i, name in enumerate(record.optimizers):
@@ -124,6 +129,10 @@ def plot(record: Record, path: Path) -> None:
         style = {"color": colours[i % 20], "linewidth": 2.2 if ours else 1.2}
         axes.plot(grid, middle, linestyle="-" if ours else "--", label=name, **style)
         axes.fill_between(grid, low, high, color=colours[i % 20], alpha=0.12, linewidth=0)
+    for share, part in SHARES.items():
+        axes.axvline(part * record.budget, color="black", linestyle=":", linewidth=0.8)
+        place, style = (part * record.budget, 0.98), {"fontsize": 8, "va": "top"}
+        axes.annotate(f" {share}", place, xycoords=("data", "axes fraction"), **style)
     start = [r["curve"][metric][0] for r in record.runs if r["curve"].get(metric)]
     if start and start[0]:
         axes.autoscale_view()
@@ -135,6 +144,10 @@ def plot(record: Record, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _clock(record: Record) -> str:
+    return ("CPU seconds" if record.about.get("clock") == "cpu" else "seconds") + " of training"
 
 
 def resampled(run: Run, metric: str, grid: Sequence[float]) -> list[float]:

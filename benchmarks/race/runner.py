@@ -8,7 +8,7 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from .task import RaceTask
 
 POINTS = 20
 FIRST_POINT = 0.01  # of the budget
+#: Parts of the budget at which the table looks too, beside the whole.
+SHARES = {"1/10": 0.1, "1/3": 1 / 3}
 
 Run = dict[str, Any]
 
@@ -26,18 +28,21 @@ Run = dict[str, Any]
 class Stopwatch:
     """Seconds of training; stands still between steps."""
 
-    def __init__(self, device: str) -> None:
-        self.seconds, self.device = 0.0, torch.device(device)
+    def __init__(self, device: str, clock: str = "wall") -> None:
+        self.seconds, self.device, self.clock = 0.0, torch.device(device), clock
 
     def time(self, contender: Contender, progress: float) -> float:
         """Seconds of one step."""
         self._wait()
-        start = time.perf_counter()
+        start = self._now()
         contender.step(progress)
         self._wait()
-        passed = time.perf_counter() - start
+        passed = self._now() - start
         self.seconds += passed
         return passed
+
+    def _now(self) -> float:
+        return time.process_time() if self.clock == "cpu" else time.perf_counter()
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -53,28 +58,99 @@ def run(
     device: str = "cpu",
     rate: Mapping[str, Any] | None = None,
     points: int = POINTS,
+    clock: str = "wall",
 ) -> Run:
     """Train for ``budget`` seconds; an exception ends the run and is its result.
 
     A step that ends after the budget does not count: the parameters go back to those before it.
     The curve is measured at the first step's end after each of ``points`` times, equally far
-    apart in logarithm; its last row is the state at the budget, on the whole training set.
+    apart in logarithm, and after the marks of the table; its last row is the state at the budget,
+    on the whole training set.
     """
-    gc.collect()
-    result: Run = {"task": task.name, "optimizer": name, "seed": seed, "budget": budget}
-    torch.manual_seed(seed)
-    model = task.make_model().to(device)
-    result["parameters"] = sum(p.numel() for p in model.parameters())
-    rows: list[dict[str, float]] = []
-    try:
+    training = Training(task, name, seed, budget, device, rate, points, clock)
+    training.advance()
+    return training.result
+
+
+class Training:
+    """A run that can be held and go on, with random numbers of its own.
+
+    Attributes:
+        result: The run so far.
+        done: Whether the budget is used up, or an exception ended the run.
+    """
+
+    def __init__(
+        self,
+        task: RaceTask,
+        name: str,
+        seed: int,
+        budget: float,
+        device: str = "cpu",
+        rate: Mapping[str, Any] | None = None,
+        points: int = POINTS,
+        clock: str = "wall",
+    ) -> None:
+        gc.collect()
+        self.result: Run = {"task": task.name, "optimizer": name, "seed": seed, "budget": budget}
+        self.done = False
+        self._rows: list[dict[str, float]] = []
+        self._watch = Stopwatch(device, clock)
+        torch.manual_seed(seed)
+        model = task.make_model().to(device)
+        self.result["parameters"] = sum(p.numel() for p in model.parameters())
+        self._steps = self._all_steps(task, model, name, seed, budget, rate or {}, points)
+        self._random = _random_state(self._watch.device)
+
+    def advance(self, seconds: float = math.inf) -> None:
+        """Train for so many seconds more, at least one step."""
+        goal = self._watch.seconds + seconds
+        _set_random_state(self._watch.device, self._random)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the peers' packages; ours is in the reports
-            contender, result["options"] = make_contender(name, task, model, seed, rate or {})
-            _train(task, model, contender, Stopwatch(device), budget, points, rows)
-    except Exception as error:
-        result["error"] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    result["curve"] = _columns(rows)
-    return result
+            try:
+                while self._watch.seconds < goal:
+                    next(self._steps)
+            except StopIteration:
+                self.done = True
+            except Exception as error:
+                line = str(error).strip().partition("\n")[0]
+                self.result["error"] = f"{type(error).__name__}: {line}"
+                self.done = True
+        self.result["curve"] = _columns(self._rows)
+        self._random = _random_state(self._watch.device)
+
+    def _all_steps(
+        self,
+        task: RaceTask,
+        model: nn.Module,
+        name: str,
+        seed: int,
+        budget: float,
+        rate: Mapping[str, Any],
+        points: int,
+    ) -> Iterator[None]:
+        contender, self.result["options"] = make_contender(name, task, model, seed, rate)
+        yield from _train(task, model, contender, self._watch, budget, points, self._rows)
+
+
+def take_turns(trainings: Sequence[Training], seconds: float) -> None:
+    """Trainings that take turns of so many seconds, so that what disturbs one disturbs all."""
+    while any(not training.done for training in trainings):
+        for training in trainings:
+            if not training.done:
+                training.advance(seconds)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _set_random_state(device: torch.device, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def warm_up(
@@ -101,8 +177,10 @@ def _train(
     budget: float,
     points: int,
     rows: list[dict[str, float]],
-) -> None:
+) -> Iterator[None]:
+    """Steps until the budget is used up; it yields after each."""
     due = [budget * FIRST_POINT ** (1 - i / max(points - 1, 1)) for i in range(points)]
+    due = sorted([*due, *(budget * share for share in SHARES.values())])
     steps, longest = 0, 0.0
     if points > 1:
         rows.append(_row(task, model, contender, 0.0, 0))
@@ -117,6 +195,7 @@ def _train(
         if points > 1 and watch.seconds >= due[0]:
             rows.append(_row(task, model, contender, watch.seconds, steps))
             due = [t for t in due if t > watch.seconds] or [budget]
+        yield
     notes, seconds = contender.notes(), watch.seconds
     if before is None and watch.seconds > budget and rows:
         rows.append(rows[-1])  # a step longer than any before: the last point stands

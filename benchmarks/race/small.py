@@ -91,7 +91,7 @@ def structurally_damped(
     return loss, (outputs, *states)
 
 
-def regression(setting: Setting) -> RaceTask:
+def regression(setting: Setting, dtype: torch.dtype = torch.float64) -> RaceTask:
     """Least squares of a 2-20-20-1 tanh network (501 parameters), nearly without noise.
 
     Noise of 1e-4 in 400 values of ``sin(3 x) cos(5 y) + 1/2 exp(-4 (x - y)^2)`` on the unit square;
@@ -103,22 +103,23 @@ def regression(setting: Setting) -> RaceTask:
     noise = torch.randn(400, 1, generator=generator, dtype=torch.float64)
     train, test = (points[:400], values[:400] + 1e-4 * noise), (points[400:], values[400:])
     variance = float(test[1].var())
+    bits = "" if dtype == torch.float64 else "32"
 
     def relative(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets).square().mean(dim=1) / variance
 
     return supervised(
-        "regression",
-        "regression, 501 parameters",
-        regression_model,
-        tuple(tensor.to(setting.device) for tensor in train),
-        tuple(tensor.to(setting.device) for tensor in test),
+        "regression" + bits,
+        "regression, 501 parameters" + (", float32" if bits else ""),
+        lambda: regression_model().to(dtype),
+        tuple(tensor.to(setting.device, dtype) for tensor in train),
+        tuple(tensor.to(setting.device, dtype) for tensor in test),
         F.mse_loss,
         {"error": relative},
         test_metric="test_error",
         targets=[("train_loss", value) for value in (1e-4, 1e-5, 1e-6, 1e-7, 2e-8)],
         budget=15.0,
-        dtype=torch.float64,
+        dtype=dtype,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from torch_hf import RatioGrowth
@@ -34,12 +35,21 @@ class Setting:
         device: Where data and model live.
         large: Take the sizes meant for a GPU.
         download: Fetch MNIST and CIFAR-10 if they are missing.
+        clock: ``"wall"``, or ``"cpu"`` for the CPU seconds of the process, which what else runs on
+            the machine does not lengthen.
     """
 
     data_root: Path = Path("data")
     device: str = "cpu"
     large: bool = False
     download: bool = False
+    clock: str = "wall"
+
+    @property
+    def kind(self) -> str:
+        """What numbers of a race compare with: device, sizes and clock."""
+        kind = torch.device(self.device).type + ("-large" if self.large else "")
+        return kind + ("-seconds" if self.clock == "cpu" else "")
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,11 @@ class RaceTask:
         make_model: A new network from torch's generator, which the runner seeds.
         train: The training set's tensors, their first dimension the cases.
         loss: Model and batch to the mean loss over the cases and the network's outputs.
+        residuals: Model and batch to tensors whose mean squares add up to the loss, the first
+            dimension of each its cases: what optimizers for least squares need. None where the
+            loss is of another kind.
+        draw: Generator to a batch of new points, where every step of everybody sees others;
+            ``train`` is then what the curve is measured on.
         evaluate: Model, and whether to look at the whole training set (else at a part where that
             is costly), to metrics; in all of them less is better.
         train_metric, test_metric: The two of the metrics that the table shows.
@@ -116,6 +131,8 @@ class RaceTask:
     lbfgs_batch: int = 5_000
     budget: float = 60.0
     dtype: torch.dtype = torch.float32
+    residuals: Callable[[nn.Module, Tensors], Tensors] | None = None
+    draw: Callable[[torch.Generator], Tensors] | None = None
     structurally_damped: Callable[[nn.Module, Tensors, float], tuple[Tensor, Any]] | None = None
     dimensions: dict[str, Any] = field(default_factory=dict)
 
@@ -128,6 +145,10 @@ class RaceTask:
     def cases(self) -> int:
         """Cases of the training set."""
         return len(self.train[0])
+
+    def whole(self, generator: torch.Generator) -> Tensors:
+        """What a step on the full batch sees: the training set, or points drawn anew."""
+        return self.train if self.draw is None else self.draw(generator)
 
 
 def supervised(
@@ -165,7 +186,12 @@ def supervised(
         outputs = model(batch[0])
         return loss(outputs, batch[1]), outputs
 
+    def misfits(model: nn.Module, batch: Tensors) -> Tensors:
+        return (model(batch[0]) - batch[1],)
+
     dimensions = {"train_cases": len(train[0]), "test_cases": len(test[0])}
+    if loss is F.mse_loss:
+        options = {"residuals": misfits, **options}
     return RaceTask(
         name, title, make_model, train, batch_loss, evaluate, dimensions=dimensions, **options
     )

@@ -7,7 +7,9 @@ from functools import partial
 
 import torch
 
+from .equations import advection, allen_cahn, helmholtz, poisson5d
 from .images import cifar10_classifier, curves_autoencoder, mnist_autoencoder, mnist_classifier
+from .inverse import heat
 from .physics import burgers, poisson
 from .small import adding, regression
 from .speech import speech
@@ -21,8 +23,15 @@ TASKS: dict[str, Callable[[Setting], RaceTask]] = {
     "poisson32": partial(poisson, dtype=torch.float32),
     "burgers": burgers,
     "burgers32": partial(burgers, dtype=torch.float32),
+    "allen-cahn": allen_cahn,
+    "helmholtz": helmholtz,
+    "advection": advection,
+    "poisson5d": poisson5d,
+    "heat": heat,
+    "heat-resampled": partial(heat, resampled=True),
     "adding": adding,
     "mnist": mnist_classifier,
     "cifar10": cifar10_classifier,
     "regression": regression,
+    "regression32": partial(regression, dtype=torch.float32),
 }

@@ -8,7 +8,18 @@ from typing import NamedTuple
 from paths import PACKAGE
 
 #: Functions that make a message for someone else to raise, and tables of messages.
-MAKERS = {"not_twice", "not_finite", "rejected", "not_once", "_no_split", "_no_option", "_no_step"}
+MAKERS = {
+    "cut",
+    "cut_loss",
+    "no_derivative",
+    "not_twice",
+    "not_finite",
+    "rejected",
+    "not_once",
+    "_no_split",
+    "_no_option",
+    "_no_step",
+}
 TABLES = {"_FOREIGN"}
 #: Raised for the package's own use, and answered before a user could see them.
 INTERNAL = {"StopIteration", "Usage"}

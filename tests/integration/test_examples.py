@@ -129,7 +129,7 @@ def test_spoken_digits(write, tmp_path):
 
 
 EXAMPLES = sorted(p.stem for p in (ROOT / "examples").glob("*.py"))
-SHARED = {"cluster", "common", "data"}
+SHARED = {"cluster", "common", "data", "pairs"}
 
 
 @pytest.mark.parametrize("name", [n for n in EXAMPLES if n not in SHARED])

@@ -157,7 +157,7 @@ BESIDE = {
     "sampling": {"_checks", "report"},
     "tracking": {"report"},
     "plotting": {"tracking"},
-    "kronecker": {"_checks"},
+    "kronecker": {"_checks", "distributed"},
     "checkpoint": set(),
     "__main__": {"torch_hf", "_messages", "diagnostics", "plotting", "tracking"},
 }

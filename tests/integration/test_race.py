@@ -275,7 +275,7 @@ def test_a_long_step_beyond_the_budget_does_not_count(race):
 
     rows = []
     watch = Slow()
-    race.runner._train(task, model, watch, watch, 1.0, 20, rows)
+    list(race.runner._train(task, model, watch, watch, 1.0, 20, rows))
     assert rows[-1] == rows[-2]
     assert rows[-1]["steps"] == 3 and rows[-1]["seconds"] == pytest.approx(0.3)
 

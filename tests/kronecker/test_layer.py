@@ -250,14 +250,18 @@ def test_prediction_at_the_data_itself(init, weight_decay):
 
 
 def test_new_points_are_drawn_from_the_conditional_distribution():
-    """All correlations together have the covariance of all points, however they were asked for."""
+    """Together with the data's they have the covariance of all points, another draw a call."""
     everything = _factors(n=9)
-    parts = [everything.select(rows) for rows in (range(4), range(4, 7), range(7, 9))]
+    parts = [everything.select(rows) for rows in (range(4), range(4, 9))]
     layer = _layer(factors=parts[0], m=40_000, init="joint")
-    assert_close(layer.predict(parts[1]), layer.predict(parts[1]), rtol=0, atol=0)
-    same = everything.select(range(4, 7))  # another object with the same points
-    together = [layer.correlations.T, layer.predict(same), layer.predict(parts[2])]
-    assert_close(torch.cat(together).cov(), everything.gram(), rtol=0, atol=0.03)
+    drawn = layer.predict(parts[1], draw=True)
+    together = torch.cat([layer.correlations.T, drawn])
+    assert_close(together.cov(), everything.gram(), rtol=0, atol=0.03)
+    rest = drawn - layer.predict(parts[1])
+    again = layer.predict(parts[1], draw=True) - layer.predict(parts[1])
+    assert_close(
+        torch.cat([rest, again]).cov()[:5, 5:], torch.zeros(5, 5).double(), rtol=0, atol=0.03
+    )
 
 
 def test_predictions_follow_training():
@@ -290,6 +294,14 @@ def _step_with(optimizer):
     layer = _layer()
     layer([1]).sum().backward()
     optimizer(layer.parameters()).step()
+    layer([1])
+
+
+def _written():
+    layer = _layer()
+    layer.coefficients.data[0, 0] = 1.0
+    with torch.no_grad():
+        layer.coefficients.add_(1.0)
     layer([1])
 
 
@@ -344,8 +356,14 @@ BAD = {
     "plain SGD": (
         lambda: _step_with(lambda p: torch.optim.SGD(p, lr=0.1)),
         RuntimeError,
-        "else than KroneckerSGD has changed",
+        "must be trained by KroneckerSGD, got a step of SGD",
     ),
+    "Adam": (
+        lambda: _step_with(torch.optim.Adam),
+        RuntimeError,
+        "must be trained by KroneckerSGD, got a step of Adam",
+    ),
+    "written": (_written, RuntimeError, "else than KroneckerSGD has changed"),
     "tree": (_momentum_mid_tree, RuntimeError, 'search="scan"'),
     "betas": (_sgd(lr=0.1, betas=(0.9, 0.999)), TypeError, "lead out of the span.*weight_decay"),
     "option": (_sgd(lr=0.1, foreach=True), TypeError, "no option 'foreach'. It takes lr, momentum"),
@@ -398,14 +416,18 @@ def test_an_error_changes_nothing(wrong):
 @pytest.mark.parametrize(
     ("room", "options", "message"),
     [
+        # K 3,200 bytes; its draw 10,240; coefficients, correlations, initial ones 4,800 each
+        (17_000, {"gram": "full", "init": "joint"}, 'Gram matrix 3.2e-06.*left. Use gram="rows"'),
+        (14_500, {"gram": "rows", "init": "joint"}, 'Gram matrix 1.02e-05.*left. Use init="seed'),
         (
-            2000,
-            {"gram": "full"},
-            r'Gram matrix of 20 x 20 .*3.2e-06 GB.*2e-06 GB left.*gram="rows"',
+            17_500,
+            {"gram": "full", "init": "seeded"},
+            "initial correlations 4.8e-06.*left. Use gram",
         ),
-        (5000, {"gram": "full", "init": "joint"}, r'2 x 20 x 20.*init="seeded"'),
-        (8000, {"gram": "rows", "init": "seeded"}, r"3 x 20 x 30.*keep_initial=False"),
-        (8000, {"gram": "rows", "init": "seeded", "keep_initial": False}, r"2 x 20 x 30.*fewer"),
+        (11_000, {"gram": "full", "init": "joint"}, "left. Use gram.*Use init.*Use keep_initial"),
+        (8000, {"gram": "rows", "init": "seeded"}, "1.44e-05 GB .*but cpu has 8e-06.*few"),
+        (9700, {"gram": "rows", "init": "seeded"}, "left. Use keep_initial=False.$"),
+        (8000, {"gram": "rows", "init": "seeded", "keep_initial": False}, "left. Use fewer"),
     ],
 )
 def test_memory_that_would_not_fit(room, options, message, monkeypatch):

@@ -275,6 +275,10 @@ SUMS = (
         ),
     ),
     Row("add-alpha", lambda z: torch.add(F.mse_loss(z, Y), z.square().mean(), alpha=0.1)),
+    Row(
+        "log_partition",
+        lambda z: F.cross_entropy(z, CLASSES) + 0.1 * torch.logsumexp(z, 1).mean(),
+    ),
     Row("minus", lambda z: F.mse_loss(z, Y) - 0.01 * z.square().mean()),
     Row("broadcast", lambda z: ((z - Y).square().sum(1) + z.square().mean()).mean()),
     Row("stack", lambda z: torch.stack(_each(F.mse_loss, z, Y)).mean()),
@@ -341,7 +345,6 @@ FURTHER = (
     Sum("linear_in_parameters", lambda p, z: 0.1 * p[0].sum()),
     Sum("sine_of_parameters", lambda p, z: 0.1 * torch.sin(p[0]).sum()),
     Sum("log_of_parameters", lambda p, z: 0.1 * torch.log(p[0].square().sum())),
-    Sum("logsumexp", lambda p, z: 0.1 * torch.logsumexp(z, 1).mean()),
     Sum("linear_in_outputs", lambda p, z: 0.1 * z.mean()),
     Sum("sigmoid", lambda p, z: 0.1 * z.sigmoid().mean()),
     Sum("probabilities", lambda p, z: 0.1 * (WEIGHTS * z.softmax(1)).mean()),

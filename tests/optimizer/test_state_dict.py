@@ -137,6 +137,76 @@ def test_a_restored_run_goes_on_bit_by_bit(preconditioner, dtype, through, steps
         assert getattr(reports[0], name) == getattr(reports[1], name)
 
 
+def _single(*layers):
+    return lambda: nn.Sequential(*(make() for make in layers)).double()
+
+
+#: Layers alone, of shapes that a factor's may be taken for, and networks beside.
+RESUMED = {
+    "1 to 1": _single(lambda: nn.Linear(1, 1, bias=False)),
+    "1 to 3": _single(lambda: nn.Linear(1, 3, bias=False)),
+    "3 to 3": _single(lambda: nn.Linear(3, 3, bias=False)),
+    "3 to 1": _single(lambda: nn.Linear(3, 1, bias=False)),
+    "1 to 3 with a bias": _single(lambda: nn.Linear(1, 3)),
+    "convolution": _single(lambda: nn.Conv1d(3, 3, 1, bias=False)),
+    "convolution of images": _single(lambda: nn.Conv2d(1, 3, 1, bias=False)),
+    "network": _single(lambda: nn.Linear(4, 5), nn.Tanh, lambda: nn.Linear(5, 3)),
+}
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS.values(), ids=PRECONDITIONERS)
+@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+def test_a_run_on_changing_batches_goes_on_bit_by_bit(preconditioner, name, steps):
+    """At whichever age of the factors, and at dampings other than that of their inverses."""
+
+    def start():
+        torch.manual_seed(3)
+        model = RESUMED[name]()
+        return model, HFOptimizer(
+            model.parameters(), preconditioner=preconditioner(), weight_decay=1e-3
+        )
+
+    def run(model, optimizer, steps):
+        shape = next(model.parameters()).shape
+        inputs = (shape[1], 4, 4)[: len(shape) - 1]
+        for step in steps:
+            x = normal(10 + step, 12, *inputs)
+            y = normal(50 + step, *model(x).shape)
+            optimizer.step(lambda x=x, y=y: F.mse_loss(torch.tanh(model(x)), y))
+
+    whole, optimizer = start()
+    run(whole, optimizer, range(steps))
+    part, restored = start()
+    part.load_state_dict(whole.state_dict())
+    restored.load_state_dict(_through_a_file(optimizer.state_dict()))
+    run(whole, optimizer, range(steps, steps + 5))
+    run(part, restored, range(steps, steps + 5))
+    assert torch.equal(theta(part), theta(whole))
+    assert restored.last_report.damping == optimizer.last_report.damping
+
+
+def test_a_decay_that_changes_counts_before_and_after_a_restart():
+    runs = []
+    for restarts in (False, True):
+        torch.manual_seed(3)
+        model = RESUMED["network"]()
+        optimizer = HFOptimizer(model.parameters(), preconditioner="kronecker", cg_max_iter=3)
+        for step in range(4):
+            if step == 2:
+                optimizer.param_groups[0]["weight_decay"] = 0.1
+                if restarts:
+                    saved = optimizer.state_dict()
+                    optimizer = HFOptimizer(
+                        model.parameters(), preconditioner="kronecker", cg_max_iter=3
+                    )
+                    optimizer.load_state_dict(saved)
+            x, y = normal(10 + step, 12, 4), normal(50 + step, 12, 3)
+            optimizer.step(lambda x=x, y=y, m=model: F.mse_loss(m(x), y))
+        runs.append(theta(model))
+    assert torch.equal(*runs)
+
+
 @pytest.mark.parametrize("shapes", [[()], [(3,)], [(), (3,)], [(4,), (2, 2), ()]])
 def test_state_of_parameters_of_any_shape_is_restored(shapes):
     starts = [normal(i, *shape) for i, shape in enumerate(shapes)]

@@ -50,9 +50,53 @@ def leaf(node: Any) -> Tensor | None:
     return found
 
 
+def constant(node: Any, name: str) -> Any:
+    """An operand or a number that a node keeps, by name; None where it keeps no such thing.
+
+    What a rule does not find there, it does not apply to.
+    """
+    try:
+        return getattr(node, f"_saved_{name}", None)
+    except RuntimeError:  # it was changed in place since
+        return None
+
+
+def conjugates(first: Edge, second: Edge) -> bool:
+    """Whether one of two places holds the complex conjugate of the other."""
+    return _conjugate(first) == second or _conjugate(second) == first
+
+
+def _conjugate(edge: Edge) -> Edge | None:
+    return operands(edge[0])[0] if kind(edge[0]) in ("Conj", "ConjPhysical") else None
+
+
+def made_before(node: Any, moment: int) -> bool:
+    """Whether a node that is no leaf was made before one with this sequence number."""
+    number = getattr(node, "_sequence_nr", None)
+    return number is not None and kind(node) != "AccumulateGrad" and number() < moment
+
+
+def moment() -> int:
+    """The sequence number of a node that is made now, by this thread."""
+    with torch.enable_grad():
+        node: Any = torch.zeros((), requires_grad=True).clone().grad_fn
+    return int(node._sequence_nr())
+
+
 def is_foreign(node: Any) -> bool:
     """Whether a node is of a user's ``autograd.Function``, whose name tells nothing."""
     return isinstance(node, FunctionCtx) and kind(node) != "BackwardHookFunction"
+
+
+def is_unknown(node: Any) -> bool:
+    """Whether a node's backward is a user's: of ``autograd.Function``, in C++, of a custom op."""
+    if "CppNode" in node.name():
+        return True
+    if not is_foreign(node):
+        return False
+    module: str = getattr(_field(node, "_forward_cls"), "__module__", "")
+    package = module.split(".")[0]
+    return package not in ("torch", "torch_hf") or module == "torch._library.autograd"
 
 
 def divisor(node: Any) -> float:
@@ -171,6 +215,21 @@ def touches(node: Any, places: Container[Edge]) -> bool:
 def reaches(nodes: Iterable[Any], leaves: Collection[int], stops: Container[Edge] = ()) -> bool:
     """Whether one of the leaves, given by ``id``, lies under the nodes, not past the stops."""
     return any(id(leaf(n)) in leaves for n in under(nodes, stops))
+
+
+def unknown_functions(
+    tensors: Iterable[Tensor], stops: Container[Edge] = (), more: Iterable[Any] = ()
+) -> list[str]:
+    """The names of users' functions in the graph of some tensors, not past the stops.
+
+    Args:
+        tensors: Whose graph it is.
+        stops: Places not to go past.
+        more: Further nodes to begin with.
+    """
+    nodes = ({z.grad_fn for z in tensors} - {None}) | set(more)
+    found = {kind(n) for n in under(nodes, stops) if is_unknown(n)}
+    return sorted(name.removeprefix("GeneratedBackwardFor_") for name in found)
 
 
 def leaf_uses(outputs: Iterable[Tensor]) -> Counter[int]:

@@ -8,7 +8,9 @@ see the inputs of linear layers, and to give convolutions a cheaper tangent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,14 +24,29 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from torch_hf.capture.autograd_graph import is_foreign, operands
+from torch_hf import _messages
+from torch_hf.capture.autograd_graph import (
+    Edge,
+    conjugates,
+    edge_of,
+    is_foreign,
+    leaf_uses,
+    made_before,
+    moment,
+    operands,
+)
 from torch_hf.capture.convolution import convolve, geometry, has_rule
+from torch_hf.capture.gradient_hooks import watched
+from torch_hf.capture.gradient_scaler import scales_a_loss
 from torch_hf.capture.op_names import (
     ALIASES,
     CONVOLUTIONS,
+    CURVED,
     LOSSES,
+    MODULI,
     RECURRENT,
     SHAPING,
+    SUMS,
     WATCHED,
     kind,
 )
@@ -68,8 +85,23 @@ class Record:
     calls: dict[Any, Call] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)  # losses of which a constant is none
     layers: list[Layer] = field(default_factory=list)
+    places: dict[Edge, Tensor] = field(default_factory=dict)  # where the network may end
+    constants: dict[Any, Any] = field(default_factory=dict)  # by node: what it adds
+    pairs: dict[Edge, tuple[Tensor, Tensor]] = field(default_factory=dict)  # complex as reals
+    in_vmap: bool = False
+    negated: bool = False  # maximize=True: what a closure returns is to grow, convex or not
+    started: int = 0  # sequence number of autograd's nodes when the closure began
     differentiates_inside: bool = False
     fast_convolutions: bool = False
+
+    def place(self, edge: Edge) -> Tensor | None:
+        """The tensor at a place, if it was seen and is still as it was."""
+        z = self.places.get(edge)
+        return z if z is not None and edge_of(z) == edge else None
+
+    def is_stale(self, z: Tensor) -> bool:
+        """Whether a tensor was computed before the closure ran."""
+        return z.grad_fn is not None and made_before(z.grad_fn, self.started)
 
     def maker(self, z: Tensor, *names: str) -> Call | None:
         """The call of one of these names that made a tensor, seen through changes of shape."""
@@ -108,11 +140,13 @@ class Capture(TorchFunctionMode):
         self.layers = layers
         self.calls = calls
         self.fast_convolutions = fast_convolutions
+        self.held_inside: list[Tensor] = []  # of backward(create_graph=True)
 
     def run(self, closure: Callable[..., Any], *args: Any) -> Record:
         """The record of one run; attention is differentiable twice in it."""
+        self.record.started = moment()
         # The fused attention kernels have no double backward, the mathematical one has.
-        with sdpa_kernel(SDPBackend.MATH), self:
+        with sdpa_kernel(SDPBackend.MATH), uncompiled(), self:
             self.record.returned = closure(*args)
         return self.record
 
@@ -131,10 +165,21 @@ class Capture(TorchFunctionMode):
                 self.gradients.write(args[0], value)
                 if isinstance(value, StandIn):
                     return None
+        if name == "__get__" and func == _GRAD.__get__:
+            self._check_not_held(args[0])
         if func is torch.autograd.grad:
             self.record.differentiates_inside = True
+        if func is torch.Tensor.register_hook and id(args[0]) not in self.ids:
+            register: Any = func
+            return register(args[0], watched(kwargs["hook"] if "hook" in kwargs else args[1]))
+        if func is torch.Tensor.to and scales_a_loss(args, kwargs):
+            raise RuntimeError(_messages.SCALED_LOSS)
         if name not in WATCHED:
             return func(*args, **kwargs)
+        if self.calls and name in MODULI:
+            if len(args) > 1 and _is_same_view(args[0], args[1]):
+                args = (args[0], args[0], *args[2:])
+            args = self._as_pairs(name, args)
         if self.fast_convolutions and has_rule(name, args, kwargs):
             self.record.fast_convolutions = True
             result: Any = convolve(*args, **kwargs)
@@ -142,8 +187,69 @@ class Capture(TorchFunctionMode):
             with differentiable_kernels(name):
                 result = func(*args, **kwargs)
         if self.calls and isinstance(result, Tensor):
+            if name in CURVED or name in LOSSES:
+                self._keep_places(name, [*args, *kwargs.values()], result)
+            elif name in SUMS and not kwargs and len(args) == 2:  # and no factor alpha
+                self._keep_constant(args, result)
             self._keep(func, name, args, kwargs, result)
         return result
+
+    def _as_pairs(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Complex arguments through views as pairs of real numbers, one view of each place."""
+        if not any(_is_complex(z) for z in args[:2]):
+            return args
+        if name in MODULI_OF_ONE or (name in VECTOR_PRODUCTS and args[0] is args[1]):
+            return (*(self._pair(z) if _is_complex(z) else z for z in args[:2]), *args[2:])
+        if len(args) > 1 and all(_is_complex(z) for z in args[:2]):
+            for z, other in (args[:2], args[1::-1]):
+                if conjugates(edge_of(z), edge_of(other)):
+                    pair = self._pair(z)
+                    return (pair, pair.conj(), *args[2:])
+        return args
+
+    def _pair(self, z: Tensor) -> Tensor:
+        edge = edge_of(z)
+        if edge not in self.record.pairs:
+            real = torch.view_as_real(z.resolve_conj())  # a view, unless z is a conjugate
+            pair = torch.view_as_complex(real)
+            self.record.places[edge_of(real)] = real
+            self.record.pairs[edge] = self.record.pairs[edge_of(pair)] = (real, pair)
+        return self.record.pairs[edge][1]
+
+    def _real(self, z: Tensor) -> Tensor:
+        pair = self.record.pairs.get(edge_of(z)) if z.is_complex() else None
+        return z if pair is None else pair[0]
+
+    def _keep_places(self, name: str, args: Sequence[Any], result: Tensor) -> None:
+        flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else [a])]
+        active = [t for t in map(unwrapped, flat) if isinstance(t, Tensor) and t.requires_grad]
+        self.record.in_vmap |= any(_batched(t) for t in flat)
+        if name in ("mul", "__mul__", "multiply") and len(active) < 2:
+            return  # linear, and everywhere in networks
+        if unwrapped(result).grad_fn is not None:
+            for t in active:
+                self._keep_place(t)
+
+    def _keep_place(self, z: Tensor) -> None:
+        if not z.is_complex():
+            self.record.places[edge_of(z)] = z
+        base = z._base
+        if base is not None and base.requires_grad and not base.is_complex():
+            self.record.places[edge_of(base)] = base  # where two views of it may meet
+
+    def _keep_constant(self, args: Sequence[Any], result: Tensor) -> None:
+        given = [unwrapped(a) for a in args[:2]]
+        fixed = [a for a in given if not (isinstance(a, Tensor) and a.requires_grad)]
+        node = unwrapped(result).grad_fn
+        if len(fixed) == 1 and len(given) == 2 and node is not None:
+            self.record.constants[node] = fixed[0]
+            if kind(node) == "Sub":  # a residual, which may be written twice
+                self._keep_place(next(a for a in given if a is not fixed[0]))
+
+    def _check_not_held(self, z: Tensor) -> None:
+        """Complains of a derivative in the inputs that a backward() held back would have left."""
+        if self.held_inside and id(z) in leaf_uses(self.held_inside):
+            raise RuntimeError(_messages.HELD_BACK_INSIDE)
 
     def _keep(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> None:
         if name == "linear" or name in CONVOLUTIONS:
@@ -165,7 +271,7 @@ class Capture(TorchFunctionMode):
                 return
         else:
             return
-        inputs = tuple(t for t in found if t.requires_grad)
+        inputs = tuple(self._real(t) for t in found if t.requires_grad)
         if inputs:
             call = Call(ALIASES.get(name, name), inputs, GradientEdge(node, 0), settings)
             self.record.calls[node] = call
@@ -188,7 +294,20 @@ class Capture(TorchFunctionMode):
             weight = weights[i] if i < len(weights) else None
             self.record.held.append(tensor if weight is None else (tensor * weight).sum())
         self.gradients.held.extend(tensors)
+        if given.get("create_graph"):
+            self.held_inside.extend(tensors)
         return None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Compiled functions run as they were written: dynamo would trace the mode around them."""
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are")
+        yield
 
 
 @contextmanager
@@ -207,6 +326,34 @@ def differentiable_kernels(name: str) -> Iterator[None]:
 
 
 _GRAD: Any = torch.Tensor.grad
+VECTOR_PRODUCTS = {"vdot", "vecdot", "linalg_vecdot"}  # conjugate their first argument
+MODULI_OF_ONE = {name for name in MODULI if "abs" in name or "norm" in name}
+_functorch: Any = torch._C._functorch
+
+
+def _batched(z: Any) -> bool:
+    return isinstance(z, Tensor) and bool(_functorch.is_batchedtensor(z))
+
+
+def _is_complex(z: Any) -> bool:
+    return isinstance(z, Tensor) and z.requires_grad and z.is_complex() and not _batched(z)
+
+
+def _is_same_view(a: Any, b: Any) -> bool:
+    """Whether two tensors are the same view of the same tensor, made twice."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a is b or _batched(a):
+        return False
+    if not (a.requires_grad and b.requires_grad) or a._base is None or a._base is not b._base:
+        return False
+    same = a.shape == b.shape and a.stride() == b.stride() and a.is_conj() == b.is_conj()
+    return same and bool(a.storage_offset() == b.storage_offset())
+
+
+def unwrapped(z: Any) -> Any:
+    """What ``torch.func.vmap`` has wrapped: the tensor that autograd knows."""
+    while _batched(z):
+        z = _functorch.get_unwrapped(z)
+    return z
 
 
 def as_layer(name: str, args: Any, kwargs: Any, result: Tensor) -> Layer | None:
@@ -229,7 +376,11 @@ def _arguments(name: str, args: Any, kwargs: Any) -> tuple[list[Tensor], dict[st
     second = args[1] if len(args) > 1 else None
     wanted = True
     settings: dict[str, Any] = {}
+    if first.is_complex():
+        return _of_modulus(name, first, second, args, kwargs)
     match ALIASES[name]:
+        case "modulus":
+            wanted = False  # of real numbers
         case "pow":
             exponent = kwargs.get("exponent", second)
             wanted = isinstance(exponent, (int, float)) and exponent == 2
@@ -242,6 +393,29 @@ def _arguments(name: str, args: Any, kwargs: Any) -> tuple[list[Tensor], dict[st
         case "softmax" | "log_softmax":
             settings = {"dim": kwargs.get("dim", second)}
     return [first] if wanted else [], settings
+
+
+def _of_modulus(
+    name: str, first: Tensor, second: Any, args: Any, kwargs: Any
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """As :func:`_arguments`, of complex numbers: what is a function of their moduli."""
+    wanted = False
+    settings: dict[str, Any] = {}
+    match ALIASES[name]:
+        case "modulus":
+            wanted = True
+        case "mul" | "dot":
+            other = isinstance(second, Tensor) and second.requires_grad
+            wanted = second is first if name == "vdot" else False
+            if other and name != "vdot" and (ALIASES[name] == "mul" or first.ndim == 1):
+                wanted = conjugates(edge_of(first), edge_of(second))
+        case "norm":
+            wanted, settings = _norm(name, first, args, kwargs)
+            dim = settings.get("dim")
+            if dim is not None:
+                dims = [dim] if isinstance(dim, int) else dim
+                settings["dim"] = tuple(d % first.ndim for d in dims)
+    return [first] if wanted else [], {**settings, "complex": True}
 
 
 def _norm(name: str, first: Tensor, args: Any, kwargs: Any) -> tuple[bool, dict[str, Any]]:

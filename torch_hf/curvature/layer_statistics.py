@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 import torch
 from torch import Tensor
 
 from torch_hf import _messages
 from torch_hf.curvature.operators import ObjectiveOperator
+from torch_hf.statistics.case_signs import Places, places
 from torch_hf.statistics.gradient_moments import EXPONENT, squared_gradients, trace_and_slopes
 from torch_hf.statistics.kronecker_factors import LayerFactors, averaged, measure
+
+#: Of so many outputs of the loss terms ranks tell each other the rows; further ones count as the
+#: last of them, which matters only where they have other numbers of rows.
+TOLD = 8
 
 
 class LayerStatistics:
@@ -62,20 +70,40 @@ class LayerStatistics:
     def factors(self, salt: int) -> list[LayerFactors]:
         """Kronecker factors of the layers on the curvature batches; none if no layer was seen.
 
+        The same, but for rounding, over any split of the cases into batches and ranks that leaves
+        their order; see :func:`torch_hf.statistics.case_signs.places`.
+
         Args:
             salt: Another one draws other signs; see :mod:`torch_hf.statistics.case_signs`.
         """
+        self._operator.check_alive()
         objective = self._objective
-        if objective.vector.sums:  # of fully sharded layers no rank sees the whole
-            return []
-        found = objective.reducer.attempt(lambda: self._own_factors(salt))
+        if objective.vector.sums or not objective.runs.layers:
+            return []  # of fully sharded layers no rank sees the whole
+        at = self._places()
+        found = objective.reducer.attempt(lambda: self._own_factors(salt, at))
         blocks, rows = found or ([], self.vector.zeros()[:0])
         seen, ranks = objective.reducer.numbers([len(blocks), 1.0])
         if not seen or seen != len(blocks) * ranks:  # a rank without cases has no factors
             return []
         return averaged(blocks, rows, objective.reducer)
 
-    def _own_factors(self, salt: int) -> tuple[list[LayerFactors], Tensor]:
+    def _places(self) -> list[list[Places]]:
+        """Where the rows of each batch stand among those of all batches and ranks, by output."""
+        reducer = self._objective.reducer
+        rows = [own[:TOLD] for own in self._operator.rows]
+        totals = [sum(own[k] for own in rows if k < len(own)) for k in range(TOLD)]
+        table = reducer.table([float(n) for n in totals])
+        shares = [[int(n) for n in column] for column in zip(*table, strict=True)]
+        before, found = [0] * TOLD, []
+        for own in rows:
+            found.append([places(before[k], shares[k], reducer.rank) for k in range(len(own))])
+            before = [n + m for n, m in zip_longest(before, own, fillvalue=0)]
+        return found
+
+    def _own_factors(
+        self, salt: int, at: Sequence[Sequence[Places]]
+    ) -> tuple[list[LayerFactors], Tensor]:
         """Sums over this rank's batches, and each block's number of rows."""
         blocks: list[LayerFactors] = []
         rows = self.vector.zeros()[:0]
@@ -89,7 +117,8 @@ class LayerStatistics:
                 if self._operator.curvature == "hessian":  # which needs no split
                     return [], rows
                 raise
-            found, count = measure(loss_terms, self.vector.params, graph.record.layers, salt)
+            layers = graph.record.layers
+            found, count = measure(loss_terms, self.vector.params, layers, salt, at[i])
             for block in found:
                 block.outputs *= weight
             if not blocks:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torch_hf import _messages
+from torch_hf.capture.autograd_graph import edge_of, unknown_functions
 from torch_hf.capture.capture import Record
 from torch_hf.curvature.finite_differences import (
     CentralDifference,
@@ -15,6 +17,18 @@ from torch_hf.curvature.finite_differences import (
     StepChoice,
 )
 from torch_hf.curvature.products import BatchGaussNewton, BatchHessian, LocalProduct
+from torch_hf.curvature.unknown_functions import (
+    COARSE,
+    LostPartError,
+    Product,
+    agree,
+    belong_together,
+    cut,
+    cut_loss,
+    no_derivative,
+    probe,
+    units,
+)
 from torch_hf.distributed import LOCAL, Reducer
 from torch_hf.loss.case_counts import Cases
 from torch_hf.loss.ggn_split import Split, split_by_outputs
@@ -22,6 +36,7 @@ from torch_hf.loss.loss_hessians import LossTerm
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import Replay
 from torch_hf.objective.results import Evaluation, Graph
+from torch_hf.statistics.kronecker_factors import rows_of
 from torch_hf.vector import ParameterVector
 
 DOUBLE_BACKWARD, TANGENT_RULES = "double_backward", "tangent_rules"
@@ -123,6 +138,7 @@ class HessianOperator:
     def __init__(self, loss: Tensor, params: Any) -> None:
         self.vector = ParameterVector([p for p in params if p.requires_grad])
         self._local = BatchHessian([loss], None, self.vector.params)
+        self._local.check_symmetric([loss.grad_fn])
 
     def __call__(self, v: Tensor) -> Tensor:
         """``H v`` for a vector ``(P,)``, as a vector ``(P,)``."""
@@ -150,6 +166,8 @@ class ObjectiveOperator:
         engine: How products are taken.
         cases: Number of cases in the curvature batches.
         products: Number of products taken.
+        rows: Of each of this rank's curvature batches, the rows of each output of its loss terms;
+            filled where layers are looked at.
     """
 
     def __init__(
@@ -171,7 +189,9 @@ class ObjectiveOperator:
         by_differences = engine == DIFFERENCES or objective.vector.sums
         self.engine = DIFFERENCES if by_differences else DOUBLE_BACKWARD
         self.products = 0
+        self.rows: list[list[int]] = []
         self.difference_step = StepChoice()
+        self._checks = True  # until the first batch's product was looked at
         self.split: Split | None = None
         decay = objective.vector.spread(objective.decay)
         self.decay = objective.space.own(decay) if isinstance(decay, Tensor) else decay
@@ -192,6 +212,9 @@ class ObjectiveOperator:
             counts.append(graph.cases)
             if i == 0:
                 local = self._build(i, graph)
+                self._checks = False
+            if objective.runs.layers:
+                self.rows.append(self._rows(graph, self.split if i == 0 else None))
             if graph.record.fast_convolutions and self.engine == DOUBLE_BACKWARD:
                 self.engine = TANGENT_RULES
         if len(counts) == 1:
@@ -200,18 +223,30 @@ class ObjectiveOperator:
             self.split = None
         return counts
 
+    def _rows(self, graph: Graph, split: Split | None) -> list[int]:
+        """The rows of each output of a batch's loss terms; none where the loss has no split."""
+        try:
+            split = split or self.objective.split(graph)
+        except RuntimeError:
+            if self.curvature == "hessian":  # which needs no split
+                return []
+            raise
+        return rows_of(split.loss_terms, self.objective.vector.params)
+
     def __call__(self, v: Tensor) -> Tensor:
         """The product with a vector of the objective's space, weight decay included.
 
         Raises:
             RuntimeError: The operator was released.
         """
-        self._check_alive()
+        self.check_alive()
         self.products += 1
         objective = self.objective
+        v = objective.free(v)
         tangents = objective.vector.unflatten(objective.space.whole(v))
         total = objective.reducer.attempt(lambda: self._own_product(tangents))
         total = objective.space.reduce(objective.vector.zeros() if total is None else total)
+        total = objective.free(total)
         if isinstance(self.decay, Tensor):
             return total.addcmul_(self.decay, v)
         return total.add_(v, alpha=self.decay) if self.decay else total
@@ -238,7 +273,7 @@ class ObjectiveOperator:
         Raises:
             RuntimeError: The operator was released.
         """
-        self._check_alive()
+        self.check_alive()
         return self._graph or self.objective.curvature_graph(i)
 
     def loss_terms(self, graph: Graph) -> Sequence[LossTerm]:
@@ -251,7 +286,8 @@ class ObjectiveOperator:
         self._local = self.split = self._graph = None
         self._released = True
 
-    def _check_alive(self) -> None:
+    def check_alive(self) -> None:
+        """Complains of a use after :meth:`release`."""
         if self._released:
             raise RuntimeError(
                 "This curvature operator was released, and its graph with it, so that trial "
@@ -261,19 +297,84 @@ class ObjectiveOperator:
 
     def _build(self, i: int, graph: Graph) -> LocalProduct:
         if self.engine == DIFFERENCES:
-            return self._by_differences(i, graph)
+            local = self._by_differences(i, graph)
+            self._check_differences(i, graph, local)
+            return local
         try:
-            return self._by_autograd(graph)
+            return self._by_autograd(i, graph)
         except RuntimeError as error:
             return self._instead(error, i, graph)
 
-    def _by_autograd(self, graph: Graph) -> LocalProduct:
-        if self.curvature == "hessian":
-            hessian = BatchHessian([graph.loss], None, self.objective.vector.params)
-            hessian.check_curved()
-            return hessian
-        self.split = self.objective.split(graph)
-        return BatchGaussNewton(self.split, self.objective.vector.params)
+    def _by_autograd(self, i: int, graph: Graph) -> LocalProduct:
+        names = unknown_functions([graph.loss])
+        if self.curvature == "ggn":
+            self.split = self._split(graph, names)
+        try:
+            if self.curvature == "hessian":
+                local: LocalProduct = self._hessian(i, graph, names)
+            else:
+                local = self._gauss_newton(i, graph)
+        except (RuntimeError, TypeError, ValueError) as error:
+            known = isinstance(error, (LostPartError, torch.OutOfMemoryError))
+            if known or not names or _messages.not_twice(error):
+                raise
+            raise RuntimeError(cut(names)) from error  # a backward that cannot run with a graph
+        return local
+
+    def _split(self, graph: Graph, names: Sequence[str]) -> Split:
+        try:
+            return self.objective.split(graph)
+        except RuntimeError as error:
+            if names and "linear in the outputs" in str(error):
+                raise LostPartError(cut_loss(names)) from error
+            raise
+
+    def _hessian(self, i: int, graph: Graph, names: Sequence[str]) -> LocalProduct:
+        params = self.objective.vector.params
+        hessian = BatchHessian([graph.loss], None, params)
+        if names and self._checks:
+            v = probe(params)
+            try:
+                truth = self._by_differences(i, graph)(v)
+            except RuntimeError:  # in low precision: symmetry tells less, but it tells
+                hessian.check_symmetric([graph.loss.grad_fn])
+            else:
+                if not agree(hessian(v), truth):
+                    raise RuntimeError(cut(names))
+        hessian.check_curved()
+        return hessian
+
+    def _gauss_newton(self, i: int, graph: Graph) -> LocalProduct:
+        assert self.split is not None
+        local = BatchGaussNewton(self.split, self.objective.vector.params, self._checks)
+        self._check_loss(i, graph, local.jacobian.push)
+        return local
+
+    def _check_loss(self, i: int, graph: Graph, push: Product) -> None:
+        """Complains where the loss's own Hessian lacks a part, which differences would not mend."""
+        objective, split = self.objective, self.split
+        if not self._checks or objective.vector.sums or split is None:
+            return
+        outputs = [z for term in split.loss_terms for z in term.outputs]
+        names = unknown_functions([graph.loss], {edge_of(z) for z in outputs})
+        if not names:
+            return
+        params = objective.vector.params
+        slope = objective.vector.pull([graph.loss], [torch.ones_like(graph.loss)], True)
+        v, expected = units(slope, params)
+        pushed = iter([t for t in push(v) if t is not None])
+        found: list[Tensor] = []
+        for term in split.loss_terms:
+            found.extend(term.hessian(*(next(pushed) for _ in term.outputs)))
+        try:
+            along = CentralDifference(lambda at: objective.slopes_at(i, at), params)(v)
+        except RuntimeError:  # in low precision differences tell nothing
+            return
+        *truth, change = along
+        assert change is not None
+        is_derivative = abs(float(change) - expected) <= COARSE * expected
+        if is_derivative and not agree(found, truth):  # else the user's slopes are another loss's
+            raise LostPartError(cut_loss(names))
 
     def _by_differences(self, i: int, graph: Graph) -> LocalProduct:
         objective, vector = self.objective, self.objective.vector
@@ -290,7 +391,7 @@ class ObjectiveOperator:
                 self.difference_step,
                 [graph.loss],
             )
-        self.split = objective.split(graph)
+        self.split = self._split(graph, unknown_functions([graph.loss]))
         return DifferenceGaussNewton(
             self.split,
             vector,
@@ -300,14 +401,35 @@ class ObjectiveOperator:
             self.difference_step,
         )
 
+    def _check_differences(self, i: int, graph: Graph, local: LocalProduct) -> None:
+        """Complains of a backward that is no derivative of its forward."""
+        vector = self.objective.vector
+        names = [] if vector.sums or not self._checks else unknown_functions([graph.loss])
+        if not names:
+            return
+        push = pull = local
+        outputs = vector.params
+        if isinstance(local, DifferenceGaussNewton):
+            push, outputs = local.push, local.outputs
+
+            def pull(cotangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+                return vector.pull(outputs, cotangents, True)
+
+        if not belong_together(push, pull, outputs, vector.params, COARSE):
+            raise LostPartError(no_derivative(names))
+        self._check_loss(i, graph, push)
+
     def _instead(self, error: RuntimeError, i: int, graph: Graph) -> LocalProduct:
         """Differences, where autograd has no second derivative and they are allowed."""
         if self.wanted != "auto" or not _messages.not_twice(error):
             raise error
         try:
             local = self._by_differences(i, graph)
+        except LostPartError:
+            raise
         except RuntimeError:
             raise error from None
+        self._check_differences(i, graph, local)
         self.engine = DIFFERENCES
         return local
 

@@ -8,15 +8,17 @@ of its graph is the tangent map: ``J v = d<g(u), v>/du`` (the double-backward tr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from torch_hf.capture.autograd_graph import under
+from torch_hf.capture.autograd_graph import under, unknown_functions
 from torch_hf.capture.convolution import tangents_only
 from torch_hf.capture.op_names import kind
+from torch_hf.curvature.unknown_functions import belong_together, cut
 from torch_hf.loss.ggn_split import Split
 from torch_hf.loss.loss_hessians import LossTerm, filled
 
@@ -40,8 +42,16 @@ class Jacobian:
         # Edges, not tensors: J^T 0 itself is a vector of zeros that nobody reads.
         self.pulled = [get_gradient_edge(pulled[i]) for i in self.reached]
 
+    def check(self) -> None:
+        """Complains where autograd lost a part of J v in a function it does not see through."""
+        names = unknown_functions(self.outputs)
+        if names and not belong_together(self.push, self.pull, self.outputs, self.params):
+            raise RuntimeError(cut(names))
+
     def push(self, tangents: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """J v."""
+        if not self.pulled:  # J^T u is no function of u
+            return tuple(torch.zeros_like(z) for z in self.outputs)
         with tangents_only():
             found = grad(
                 self.pulled,
@@ -89,6 +99,16 @@ class BatchHessian:
                 "curvature to use. Take a first-order optimizer, or a loss with curvature."
             )
 
+    def check_symmetric(self, outputs: Sequence[Any]) -> None:
+        """Complains where autograd lost a part that makes H v asymmetric.
+
+        Args:
+            outputs: Nodes or tensors that the Hessian's graph begins with.
+        """
+        names = unknown_functions([], more=outputs)
+        if names and not belong_together(self, self, self.params, self.params):
+            raise RuntimeError(cut(names))
+
     def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The product, by parameter."""
         if not self.slopes:
@@ -103,9 +123,15 @@ class BatchHessian:
 
 
 class BatchGaussNewton:
-    """G v of one batch: the loss terms through the network, the remainders by their own Hessian."""
+    """G v of one batch: the loss terms through the network, the remainders by their own Hessian.
 
-    def __init__(self, split: Split, params: Sequence[Tensor]) -> None:
+    Args:
+        split: The loss's.
+        params: The parameters.
+        check: Whether to look for what autograd does not see through.
+    """
+
+    def __init__(self, split: Split, params: Sequence[Tensor], check: bool = True) -> None:
         self.loss_terms: list[LossTerm] = split.loss_terms
         self.jacobian = Jacobian(
             [z for loss_term in self.loss_terms for z in loss_term.outputs], params
@@ -114,6 +140,10 @@ class BatchGaussNewton:
         if split.remainders:
             edges, weights = zip(*split.remainders, strict=True)
             self.remainder = BatchHessian(edges, weights, params)
+        if check:
+            self.jacobian.check()
+            if self.remainder is not None:
+                self.remainder.check_symmetric([edge.node for edge in edges])
 
     def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The product, by parameter."""

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from torch_hf.kronecker._deferred_updates import Gram, Slot, Span
+from torch_hf.kronecker._deferred_updates import Span
+from torch_hf.kronecker._geometry import Geometry, Points, Slot
 from torch_hf.kronecker._sparse_gradient import Entries
 from torch_hf.kronecker.tree import CorrelationTree
 
@@ -34,21 +35,35 @@ class NeuronSearch:
         self.tree = None
 
     def find(
-        self, span: Span, weights: Slot, gram: Gram, samples: Tensor, threshold: float, search: str
+        self,
+        span: Span,
+        weights: Slot,
+        geometry: Geometry,
+        samples: Tensor,
+        threshold: float,
+        search: str,
     ) -> Entries:
         """The pre-activations of data points ``samples`` ``(B,)`` above a threshold.
 
         Args:
             span: What is outstanding for the weights.
             weights: Of the layer.
-            gram: Inner products of data points.
+            geometry: Of the data.
             samples: Which points; ``Entries.row`` is the place among them.
             threshold: In units of a pre-activation.
             search: ``"scan"``, ``"tree"``, or ``"auto"`` for what is the faster.
 
         Raises:
-            RuntimeError: A tree is asked for while there is momentum.
+            RuntimeError: A tree is asked for while there is momentum, or of points in a grid.
         """
+        if not isinstance(geometry, Points):
+            if search == "tree":
+                raise RuntimeError(
+                    "A tree must have the products with each point, but these points lie in a "
+                    'grid of two tables and keep none. Use search="scan", or make the layer with '
+                    'gram="rows".'
+                )
+            return scan(span.read(weights, samples, geometry), threshold)
         scale = span.mixing[0][0]
         served = span.velocity is None and scale > 0.0
         if search == "tree" and not served:
@@ -57,13 +72,13 @@ class NeuronSearch:
                 'step. Use search="scan", or momentum=0.'
             )
         if search == "auto":
-            search = self._faster(span, weights, gram, samples, threshold) if served else "scan"
+            search = self._faster(span, weights, geometry, samples, threshold) if served else "scan"
         if search == "scan":
             self.tree = None
-            return scan(span.read(weights, samples, gram), threshold)
-        tree = self._grown(span, weights, gram)
+            return scan(span.read(weights, samples, geometry), threshold)
+        tree = self._grown(span, weights, geometry)
         found = tree.query(samples, threshold / scale)
-        values = weights.correlations[found.neurons, samples[found.positions]]
+        values = weights.products[found.neurons, samples[found.positions]]
         return Entries(found.positions, found.neurons, values * scale)
 
     def touched(self, gradient: Tensor | Entries) -> None:
@@ -75,23 +90,23 @@ class NeuronSearch:
         else:
             self.tree.update((gradient != 0).any(dim=0).nonzero()[:, 0])
 
-    def _grown(self, span: Span, weights: Slot, gram: Gram) -> CorrelationTree:
+    def _grown(self, span: Span, weights: Slot, geometry: Geometry) -> CorrelationTree:
         if self.tree is None or self._rescaled != span.rescaled:
-            span.flush(weights, gram)
-            self.tree, self._rescaled = CorrelationTree(weights.correlations), span.rescaled
+            span.flush(weights, geometry)
+            self.tree, self._rescaled = CorrelationTree(weights.products), span.rescaled
         return self.tree
 
     def _faster(
-        self, span: Span, weights: Slot, gram: Gram, samples: Tensor, threshold: float
+        self, span: Span, weights: Slot, geometry: Geometry, samples: Tensor, threshold: float
     ) -> str:
         if self.choice is None:
-            tree, scaled = self._grown(span, weights, gram), threshold / span.mixing[0][0]
+            tree, scaled = self._grown(span, weights, geometry), threshold / span.mixing[0][0]
 
             def walk() -> None:
                 tree.update(tree.query(samples, scaled).neurons)
 
             self.seconds = {
-                "scan": _timed(lambda: scan(span.read(weights, samples, gram), threshold)),
+                "scan": _timed(lambda: scan(span.read(weights, samples, geometry), threshold)),
                 "tree": _timed(walk),
             }
             self.choice = min(self.seconds, key=self.seconds.__getitem__)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.kronecker import _memory
 from torch_hf.kronecker._checks import check_finite
+from torch_hf.kronecker._grid import Grid, find
 from torch_hf.kronecker.factors import KroneckerFactors
 
 #: Bytes up to which gram="auto" keeps the whole Gram matrix.
@@ -17,6 +17,15 @@ GRAM_BYTES = 2**30
 #: With init="auto", initial weights are made one by one where d is at most so many times n: beyond
 #: that a factorization of the Gram matrix, n**3 / 3, costs less than n m d with m near n.
 SEEDED_BELOW = 2
+#: Numbers of float64 that a joint draw takes at its peak, in units of n²: 3.1 measured.
+DRAW_NUMBERS = 3.2
+#: What to write where memory is short.
+WAYS = {
+    "full": 'Use gram="rows", which computes the rows that a step needs.',
+    "joint": 'Use init="seeded", which factorizes no Gram matrix.',
+    "keep_initial": "Use keep_initial=False.",
+}
+FEWER = "Use fewer neurons or points, or a narrower dtype."
 
 
 def check_arguments(
@@ -34,7 +43,7 @@ def check_arguments(
         )
     _checks.count("out_features", out_features, low=1, hint="It is the number of neurons.")
     _checks.number("std", std, low=0.0, hint="std=1.0 is usual with points of length 1.")
-    _checks.one_of("gram", gram, ("auto", "full", "rows"))
+    _checks.one_of("gram", gram, ("auto", "full", "rows", "grid"))
     _checks.flag("keep_initial", keep_initial)
     if not isinstance(init, Tensor):
         _checks.one_of("init", init, ("auto", "joint", "seeded"))
@@ -48,13 +57,32 @@ def check_arguments(
     check_finite("init", init)
 
 
-def kind(init: str | Tensor, factors: KroneckerFactors) -> str:
+def kind(init: str | Tensor, factors: KroneckerFactors, grid: Grid | None) -> str:
     """``"joint"``, ``"seeded"`` or ``"given"``."""
     if isinstance(init, Tensor):
         return "given"
+    if init == "auto" and grid is not None:
+        return "joint"
     if init == "auto":
         return "seeded" if factors.features <= SEEDED_BELOW * len(factors) else "joint"
     return init
+
+
+def grid_of(factors: KroneckerFactors, neurons: int, gram: str) -> Grid | None:
+    """The grid that a layer's points lie in, None where they are kept one by one.
+
+    Raises:
+        ValueError: A grid is asked for, and there is none.
+    """
+    if gram not in ("auto", "grid"):
+        return None
+    found = find(factors, neurons, any_size=gram == "grid")
+    if found is None and gram == "grid":
+        raise ValueError(
+            'gram="grid" must have one term of factors whose rows repeat, got points that fill no '
+            'grid of two tables. Make pairs with KroneckerFactors.from_pairs, or use gram="auto".'
+        )
+    return found
 
 
 def keeps_gram(factors: KroneckerFactors, gram: str) -> bool:
@@ -68,17 +96,45 @@ def check_memory(
     factors: KroneckerFactors, neurons: int, init: str, full: bool, keep_initial: bool
 ) -> None:
     """Raises MemoryError for what would not fit, with the option that avoids it."""
-    n, dtype, device = len(factors), factors.dtype, factors.device
-    if full:
-        instead = 'Use gram="rows", which computes the rows that a step needs.'
-        _memory.check_fits("The Gram matrix", (n, n), dtype, device, instead)
-    if init == "joint":
-        instead = 'Use init="seeded", which factorizes no Gram matrix.'
-        _memory.check_fits(
-            "The draw's Gram matrix (twice)", (2, n, n), torch.float64, device, instead
-        )
-    parts, instead = 2, "Use fewer neurons or points, or a narrower dtype."
-    if keep_initial:
-        parts, instead = 3, "Use keep_initial=False (a third less), fewer neurons or fewer points."
-    what = "Coefficients and correlations"
-    _memory.check_fits(what, (parts, n, neurons), dtype, device, instead)
+    options = {"joint": init == "joint", "full": full, "keep_initial": keep_initial}
+    parts = _parts(factors, neurons, **options)
+    room = _memory.available(factors.device)
+    open_to = [name for name in WAYS if options[name]]
+    trials = [[name] for name in open_to] + [open_to[:k] for k in range(2, len(open_to) + 1)]
+    instead = [*(WAYS[name] for name in open_to), FEWER]
+    for left_out in trials:  # the first without which it would fit
+        rest = _parts(factors, neurons, **{**options, **dict.fromkeys(left_out, False)})
+        if room is not None and sum(rest.values()) <= room:
+            instead = [WAYS[name] for name in left_out]
+            break
+    _memory.check_all_fit(parts, factors.device, " ".join(instead))
+
+
+def _parts(
+    factors: KroneckerFactors, neurons: int, *, joint: bool, full: bool, keep_initial: bool
+) -> dict[str, float]:
+    """Bytes at the peak, which is the draw's or what is kept after it."""
+    n, itemsize = len(factors), factors.dtype.itemsize
+    gram = float(full * n * n * itemsize)
+    kept = {
+        "Gram matrix": gram,
+        "coefficients and correlations": 2.0 * n * neurons * itemsize,
+        "initial correlations": float(keep_initial * n * neurons * itemsize),
+    }
+    drawing = {
+        "Gram matrix": gram,
+        "draw by the Gram matrix": joint * DRAW_NUMBERS * n * n * 8,
+        "correlations": float(n * neurons * itemsize),
+    }
+    return max(kept, drawing, key=lambda parts: sum(parts.values()))
+
+
+def check_grid_memory(grid: Grid, factors: KroneckerFactors, neurons: int) -> None:
+    """The same, for points in a grid."""
+    a, b, itemsize = len(grid.left), len(grid.right), factors.dtype.itemsize
+    parts = {
+        "coefficients and initial correlations": 2.0 * len(factors) * neurons * itemsize,
+        "products of the grid": float(a * b * neurons * itemsize),
+        "draw": DRAW_NUMBERS * 8 * (a * a + b * b) + 8.0 * 2**24,
+    }
+    _memory.check_all_fit(parts, factors.device, FEWER)

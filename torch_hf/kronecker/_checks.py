@@ -19,6 +19,16 @@ def check_matrices(factors: Sequence[Tensor], same_length: bool = True) -> None:
         if not isinstance(factor, Tensor) or not factor.is_floating_point():
             got = factor.dtype if isinstance(factor, Tensor) else type(factor).__name__
             raise TypeError(f"Factor {number} must be a floating-point tensor, got {got}.")
+        if factor.layout != torch.strided:
+            raise TypeError(
+                f"Factor {number} must be a dense tensor, got layout {factor.layout}. Give "
+                "factor.to_dense()."
+            )
+        if factor.requires_grad:
+            raise ValueError(
+                f"Factor {number} must be data, got a tensor that requires a gradient, which would "
+                "not reach it. Give factor.detach()."
+            )
         if factor.dim() != 2 or 0 in factor.shape:
             raise ValueError(
                 f"Factor {number} must be a matrix (points, features) that is not empty, got shape "
@@ -56,7 +66,7 @@ def check_finite(name: str, matrix: Tensor) -> None:
 
 def as_indices(rows: Rows, length: int, device: torch.device, what: str = "indices") -> Tensor:
     """Numbers of points as a tensor ``(k,)``, each at least 0 and below ``length``."""
-    found = torch.as_tensor(rows, device=device)
+    found = torch.as_tensor(rows)  # checked where it lies: no wait for a device where it is a list
     if found.numel() == 0:
         found = found.long()
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
@@ -67,9 +77,9 @@ def as_indices(rows: Rows, length: int, device: torch.device, what: str = "indic
         raise ValueError(f"{what} must be a list or a vector, got shape {tuple(found.shape)}.")
     found = found.long()
     if len(found):
-        low, high = (int(x) for x in found.aminmax())
+        low, high = torch.stack(found.aminmax()).tolist()
         if low < 0 or high >= length:
             raise ValueError(
                 f"{what} must be from 0 to {length - 1}; got {low if low < 0 else high}."
             )
-    return found
+    return found.to(device)

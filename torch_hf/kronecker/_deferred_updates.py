@@ -1,9 +1,9 @@
 """Weights that are known by what they do to the inputs, and exact steps on them.
 
 Every vector of weights that SGD can reach is ``w = α w₀ + Σ_i c_i x_i``, and so is its velocity.
-Of each, a slot keeps the coefficients C ``(n, m)`` and the correlations Z ``(m, n)``, the inner
-products with all inputs. A step of SGD with momentum and weight decay maps (weights, velocity, g)
-linearly, with the same few numbers for all entries:
+Of each, a slot keeps the coefficients C ``(n, m)`` and products from which those with the inputs
+are read: Z ``(m, n)``, or what a geometry keeps instead. A step of SGD with momentum and weight
+decay maps (weights, velocity, g) linearly, with the same few numbers for all entries:
 
     (w, v) ← M (w, v) + u g
 
@@ -14,24 +14,17 @@ too, and carried out many at a time. Both are exact; ``read`` accounts for what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from torch_hf.kronecker._sparse_gradient import Entries, add_product, add_rows, compressed
+from torch_hf.kronecker._geometry import Geometry, Slot
+from torch_hf.kronecker._sparse_gradient import Entries, add_product
 
 Matrix = list[list[float]]
-#: Gram rows: ``gram(i, None)`` is ``(len(i), n)``, ``gram(i, j)`` a block of it.
-Gram = Callable[[Tensor, Tensor | None], Tensor]
-
-
-class Slot(NamedTuple):
-    """Weights, or their velocity."""
-
-    coefficients: Tensor
-    correlations: Tensor
+#: Numbers that are worked on at once where several passes follow.
+IN_CACHE = 2**16
 
 
 class Outstanding:
@@ -129,28 +122,25 @@ class Span:
         self.velocity = None
         self.anchors, self.mixing = self.anchors[:1], [[1.0]]
 
-    def limit(self, capacity: int, weights: Slot, gram: Gram) -> None:
+    def limit(self, capacity: int, weights: Slot, geometry: Geometry) -> None:
         """Sets how many gradient rows may be outstanding."""
         if capacity != self.capacity:
-            self.flush(weights, gram)
+            self.flush(weights, geometry)
             self.capacity = capacity
 
-    def read(self, weights: Slot, samples: Tensor, gram: Gram) -> Tensor:
+    def read(self, weights: Slot, samples: Tensor, geometry: Geometry) -> Tensor:
         """Pre-activations ``(len(samples), m)`` as all steps so far have made them."""
         mix = self.mixing[0]
-        found: Tensor | None = None
-        for share, slot in zip(mix, self.slots(weights), strict=True):
-            if share != 0.0:
-                part = slot.correlations.gather(1, samples.expand(len(slot.correlations), -1))
-                part = part if share == 1.0 else part.mul_(share)
-                found = part if found is None else found.add_(part)
-        if found is None:
-            found = weights.correlations.new_zeros(len(weights.correlations), len(samples))
+        found = geometry.read(self.slots(weights), mix, samples)
+        start = geometry.start(samples)
+        if start is not None:
+            share = sum(p * x for p, x in zip(mix, self.anchors, strict=True))
+            found = found.add_(start, alpha=share)
         if self.outstanding.worth:
             worth = [
                 sum(p * w for p, w in zip(mix, row, strict=True)) for row in self.outstanding.worth
             ]
-            between = gram(self.outstanding.index(), samples)
+            between = geometry.between(self.outstanding.index(), samples)
             add_product(found, self.outstanding.gradient(), between, worth)
         return found.T
 
@@ -161,58 +151,60 @@ class Span:
         gain: Sequence[float],
         samples: Tensor,
         gradient: Tensor | Entries,
-        gram: Gram,
+        geometry: Geometry,
     ) -> None:
         """``(w, v) ← transition (w, v) + gain g``, g the gradient of the given samples."""
         mixing = _multiply(transition, self.mixing)
         inverse = _inverse(mixing, _limit(weights.coefficients.dtype))
         if inverse is None:  # the slots would lose digits: bring them up to date, start afresh
-            self.flush(weights, gram)
+            self.flush(weights, geometry)
             self.mixing = mixing
-            self.settle(weights, gram)
+            self.settle(weights, geometry)
             inverse = _identity(len(mixing))
         else:
             self.mixing = mixing
         worth = [sum(a * u for a, u in zip(row, gain, strict=True)) for row in inverse]
         if not self.outstanding.has_room(gradient, len(samples), self.capacity):
-            self.flush(weights, gram)
+            self.flush(weights, geometry)
         self.outstanding.add(samples, gradient, worth, self.capacity)
         if len(self.outstanding.worth) >= self.capacity:
-            self.flush(weights, gram)
+            self.flush(weights, geometry)
 
-    def flush(self, weights: Slot, gram: Gram) -> None:
+    def flush(self, weights: Slot, geometry: Geometry) -> None:
         """Carries out what is outstanding."""
         held = self.outstanding
         if not held.worth:
             return
-        samples, gradient = held.index(), compressed(held.gradient())
-        rows = gram(samples, None)
-        for number, slot in enumerate(self.slots(weights)):
-            worth = [row[number] for row in self.outstanding.worth]
-            if any(worth):
-                add_product(slot.correlations, gradient, rows, worth)
-                add_rows(slot.coefficients, gradient, samples, worth)
+        geometry.carry_out(self.slots(weights), held.index(), held.gradient(), held.worth)
         held.clear()
 
-    def settle(self, weights: Slot, gram: Gram) -> None:
+    def settle(self, weights: Slot, geometry: Geometry) -> None:
         """Brings the slots up to date: nothing outstanding, the mixing is the identity."""
-        self.flush(weights, gram)
+        self.flush(weights, geometry)
         size = len(self.mixing)
         if self.mixing == _identity(size):
             return
         for tensors in zip(*self.slots(weights), strict=True):
-            if size == 1:
-                tensors[0].mul_(self.mixing[0][0])
-                continue
-            (a, b), (c, d) = self.mixing
-            first = tensors[0].clone()
-            tensors[0].mul_(a).add_(tensors[1], alpha=b)
-            tensors[1].mul_(d).add_(first, alpha=c)
+            _mix(tensors, self.mixing)
         self.anchors = [
             sum(p * x for p, x in zip(row, self.anchors, strict=True)) for row in self.mixing
         ]
         self.mixing = _identity(size)
         self.rescaled += 1
+
+
+def _mix(tensors: Sequence[Tensor], mixing: Matrix) -> None:
+    """Multiplies in place, some rows at a time: they stay in the processor's cache meanwhile."""
+    if len(tensors) == 1:
+        tensors[0].mul_(mixing[0][0])
+        return
+    (a, b), (c, d) = mixing
+    rows = max(1, IN_CACHE * len(tensors[0]) // tensors[0].numel())
+    rows = len(tensors[0]) if tensors[0].is_cuda else rows
+    for first, second in zip(*(torch.split(x, rows) for x in tensors), strict=True):
+        before = first.clone()
+        first.mul_(a).add_(second, alpha=b)
+        second.mul_(d).add_(before, alpha=c)
 
 
 def _identity(size: int) -> Matrix:

@@ -94,6 +94,14 @@ def add_rows(
         out.index_add_(0, samples, gradient * factors[:, None])
 
 
+def dense_rows(gradient: Tensor | Entries, rows: int, neurons: int) -> Tensor:
+    """A gradient as ``(rows, m)``."""
+    if not isinstance(gradient, Entries):
+        return gradient
+    found = gradient.value.new_zeros(rows, neurons)
+    return found.index_put_((gradient.row, gradient.neuron), gradient.value, accumulate=True)
+
+
 def entries_of(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | Entries]:
     """A parameter's sparse gradient as samples ``(B,)`` and their rows of gradient."""
     place, values = gradient._indices(), gradient._values().to(dtype)

@@ -182,6 +182,11 @@ class KroneckerFactors:
     def gram(self, rows: Rows | None = None, columns: Rows | None = None) -> Tensor:
         """Inner products ``⟨x_i, x_j⟩``, i in ``rows`` and j in ``columns``; None is all points.
 
+        Of all points these are n² numbers, and a solve with them takes n³. For kernel ridge
+        regression on pairs there is no need: by the vec trick (Airola & Pahikkala, arXiv
+        1601.01507) a product with the pairs' Gram matrix is ``K_A Y K_B`` and a selection, which
+        conjugate gradients take; ``examples/pairs.py`` has it.
+
         Raises:
             MemoryError: The block would not fit.
             ValueError, TypeError: An index is out of range, or no integer.
@@ -292,3 +297,27 @@ def _made(terms: tuple[Term, ...], scale: Tensor | None) -> KroneckerFactors:
     found = object.__new__(KroneckerFactors)
     found._terms, found._scale = terms, scale
     return found
+
+
+def check_new_points(data: KroneckerFactors, points: KroneckerFactors) -> None:
+    """Points at which a layer of ``data`` can be asked."""
+    got = getattr(points, "widths", type(points).__name__)
+    if got != data.widths:
+        raise ValueError(f"points must be KroneckerFactors of widths {data.widths}, got {got}.")
+    if points.dtype != data.dtype:
+        raise TypeError(
+            f"points must be of the layer's dtype {data.dtype}, got {points.dtype}. Convert them: "
+            f"points.to(dtype={data.dtype})."
+        )
+    if points.device != data.device:
+        raise ValueError(
+            f"points must be on the layer's device {data.device}, got {points.device}. Move them: "
+            f"points.to({str(data.device)!r})."
+        )
+    if (points._scale is None) != (data._scale is None):
+        wanted = data._scale is not None
+        have = ("not normalised", "normalised")
+        raise ValueError(
+            f"points must be {have[wanted]} as the layer's data are, got points that are "
+            f"{have[not wanted]}. Make them with normalize={wanted}."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,8 +11,10 @@ from torch import Tensor
 from torch.optim.sgd import sgd as plain_sgd
 
 from torch_hf import _checks
-from torch_hf.kronecker._deferred_updates import Matrix, Slot
+from torch_hf.kronecker._deferred_updates import Matrix
+from torch_hf.kronecker._geometry import Slot
 from torch_hf.kronecker._implicit import ImplicitWeights, layer_of
+from torch_hf.kronecker._ranks import Ranks
 
 #: Gradient rows held back by default; benchmarks/kronecker.py compares.
 DEFERRED_ROWS = 256
@@ -38,8 +41,17 @@ class KroneckerSGD(torch.optim.Optimizer):
         weight_decay: λ, the factor of w added to the gradient.
         nesterov: Whether the momentum is Nesterov's; needs momentum and no dampening.
         maximize: Ascend.
+        max_norm: Scale the gradient of all parameters together to at most this norm, as
+            ``torch.nn.utils.clip_grad_norm_`` before each step would scale that of dense weights;
+            of a Kronecker layer it takes tr GᵀKG, the squared norm of the implicit weights'
+            gradient. None is no limit.
+        process_group: The ranks that train together, each on its share of a batch: their gradients
+            are averaged here, so the step is that of one process whose loss is the mean of
+            theirs. Every rank holds the whole layer. Keep the layer out of
+            ``DistributedDataParallel``; the other parameters may be in it.
         defer: Gradient rows (samples) held back before one larger update; 0 is none, None is 256,
-            or fewer for very wide layers. They take ``defer * m`` numbers.
+            or fewer for very wide layers, and none for pairs in a grid. They take ``defer * m``
+            numbers.
         refresh_every: Steps after which correlations are computed anew, to shed what rounding adds
             up to; n² m multiply-adds each time. None is never: see ``KroneckerLinear.drift``.
         **others: None; of an option that cannot be exact, the error says why.
@@ -62,6 +74,10 @@ class KroneckerSGD(torch.optim.Optimizer):
         >>> optimizer.step()
     """
 
+    #: For the layers, which refuse other optimizers.
+    serves_kronecker_layers = True
+    _ranks = Ranks(None, torch.device("cpu"))
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -72,6 +88,8 @@ class KroneckerSGD(torch.optim.Optimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        max_norm: float | None = None,
+        process_group: Any = None,
         defer: int | None = None,
         refresh_every: int | None = None,
         **others: Any,
@@ -89,6 +107,7 @@ class KroneckerSGD(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "max_norm": max_norm,
             "defer": defer,
             "refresh_every": refresh_every,
         }
@@ -101,6 +120,8 @@ class KroneckerSGD(torch.optim.Optimizer):
                 "layer: KroneckerSGD(model.parameters(), lr=…)."
             )
         self.register_state_dict_pre_hook(_settle_first)
+        self._ranks = Ranks(process_group, self._layers()[0].products.device)
+        self._ranks.check_same_start(self._layers(), self._others())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, as ``torch.optim.SGD`` does.
@@ -110,6 +131,12 @@ class KroneckerSGD(torch.optim.Optimizer):
         """
         if isinstance(param_group, dict):
             _check_options({**self.defaults, **param_group})
+            limit = param_group.get("max_norm", self.defaults["max_norm"])
+            if limit != self.defaults["max_norm"]:
+                raise ValueError(
+                    f"max_norm must be one number for all groups, got {limit!r} for one of them. "
+                    f"Give it once: KroneckerSGD(groups, max_norm={limit!r})."
+                )
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -129,16 +156,32 @@ class KroneckerSGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        taken = self._gradients()
+        share = self._share(taken)
         for group in self.param_groups:
             others = []
             for p in group["params"]:
-                layer = layer_of(p) if p.grad is not None else None
+                layer, found = layer_of(p), taken.get(p)
+                if found is None:
+                    continue
                 if layer is not None:
-                    self._step_layer(layer, group)
-                elif p.grad is not None:
-                    others.append(p)
+                    self._step_layer(layer, group, found, share)
+                else:
+                    others.append((p, found if share == 1.0 else found * share))
             self._step_others(others, group)
         return loss
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """The norm of the gradient of all parameters, implicit weights in place of coefficients.
+
+        What ``clip_grad_norm_`` would report of dense weights; B² (m + p + q) multiply-adds for a
+        batch of B. Of several ranks, that of their mean.
+
+        Raises:
+            RuntimeError: Something else changed a Kronecker layer's parameter or gradient.
+        """
+        return self._norm(self._gradients())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -157,13 +200,50 @@ class KroneckerSGD(torch.optim.Optimizer):
         found = (layer_of(p) for group in self.param_groups for p in group["params"])
         return [layer for layer in found if layer is not None]
 
-    def _step_layer(self, layer: ImplicitWeights, group: dict[str, Any]) -> None:
+    def _others(self) -> list[Tensor]:
+        params = (p for group in self.param_groups for p in group["params"])
+        return [p for p in params if layer_of(p) is None]
+
+    def _gradients(self) -> dict[Tensor, Any]:
+        """Of each parameter with a gradient, the mean over ranks; of a layer (samples, rows)."""
+        found: dict[Tensor, Any] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                layer = layer_of(p)
+                if p.grad is not None:
+                    found[p] = p.grad if layer is None else layer._held_gradient()
+        every = [p for group in self.param_groups for p in group["params"]]
+        return self._ranks.mean(every, found)
+
+    def _norm(self, taken: dict[Tensor, Any]) -> float:
+        total = 0.0
+        for p, found in taken.items():
+            layer = layer_of(p)
+            if layer is not None:
+                total += layer._squared_norm(*found)
+            else:
+                values = found.coalesce().values() if found.is_sparse else found
+                total += float(values.double().square().sum())
+        return math.sqrt(total)
+
+    def _share(self, taken: dict[Tensor, Any]) -> float:
+        """What ``max_norm`` leaves of the gradient, as ``clip_grad_norm_`` has it."""
+        limit = self.param_groups[0]["max_norm"]
+        return 1.0 if limit is None else min(1.0, limit / (self._norm(taken) + 1e-6))
+
+    def _step_layer(
+        self, layer: ImplicitWeights, group: dict[str, Any], found: Any, share: float
+    ) -> None:
         state = self.state[layer.coefficients]
         first = bool(group["momentum"]) and "velocity_coefficients" not in state
         if first:
             state["velocity_coefficients"] = torch.zeros_like(layer.coefficients)
-            state["velocity_correlations"] = torch.zeros_like(layer.correlations)
+            state["velocity_correlations"] = torch.zeros_like(layer.products)
             state["velocity_anchor"] = 0.0
+        for name, like in (("coefficients", layer.coefficients), ("correlations", layer.products)):
+            kept = state.get(f"velocity_{name}")
+            if kept is not None and (kept.dtype, kept.device) != (like.dtype, like.device):
+                state[f"velocity_{name}"] = kept.to(like.device, like.dtype)  # the layer was moved
         velocity = state.get("velocity_coefficients")
         held = layer._span.velocity
         if velocity is not None and (held is None or held.coefficients is not velocity):
@@ -175,17 +255,18 @@ class KroneckerSGD(torch.optim.Optimizer):
         transition, gain = linear_step(group, first)
         if velocity is None:
             transition, gain = [[transition[0][0]]], gain[:1]
-        layer._advance(transition, gain, _capacity(group["defer"], layer.coefficients.shape[1]))
+        gain = [share * u for u in gain]
+        layer._advance(transition, gain, _capacity(group["defer"], layer), *found)
         state["step"] = state.get("step", 0) + 1
         if group["refresh_every"] and state["step"] % group["refresh_every"] == 0:
             layer.refresh()
 
-    def _step_others(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _step_others(self, taken: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+        params, gradients = [p for p, _ in taken], [g for _, g in taken]
         buffers = [self.state[p].get("momentum_buffer") for p in params]
         names = ("weight_decay", "momentum", "dampening", "nesterov", "maximize")
         options = {name: group[name] for name in names}
-        sparse = any(p.grad is not None and p.grad.is_sparse for p in params)
-        gradients = [p.grad for p in params if p.grad is not None]
+        sparse = any(g.is_sparse for g in gradients)
         plain_sgd(
             params, gradients, buffers, has_sparse_grad=sparse, lr=float(group["lr"]), **options
         )
@@ -212,8 +293,12 @@ def linear_step(group: dict[str, Any], first: bool) -> tuple[Matrix, list[float]
     return transition, [-direct * sign, c * sign]
 
 
-def _capacity(defer: int | None, neurons: int) -> int:
-    return min(DEFERRED_ROWS, DEFERRED_NUMBERS // neurons) if defer is None else defer
+def _capacity(defer: int | None, layer: ImplicitWeights) -> int:
+    if defer is not None:
+        return defer
+    if layer._grid is not None:  # an update costs no more than one held back
+        return 0
+    return min(DEFERRED_ROWS, DEFERRED_NUMBERS // layer.coefficients.shape[1])
 
 
 def _settle_first(optimizer: torch.optim.Optimizer) -> None:
@@ -239,6 +324,8 @@ def _check_options(group: dict[str, Any]) -> None:
         _checks.flag(name, group[name])
     if group["nesterov"] and not (group["momentum"] and not group["dampening"]):
         raise ValueError("nesterov=True needs momentum > 0 and dampening=0.")
+    if group["max_norm"] is not None:
+        _checks.number("max_norm", group["max_norm"], low=0.0, hint="max_norm=None is no limit.")
     if group["defer"] is not None:
         _checks.count("defer", group["defer"], low=0, hint="defer=0 updates at once.")
     if group["refresh_every"] is not None:
@@ -254,5 +341,5 @@ def _no_option(name: str) -> str:
         )
     return (
         f"KroneckerSGD has no option {name!r}. It takes lr, momentum, dampening, weight_decay, "
-        "nesterov, maximize, defer and refresh_every."
+        "nesterov, maximize, max_norm, process_group, defer and refresh_every."
     )

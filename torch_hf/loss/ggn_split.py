@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from torch_hf.capture.autograd_graph import edge_of, reaches, touches
+from torch_hf.capture.autograd_graph import Edge, edge_of, reaches, touches, under
 from torch_hf.capture.capture import Record
 from torch_hf.capture.op_names import LOSSES, kind
+from torch_hf.loss.concave_terms import without_concave
+from torch_hf.loss.convex_terms import make_convex_term
+from torch_hf.loss.convexity import FLAT_PIECES, Calculus
 from torch_hf.loss.linear_terms import LinearTerm, linear_terms
 from torch_hf.loss.loss_hessians import AutogradTerm, LossTerm
 from torch_hf.loss.recognise import make_loss_term
@@ -30,6 +33,18 @@ EXPLICIT_FORM = """return the network's outputs beside the loss:
         return loss, outputs
 
 or take the whole Hessian: HFOptimizer(params, curvature="hessian")."""
+
+
+NO_CURVATURE = (
+    "has no curvature: it is linear in pieces, its second derivative is 0, and neither naming the "
+    "outputs nor the Hessian changes that. Take a smooth loss (F.huber_loss or F.smooth_l1_loss "
+    "for absolute values, quantiles and percentages, F.soft_margin_loss or the squared hinge for "
+    "the hinge), or a first-order optimizer such as torch.optim.Adam."
+)
+OUTSIDE_VMAP = (
+    "Call the model inside and take the loss outside: outputs = torch.func.vmap(model)(x); "
+    "loss = criterion(outputs, y)."
+)
 
 
 @dataclass
@@ -57,16 +72,60 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
         call = record.calls.get(term.node)
         loss_term = make_loss_term(call, term.weight, record) if call is not None else None
         if loss_term is not None:
-            loss_terms.append(loss_term)
+            loss_terms.append((loss_term, term))
             continue
         if call is not None and call.name in LOSSES:
             flat.add(call.name)
         if (call is None or call.name != "l1_loss") and reaches([term.node], own, ()):
             others.append(term)  # no curvature in its argument, but that may be curved itself
-    if not loss_terms:
-        ends = {_spelled(kind(t.node)) for t in others} - {"accumulate_grad"}
-        raise RuntimeError(_no_split(flat, record.refused, ends))
-    return Split(loss_terms, _remainders(others))
+    found, concave = [loss_term for loss_term, _ in loss_terms], list[LinearTerm]()
+    if not record.negated:
+        found, concave = without_concave(loss_terms)
+    known = _of_data(found, own)
+    calculus = Calculus(record, found)
+    found, others = _add_convex(calculus, found, [*others, *concave])
+    pieces = [t for t in others if calculus.is_flat((t.node, t.place))]
+    curved = [t for t in others if t not in pieces and kind(t.node) != "AccumulateGrad"]
+    of_data = _of_data(found, own)
+    # beside what is a known loss function a remainder may be anything; alone it would be the loss
+    unproved = bool(curved) and not known
+    if not found or unproved or (not of_data and (flat or pieces)):
+        ends = {_spelled(kind(t.node)) for t in curved}
+        flat |= {_spelled(kind(t.node)) for t in pieces}
+        penalty = bool(found) and not of_data
+        linear = (
+            bool(curved)
+            and not of_data
+            and all(calculus.is_layer((t.node, t.place)) for t in curved)
+        )
+        raise RuntimeError(_no_split(record, flat, ends, linear, penalty, bool(concave)))
+    return Split(found, _remainders(curved))
+
+
+def _of_data(found: Sequence[LossTerm], own: set[int]) -> bool:
+    """Whether some loss term is more than a penalty on the parameters themselves."""
+    return not all(id(z) in own for h in found for z in h.outputs)
+
+
+def _add_convex(
+    calculus: Calculus, found: list[LossTerm], terms: list[LinearTerm]
+) -> tuple[list[LossTerm], list[LinearTerm]]:
+    """Further terms that the calculus proves convex; what is affine in their outputs is dropped."""
+    taken = {edge_of(z) for h in found for z in h.outputs}
+    added: list[LossTerm] = []
+    left: list[tuple[LinearTerm, list[Edge]]] = []
+    outputs: list[Edge] = []
+    for term in terms:
+        edge = (term.node, term.place)
+        loss_term, cuts = (None, []) if edge in taken else make_convex_term(calculus, term)
+        if loss_term is not None:
+            added.append(loss_term)
+            outputs += cuts
+        else:
+            left.append((term, cuts or [edge]))
+    roots = calculus.roots(outputs)
+    others = [t for t, places in left if not (roots and calculus.roots(places) <= roots)]
+    return found + added, others
 
 
 def split_by_outputs(
@@ -108,6 +167,14 @@ def split_by_outputs(
         _check_separate(outputs)
     loss_term = AutogradTerm(loss, None, outputs)
     if not loss_term.curved:
+        pieces = {
+            kind(node)
+            for node in under([loss.grad_fn], stops)
+            if kind(node) in FLAT_PIECES and touches(node, stops) and edge_of(loss) not in stops
+        }
+        if pieces:
+            flat = _and({_spelled(name) for name in pieces})
+            raise RuntimeError(f"In the outputs that the closure returned, {flat} {NO_CURVATURE}")
         raise RuntimeError(
             "The loss is linear in the outputs that the closure returned, so its Gauss-Newton "
             "curvature is zero. Return the tensors before the last nonlinearity (the logits, "
@@ -147,7 +214,10 @@ def _check_separate(outputs: tuple[Tensor, ...]) -> None:
 # --- where there is none --------------------------------------------------------------------
 
 
-def _no_split(flat: set[str], refused: set[str], ends: set[str]) -> str:
+def _no_split(
+    record: Record, flat: set[str], ends: set[str], linear: bool, penalty: bool, concave: bool
+) -> str:
+    refused = record.refused
     if refused == {"gaussian_nll_loss"}:
         cause = (
             "gaussian_nll_loss is not convex in its variance, which depends on the parameters too. "
@@ -165,16 +235,28 @@ def _no_split(flat: set[str], refused: set[str], ends: set[str]) -> str:
             "that made them was not seen. Use F.cross_entropy or F.log_softmax on the logits, or "
             f"{EXPLICIT_FORM}"
         )
-    elif flat:
+    elif (flat and not ends) or linear:
+        cause = f"{_and(flat) or 'a loss that is linear in the outputs'} {NO_CURVATURE}"
+    elif concave:
         cause = (
-            f"{_and(flat)} has no curvature, its second derivative is 0. Take F.huber_loss or "
-            'F.mse_loss, or the whole Hessian: HFOptimizer(params, curvature="hessian").'
+            f"{_and(ends)} has a negative weight, and is concave. Minimise it with the sign "
+            "changed, "
+            'or take the whole Hessian: HFOptimizer(params, curvature="hessian").'
+        )
+    elif record.in_vmap:
+        cause = f"it was computed inside torch.func.vmap. {OUTSIDE_VMAP}"
+    elif penalty:
+        cause = (
+            "the only term whose convex form was found is a penalty on the parameters themselves; "
+            f"the rest comes from {_and(ends)}, and was not proved convex in the network's "
+            f"outputs. To say where the network ends, {EXPLICIT_FORM}"
         )
     else:
         cause = (
             f"it comes from {_and(ends) or 'something else'}, and is no sum of torch's loss "
             "functions that are convex in their input (F.cross_entropy, F.mse_loss, ...) and of "
-            f"means or sums of squares. To say where the network ends, {EXPLICIT_FORM}"
+            "others that are proved convex. To say where the network ends, "
+            f"{EXPLICIT_FORM}"
         )
     return f"No Gauss-Newton split of this loss was found: {cause}"
 

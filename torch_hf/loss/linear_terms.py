@@ -43,7 +43,16 @@ LINEAR = (
         "Gather",
         "IndexSelect",
         "IndexAdd",
+        "IndexPut",
         "ScatterAdd",
+        "Diagonal",
+        "ViewAsReal",
+        "ViewAsComplex",
+        "Conj",
+        "ConjPhysical",
+        "ResolveConj",
+        "Real",
+        "Imag",
     }
 )
 
@@ -79,7 +88,7 @@ def linear_terms(loss: Tensor, stops: Container[Any]) -> list[LinearTerm]:
     found = {start: LinearTerm(*start, torch.ones_like(loss))}
 
     def enters(edge: Edge) -> bool:
-        return edge[0] not in stops and edge not in stops and _is_linear(edge[0])
+        return edge[0] not in stops and edge not in stops and is_linear(edge[0])
 
     for node in users_first(start, enters):
         places = [(node, i) for i in range(len(results(node)))]
@@ -101,6 +110,19 @@ def linear_terms(loss: Tensor, stops: Container[Any]) -> list[LinearTerm]:
     return list(found.values())
 
 
+def summands(loss: Tensor) -> list[Any]:
+    """The nodes down to the first that are not linear, these too."""
+    found, seen = [], {loss.grad_fn}
+    todo = [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        found.append(node)
+        below = {b for b, _ in operands(node) if b is not None} if is_linear(node) else set()
+        todo += below - seen
+        seen |= below
+    return found
+
+
 def _arrive(found: Any, edge: Edge, weight: Tensor, divided: float, averaged: bool) -> None:
     node, place = edge
     like = results(node)[place]
@@ -114,7 +136,7 @@ def _arrive(found: Any, edge: Edge, weight: Tensor, divided: float, averaged: bo
         term.averaged |= averaged
 
 
-def _is_linear(node: Any) -> bool:
+def is_linear(node: Any) -> bool:
     """Whether a node is linear in all of its differentiable operands together."""
     name = kind(node)
     if is_foreign(node):

@@ -45,10 +45,12 @@ def make_loss_term(call: Call, weight: Tensor, record: Record) -> LossTerm | Non
             return AutogradTerm(*piece)
         case "norm":
             convex = bool((weight >= 0).all())
-            return NormTerm(piece, *_norm_weight(call, weight)) if convex else None
+            if not convex:
+                return None
+            return NormTerm(piece, *_norm_weight(call, weight))
         case "pow" | "square" | "mul" | "dot":
             return _square_term(call, weight, record)
-        case "softmax" | "sigmoid" | "l1_loss":
+        case "softmax" | "sigmoid" | "l1_loss" | "modulus":
             return None
     if len(call.inputs) == 2:
         return _difference_term(piece)
@@ -56,11 +58,17 @@ def make_loss_term(call: Call, weight: Tensor, record: Record) -> LossTerm | Non
 
 
 def _square_term(call: Call, weight: Tensor, record: Record) -> LossTerm:
-    """``sum(c * r**2)``, also where it was written as the square of a norm."""
-    norm = record.maker(call.inputs[0], "norm")
+    """``sum(c * r**2)``, also where it was written as the square of a norm or of a modulus."""
+    if call.settings.get("complex"):
+        scale = 2 * weight.real
+        scale = scale.unsqueeze(-1) if scale.ndim else scale
+        return DiagonalTerm((call.edge, weight, call.inputs), scale)
+    norm = record.maker(call.inputs[0], "norm", "modulus")
     if norm is None or call.name == "dot":
         return DiagonalTerm((call.edge, weight, call.inputs), 2 * weight)
     pulled = _pulled(weight, call.inputs[0], norm.edge)
+    if norm.name == "modulus":
+        return DiagonalTerm((call.edge, weight, norm.inputs), 2 * pulled.unsqueeze(-1))
     return DiagonalTerm((call.edge, weight, norm.inputs), 2 * _norm_weight(norm, pulled)[0])
 
 
@@ -71,6 +79,8 @@ def _norm_weight(norm: Call, weight: Tensor) -> tuple[Tensor, Any]:
     if dims is not None and not norm.settings["keepdim"]:
         for d in sorted(d % norm.inputs[0].ndim for d in dims):
             weight = weight.unsqueeze(d)
+    if norm.settings.get("complex") and dims is not None:
+        return weight.unsqueeze(-1), (*dims, -1)
     return weight, dim
 
 

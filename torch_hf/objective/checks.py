@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_hf import _messages
+from torch_hf.capture.autograd_graph import made_before, reaches
+from torch_hf.capture.capture import Record
+from torch_hf.loss.linear_terms import summands
+
 
 def listed(name: str, batches: Any) -> list[Any]:
     """Batches as a list; an iterator is read once."""
@@ -142,6 +147,21 @@ def returned(value: Any) -> tuple[Any, tuple[Tensor, ...], float | None]:
             "a gradient. Return the very tensors that the loss was computed from, not detached."
         )
     return value[0], tuple(outputs), None if len(value) == 2 else _cases(value[2])
+
+
+def fresh(
+    record: Record, loss: Tensor, outputs: Sequence[Tensor], params: Sequence[Tensor]
+) -> None:
+    """The loss and the outputs were computed by this run of the closure."""
+    own = {id(p) for p in params}
+    stale = [node for node in summands(loss) if made_before(node, record.started)]
+    if stale and reaches(stale, own):
+        raise RuntimeError(_messages.STALE.format(what="a loss"))
+    seen = [*outputs, *(z for call in record.calls.values() for z in call.inputs)]
+    seen += record.places.values()
+    stale = [z.grad_fn for z in seen if record.is_stale(z)]
+    if stale and reaches(stale, own):
+        raise RuntimeError(_messages.STALE.format(what="outputs"))
 
 
 def _cases(value: Any) -> float:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from torch_hf import _messages
 from torch_hf.capture.capture import Capture, Record
@@ -21,6 +25,8 @@ from torch_hf.vector import ParameterVector
 NO_BATCH = object()
 #: How autograd says that it was asked for a derivative where no graph was built.
 _NEEDS_GRAPH = re.compile(r"requires?[_ ]grad|used in the graph")
+#: Compiled modules of which was said that they run uncompiled.
+_SAID: WeakSet[nn.Module] = WeakSet()
 
 
 class ClosureRuns:
@@ -73,6 +79,7 @@ class ClosureRuns:
         if record.held:
             found = [*self.uncleared, *capture.gradients.uncleared()]
             self.uncleared = list({id(g): g for g in found}.values())
+        record.negated = self.sign < 0
         loss = self._objective(record)
         returned, outputs, cases = checks.returned(record.returned)
         if not loss.requires_grad:
@@ -80,11 +87,25 @@ class ClosureRuns:
                 "The closure's loss is a constant: it is not connected to any parameter. Compute "
                 "it from the model's output without detach(), item() or torch.no_grad()."
             )
+        self._say_compiled()
+        checks.fresh(record, loss, outputs, self.vector.params)
         counted = count_cases(record, loss, outputs, self.vector.params)
         if cases is not None:
             counted = Cases(cases, adds=False, denominators=(cases,))
         shown = returned.detach() if isinstance(returned, Tensor) else returned
         return Graph(loss, outputs, record, shown, counted)
+
+    def _say_compiled(self) -> None:
+        """Once of each module, and never as an error: the step goes well."""
+        if "torch._dynamo" not in sys.modules:
+            return
+        optimized = sys.modules["torch._dynamo"].OptimizedModule
+        for module in self.replay.buffers.seen:
+            compiled = isinstance(module, optimized) or getattr(module, "_compiled_call_impl", None)
+            if compiled and module not in _SAID:
+                _SAID.add(module)
+                with suppress(RuntimeWarning):
+                    warnings.warn(_messages.COMPILED, RuntimeWarning, stacklevel=2)
 
     def losses(self, batches: Sequence[Any]) -> list[Tensor]:
         """Each batch's loss as in the first run, without a graph if it can."""

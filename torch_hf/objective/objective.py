@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_hf import _messages
+from torch_hf.capture.gradient_hooks import free_entries, hooked, modules_watched
 from torch_hf.distributed import Reducer, Space, space_of, unreduced
 from torch_hf.loss.case_counts import Cases, shares_of
 from torch_hf.loss.ggn_split import Split, split_by_calls, split_by_outputs
@@ -81,6 +82,7 @@ class Objective:
             fast_convolutions=fast_convolutions,
         )
         self.evaluations = 0  # at trial points
+        self.fixed: Tensor | None = None  # entries of (P,) that hooks on gradients hold
 
     def _listed(self, name: str, batches: Iterable[Any] | None) -> list[Any]:
         if batches is None:
@@ -123,6 +125,7 @@ class Objective:
             returned = torch.tensor(self.sign * loss, dtype=dtype, device=device)
         closures_gradient = flat.clone() if any(self.decay) else None
         self.penalty.add_gradient(flat)
+        flat = self.free(flat)
         where = self.reducer.named([i for i, row in enumerate(table) if not math.isfinite(row[0])])
         return Evaluation(
             loss=loss + self.penalty.loss(),
@@ -154,6 +157,8 @@ class Objective:
                 if i == 0:
                     returned = graph.returned
                 self.replay.mark()
+        if not self.vector.sums:  # there autograd knows nothing of these parameters
+            self._look_at_hooks()
         message = "" if self.reducer.group else unreduced(self.replay.buffers.seen)
         if message:
             raise RuntimeError(message)
@@ -161,6 +166,20 @@ class Objective:
             check(self.runs.uncleared)
         shares = [1.0] if self._alone() else shares_of(counts, "batches")
         return LocalEvaluation(gradient, losses, counts, shares, returned, kept)
+
+    def _look_at_hooks(self) -> None:
+        """Masks are taken up; hooks that change gradients otherwise are errors."""
+        if modules := hooked(self.replay.buffers.seen):  # a gradient more, to see what they do
+            with self.replay.rerun(), modules_watched(modules):
+                loss = self.runs.graph(self.batches[0]).loss
+                self.vector.pull([loss], [torch.ones_like(loss)], False)
+        free = free_entries(self.vector.params)
+        if free is not None:
+            self.fixed = self.space.own(self.vector.flatten(free)) == 0
+
+    def free(self, v: Tensor) -> Tensor:
+        """A vector of the objective's space without the entries that hooks on gradients hold."""
+        return v if self.fixed is None else v.masked_fill(self.fixed, 0.0)
 
     def _alone(self) -> bool:
         """Whether there is but one batch of one process, which needs no weight."""
@@ -288,6 +307,13 @@ class Objective:
             return [
                 z.detach() for loss_term in self.split(graph).loss_terms for z in loss_term.outputs
             ]
+
+    def slopes_at(self, i: int, values: Sequence[Tensor]) -> list[Tensor | None]:
+        """The loss's gradient in these outputs, and the loss, at other parameters."""
+        with self._graph_at(i, values) as graph:
+            terms = self.split(graph).loss_terms
+            slopes = [slope.detach() for loss_term in terms for slope in loss_term.gradient()]
+            return [*slopes, graph.loss.detach()]
 
     def gradient_at(self, i: int, values: Sequence[Tensor], scale: float) -> list[Tensor | None]:
         """The gradient on curvature batch ``i`` times ``scale``, at other parameters."""

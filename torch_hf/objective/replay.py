@@ -76,7 +76,7 @@ class Saved(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Saved:
         """A module's buffer as it is now."""
-        buffer = module._buffers.get(name)
+        buffer = _buffer(module, name)
         return cls(module, name, buffer, None if buffer is None else buffer.detach().clone())
 
     def restore(self) -> None:
@@ -85,7 +85,7 @@ class Saved(NamedTuple):
             # Batch norm does not count its edits as versions, and a kept graph that saw them
             # must not learn of this one either.
             self.buffer.data.copy_(self.copy)
-        if self.module._buffers.get(self.name) is not self.buffer:
+        if _buffer(self.module, self.name) is not self.buffer and not _is_scripted(self.module):
             self.module._buffers[self.name] = self.buffer
 
 
@@ -149,13 +149,24 @@ class Buffers:
         for part in module.modules():  # a method of a child may run without its own forward
             if part not in self.seen:
                 self.seen.add(part)
-                self.before.extend(Saved.of(part, name) for name in part._buffers)
+                self.before.extend(Saved.of(part, name) for name in part._buffers.keys())  # noqa: SIM118
 
     def _is_ours(self, module: nn.Module) -> bool:
         """Not of another training that goes on in another thread."""
         return threading.get_ident() == self.thread or any(
             id(p) in self.params for p in module.parameters()
         )
+
+
+def _buffer(module: nn.Module, name: str) -> Tensor | None:
+    """A buffer by name; what a scripted module keeps them in is no dict."""
+    buffers: Any = module._buffers
+    found: Tensor | None = buffers[name] if _is_scripted(module) else buffers.get(name)
+    return found
+
+
+def _is_scripted(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def untraced(hook: Any) -> Any:

@@ -330,6 +330,7 @@ class HFOptimizer(FlatStateOptimizer):
     ) -> CGResult:
         """Conjugate gradients on the damped quadratic, from the last solution."""
         options = self.param_groups[0]
+        free = curvature.objective.free
         with timer.part("preconditioner"):
             self.preconditioner.begin(damping, LayerStatistics(curvature))
         most = options["cg_max_iter"] or max_iterations(self.preconditioner, same_data)
@@ -341,13 +342,16 @@ class HFOptimizer(FlatStateOptimizer):
         return conjugate_gradients(
             timer.timed("products", damped),
             here.gradient,
-            start=self._start if decay else None,
+            start=free(self._start) if decay and self._start is not None else None,
             decay=decay,
-            preconditioner=timer.timed("preconditioner", self.preconditioner.apply),
+            preconditioner=timer.timed(
+                "preconditioner", lambda r: free(self.preconditioner.apply(free(r)))
+            ),
             tol=options["cg_tol"],
             max_iter=most,
             observe=observe if worth_observing(self.preconditioner, most) else None,
             space=curvature.objective.space,
+            damping=damping if self.curvature == "hessian" else None,
         )
 
     def _commit(

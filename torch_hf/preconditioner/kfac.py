@@ -26,6 +26,9 @@ MEAN_CURVATURE_SHARE = 0.5
 REINVERT_RATIO = 2.0
 #: Where an inversion fails, damping grows tenfold so many times.
 INVERSION_TRIES = 6
+#: Dimensions of one behind a factor in the state: as many as a layer's weight can have, so that no
+#: weight's shape ends a factor's, and it is not taken for vectors of P numbers.
+_ONES = 4
 
 
 class Inverse(NamedTuple):
@@ -88,6 +91,7 @@ class KroneckerPreconditioner:
         self._sizes: list[int] = []
         self._inverses: list[Inverse] = []
         self._rest: list[float] = []  # what parameters of no layer are divided by
+        self._decays: list[float] = []  # that the inverses were made with
 
     @property
     def wants_layers(self) -> bool:
@@ -119,8 +123,9 @@ class KroneckerPreconditioner:
             or not 1 / REINVERT_RATIO < total / known.damping < REINVERT_RATIO
         ):
             known, self._inverses = known._replace(damping=total), []
-        if not self._inverses:
-            decays = curvature.decays
+        decays = list(curvature.decays)
+        if not self._inverses or decays != self._decays:
+            self._decays = decays
             self._inverses = [invert(b, known.damping + decays[b.weight]) for b in known.blocks]
             self._rest = [known.damping + held + decay for decay in decays]
         self._known = known
@@ -167,16 +172,16 @@ class KroneckerPreconditioner:
         self._known, self._inverses = self._before, []
 
     def state_dict(self) -> dict[str, Any]:
-        """Each layer's (weight, bias), its factors with a last dimension of one, and numbers.
+        """Each layer's (weight, bias), its factors with four last dimensions of one, and numbers.
 
-        The dimension tells them from vectors of P numbers, which are kept by parameter.
+        The dimensions tell them from vectors of P numbers, which are kept by parameter.
         """
         known = self._known
         if not known.measured:
             return {}
         factors = [t for b in known.blocks for t in (b.inputs, b.outputs)]
         layout = [[b.weight, b.bias] for b in known.blocks]
-        return {f"factor{i}": t[..., None] for i, t in enumerate(factors)} | {
+        return {f"factor{i}": t[(..., *[None] * _ONES)] for i, t in enumerate(factors)} | {
             "layout": torch.tensor(layout, dtype=torch.int64).view(-1, 2),
             "measured": known.measured,
             "age": known.age,
@@ -208,7 +213,7 @@ class KroneckerPreconditioner:
             return
         blocks = [
             LayerFactors(
-                weight, bias, state[f"factor{2 * k}"][..., 0], state[f"factor{2 * k + 1}"][..., 0]
+                weight, bias, _factor(state[f"factor{2 * k}"]), _factor(state[f"factor{2 * k + 1}"])
             )
             for k, (weight, bias) in enumerate(state["layout"].tolist())
         ]
@@ -241,6 +246,12 @@ class KroneckerPreconditioner:
                 )
             blocks.append(new)
         return FactorHistory(blocks, known.measured + 1, 0, known.iterations, known.damping)
+
+
+def _factor(kept: Tensor) -> Tensor:
+    """A factor from a state; before version 0.2 one dimension stood behind it."""
+    ones = _ONES if kept.ndim > _ONES else 1
+    return kept.view(kept.shape[:-ones])
 
 
 def mean_curvature(blocks: Sequence[LayerFactors], sizes: Sequence[int]) -> float:

@@ -120,11 +120,12 @@ def check_factors(state: Mapping[str, Any], prefix: str, sizes: Sequence[int]) -
 
 def _factor(key: str, value: Any) -> int:
     """The size of a factor."""
-    expected = "a symmetric matrix, or a diagonal, with a last dimension of 1"
+    expected = "a symmetric matrix, or a diagonal, with last dimensions of 1"
     factor = floats(key, value, expected)
-    if factor.ndim not in (2, 3) or factor.shape[-1] != 1 or factor.shape[0] != factor.shape[-2]:
+    sides = {2: 1, 3: 2, 5: 1, 6: 2}.get(factor.ndim, 0)  # with one of these, as 0.1 had, or four
+    if not sides or factor.shape[sides:].numel() != 1 or factor.shape[0] != factor.shape[sides - 1]:
         raise refused(key, expected, value)
-    matrix = factor[..., 0]
+    matrix = factor.reshape(factor.shape[:sides])
     diagonal = matrix.diagonal() if matrix.ndim == 2 else matrix
     apart = (matrix - matrix.mT).abs().max() if matrix.ndim == 2 and matrix.numel() else 0.0
     if matrix.numel() and (bool(diagonal.min() < 0) or apart > _ASYMMETRY * matrix.abs().max()):

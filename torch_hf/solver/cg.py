@@ -9,7 +9,8 @@ Minimises ``q(d) = g^T d + 1/2 d^T A d`` from a start d_0. Differences from the 
 - The residual is recomputed from its definition every ``REFRESH`` products: in float32 the
   recurrence drifts.
 - Scalars live on the host in float64 and arrive once an iteration, in one transfer.
-- Curvature that is not positive ends the solve with a direction of descent at hand.
+- Curvature that is not positive ends the solve with a direction of descent at hand; negative
+  curvature of a Hessian is gone along.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from torch_hf.distributed import LOCAL, Space
 from torch_hf.report import Stop
+from torch_hf.solver.negative_curvature import Escape, Subspace, directions_kept
 
 #: True residuals every so many iterations (Shewchuk 1994, section B.2: about 50).
 REFRESH = 50
@@ -37,12 +39,16 @@ Observer = Callable[[int, Tensor, Tensor], None]
 
 
 class Iterate(NamedTuple):
-    """A point of the solve: after which iteration, q there, g^T d, and d itself."""
+    """A point of the solve: after which iteration, q there, g^T d, and d itself.
+
+    Where curvature is negative, also the part of d along it, in which it may pay to go further.
+    """
 
     iteration: int
     value: float
     slope: float
     vector: Tensor
+    escape: Escape | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class _Solve:
     rr: float
     values: list[float]
     space: Space
+    subspace: Subspace | None = None
     kept: list[Iterate] = field(default_factory=list)
 
     def keep(self, iteration: int) -> None:
@@ -96,6 +103,7 @@ def conjugate_gradients(
     max_iter: int = 250,
     observe: Observer | None = None,
     space: Space = LOCAL,
+    damping: float | None = None,
 ) -> CGResult:
     """Minimises ``q(d) = g^T d + 1/2 d^T A d``.
 
@@ -111,6 +119,9 @@ def conjugate_gradients(
         observe: Told of each iteration's number (from 1), direction p and product A p, both
             its own to keep until the next product.
         space: Takes the dot products, where vectors are spread over processes.
+        damping: Lambda in ``A = H + lambda I`` where H may be indefinite; None where it is not.
+            Where H's curvature is negative the solve goes over to saddle-free steps
+            (:mod:`torch_hf.solver.negative_curvature`).
 
     Returns:
         The kept iterates, each a copy, and why the solve stopped.
@@ -125,6 +136,9 @@ def conjugate_gradients(
     identity = preconditioner is None
     solve_with = preconditioner or torch.clone
     state = _begin(operator, gradient, start, decay, solve_with, space)
+    if damping is not None:
+        most = directions_kept(gradient.numel(), max_iter)
+        state.subspace = Subspace(damping, most, space)
     square = space.dot(gradient, gradient)
     floor = (RESIDUAL_ULPS * torch.finfo(gradient.dtype).eps) ** 2 * square
     grid = _grid()
@@ -149,6 +163,10 @@ def conjugate_gradients(
             stop = Stop.RESIDUAL
         elif progress_is_small(state.values, tol):
             stop = Stop.PROGRESS
+    if stop is Stop.NEGATIVE_CURVATURE and state.subspace is not None:
+        found = _saddle_free(state, operator, solve_with, tol)
+        if found.last.slope < 0 and math.isfinite(found.last.value):
+            return found
     if not state.kept or state.kept[-1].iteration < i:
         state.keep(i)
     last = state.kept[-1]
@@ -229,9 +247,15 @@ def _iterate(
         s.r = -s.g - operator(s.d)
     z = s.r if identity or solve_with is None else solve_with(s.r)
     numbers = [along, curvature, *s.space.dots((s.r, z), (product, z), (s.r, s.r))]
-    a, c, rz, zy, rr = (float(x) for x in torch.stack(numbers).tolist())
-    if not all(math.isfinite(x) for x in (a, c, rz, zy, rr)):
+    if s.subspace is not None:
+        numbers.append(s.space.dots((s.p, s.p))[0])
+    a, c, rz, zy, rr, *pp = (float(x) for x in torch.stack(numbers).tolist())
+    if not all(math.isfinite(x) for x in (a, c, rz, zy, rr, *pp)):
         return _retreat(s)
+    if s.subspace is not None:
+        s.subspace.remember(s.p, product)
+        if s.subspace.is_negative(c, pp[0]):
+            return Stop.NEGATIVE_CURVATURE
     if c <= 0:
         return Stop.NEGATIVE_CURVATURE if c < 0 else Stop.ZERO_CURVATURE
     if observe is not None:
@@ -243,6 +267,23 @@ def _iterate(
     torch.add(z, s.p, alpha=beta, out=s.p)
     s.rz, s.rr = rz, rr
     return None
+
+
+def _saddle_free(s: _Solve, operator: Operator, solve_with: Operator, tol: float) -> CGResult:
+    """The step from the subspace seen so far, after as many more products as it gains from."""
+    assert s.subspace is not None
+    subspace = s.subspace
+    subspace.settle(s.d, -s.g - s.r)
+    last, checked = subspace.model(s.g), subspace.size
+    while subspace.size < subspace.most and subspace.extend(operator, solve_with):
+        more = subspace.size - checked
+        if more >= max(10, checked // 3):
+            now = subspace.model(s.g)
+            if tol > 0 and now - last > more * tol * now:
+                break
+            last, checked = now, subspace.size
+    end = Iterate(subspace.size, *subspace.step(s.g))
+    return CGResult([end], Stop.NEGATIVE_CURVATURE, subspace.size)
 
 
 def _retreat(s: _Solve) -> Stop:

@@ -15,6 +15,8 @@ from torch_hf.solver.trust_region import TRUSTED_RATIO, predict, reduction_ratio
 
 #: Martens 2010's code: sufficient decrease c, shrinking factor, most tries.
 SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
+#: A step goes at most 2 to this times as far along negative curvature as its size says.
+MAX_DOUBLINGS = 30
 #: Said where rounding hides what is left to gain.
 CONVERGED = "converged: what the quadratic still predicts is below the rounding of the loss"
 
@@ -105,10 +107,14 @@ def search(
     )
     if chosen is not candidates[-1]:
         predicted, floor = predict(chosen, length, damping, space)
+    vector = chosen.vector
+    if chosen.escape is not None and step.length == length:
+        vector, lower = go_further(loss_along, chosen, length, start_loss, loss)
+        step = step._replace(loss=lower)
     ratio = reduction_ratio(start_loss, loss, predicted)
     noise = max(least, step.noise)
     found = SearchResult(
-        chosen.vector if step.length else None,
+        vector if step.length else None,
         step.length,
         step.loss,
         ratio,
@@ -197,6 +203,37 @@ def backtrack(
             break
         best = Backtracked(iterate, loss)
     return best
+
+
+def go_further(
+    loss_along: LossAlong, chosen: Iterate, length: float, start_loss: float, loss: float
+) -> tuple[Tensor, float]:
+    """Twice as far along negative curvature, again and again, while the loss confirms it.
+
+    As long as the way there bends down the loss has fallen by more than the slope says; where it
+    has not, the negative curvature is behind, and a longer step would be a leap into the dark.
+
+    Args:
+        loss_along: The loss at theta + length * direction.
+        chosen: A step with a part along negative curvature.
+        length: The factor on it, ``lr``.
+        start_loss: The loss at theta.
+        loss: The loss at its end.
+
+    Returns:
+        The direction that went lowest, and the loss there.
+    """
+    assert chosen.escape is not None
+    best, slope, part = chosen.vector, chosen.slope, chosen.escape
+    for doubling in range(MAX_DOUBLINGS):
+        if not loss - start_loss < length * slope:
+            break
+        further = torch.add(best, part.vector, alpha=2.0**doubling)
+        new = loss_along(further, length)
+        if not -math.inf < new < loss:
+            break
+        best, loss, slope = further, new, slope + 2.0**doubling * part.slope
+    return best, loss
 
 
 def armijo(

@@ -1,10 +1,14 @@
-"""Rademacher signs without a generator: each case draws its own from the bits of its data.
+"""Rademacher signs without a generator: a hash of a case's place among all cases.
 
-So the signs of a case are the same wherever it stands in a batch, in whichever part of a split
-batch, and on whichever process.
+They depend on no number that was computed, so the last bit of an activation cannot flip one. A case
+has the same signs in whichever part of a split batch and on whichever process it stands, as long as
+all cases together come in the same order: see :func:`places`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,40 +16,75 @@ from torch import Tensor
 #: Multipliers of the hash (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number
 #: generators", as signed 64-bit numbers) and its increment.
 _FIRST, _SECOND, _STEP = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15, -0x61C8864680B583EB
+#: Signs that one number of 64 bits gives.
+_BITS = 64
 
 
-def case_signs(z: Tensor, data: Tensor, salt: int) -> Tensor:
-    """Signs of the shape of ``z``, from the cases of ``data`` along dimension 0.
+class Places(NamedTuple):
+    """Where the rows of one tensor stand among those of all batches and ranks."""
 
-    Where the two do not have the same cases, a case is known by its place.
+    first: int = 0
+    stride: int = 1
+
+
+def places(before: int, shares: Sequence[int], rank: int) -> Places:
+    """The places of a batch's rows.
+
+    Rows that were dealt to the ranks in turn, as torch's ``DistributedSampler`` and
+    ``GrowingBatchSampler`` do, are counted in turn; shares of other sizes one after another.
+
+    Args:
+        before: How many rows this rank's earlier batches have.
+        shares: How many rows each rank has.
+        rank: Which of them this is.
+    """
+    ranks, rows = len(shares), sum(shares)
+    if list(shares) == [len(range(r, rows, ranks)) for r in range(ranks)]:
+        return Places(before * ranks + rank, ranks)
+    return Places(sum(shares[:rank]) + before)
+
+
+def case_signs(z: Tensor, at: Places, salt: int) -> Tensor:
+    """Signs of the shape of ``z``, whose rows are cases.
+
+    Args:
+        z: Rows along dimension 0; a tensor without dimensions is one.
+        at: The places of its rows.
+        salt: Another one draws other signs.
 
     Example:
         >>> import torch
-        >>> x = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-        >>> signs = case_signs(x, x, salt=0)
-        >>> bool((case_signs(x[1:], x[1:], salt=0) == signs[1:]).all()), signs.shape
+        >>> z = torch.zeros(3, 2)
+        >>> signs = case_signs(z, Places(), salt=0)
+        >>> bool((case_signs(z[1:], Places(1), salt=0) == signs[1:]).all()), signs.shape
         (True, torch.Size([3, 2]))
     """
-    cases = z.shape[0] if z.ndim else 1
-    if data.ndim and data.shape[0] == cases:
-        keys = _keys(data)
-    else:
-        keys = torch.arange(cases, device=z.device)
-    numbers = torch.arange(z.numel() // max(cases, 1), device=z.device) + salt
-    hashed = _mix(keys[:, None] + _STEP * numbers)
-    return ((hashed >> 62) & 1).to(z.dtype).mul_(2).sub_(1).view(z.shape)
+    rows = z.shape[0] if z.ndim else 1
+    width = z.numel() // max(rows, 1)
+    row = torch.arange(rows, device=z.device)
+    keys = _mix(_mix(at.first + at.stride * row) + _wrapped(_STEP * (salt + 1)))
+    numbers = torch.arange(-(-width // _BITS), device=z.device)
+    hashed = _mix(keys[:, None] + _STEP * (numbers + 1))
+    eighths = hashed.view(torch.uint8)[:, :, None]  # the bits of a byte are told apart in a byte
+    bits = (eighths >> torch.arange(8, dtype=torch.uint8, device=z.device)) & 1
+    signs = bits.flatten(1)[:, :width].to(z.dtype)
+    return signs.mul_(2).sub_(1).view(z.shape)
 
 
-def _keys(data: Tensor) -> Tensor:
-    """A number for each case, from the bits of all of its entries, in any format as in single."""
-    rows = data.detach().reshape(len(data), -1)
-    bits = rows.to(torch.float32).view(torch.int32).long()
-    places = torch.arange(rows.shape[1], device=data.device)
-    return _mix(bits ^ _mix(places * _STEP)).sum(1)
+def _wrapped(number: int) -> int:
+    """As 64 bits with a sign hold it."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _mix(x: Tensor) -> Tensor:
     """A bijection of 64-bit numbers that leaves no pattern."""
-    x = (x ^ (x >> 30)) * _FIRST
-    x = (x ^ (x >> 27)) * _SECOND
-    return x ^ (x >> 31)
+    x = (x ^ _shifted(x, 30)) * _FIRST
+    x = (x ^ _shifted(x, 27)) * _SECOND
+    mixed: Tensor = x ^ _shifted(x, 31)
+    return mixed
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """To the right, zeros coming in, where torch would repeat the sign."""
+    shifted: Tensor = (x >> by) & (2 ** (64 - by) - 1)
+    return shifted

@@ -6,8 +6,8 @@ Gauss-Newton matrix is near ``A (x) S``, A the mean of ``a a^T`` over rows and S
 approximate curvature"; Grosse & Martens 2016 for convolutions, whose rows are patches; uses of one
 weight, as in a recurrent network, share a block). At the outputs delta starts from a root of the
 loss's Hessian times signs, so that its square has the curvature for its mean; the loss's own
-gradients in its place did far worse (``docs/design.md``). Each case draws its signs from its own
-data (:mod:`torch_hf.statistics.case_signs`), so that order and grouping of the cases do not matter.
+gradients in its place did far worse (``docs/design.md``). A case's signs are those of its place
+among all cases (:mod:`torch_hf.statistics.case_signs`), so that grouping them does not matter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch_hf.capture.autograd_graph import leaf_uses
 from torch_hf.capture.capture import Layer
 from torch_hf.distributed import Reducer
 from torch_hf.loss.loss_hessians import LossTerm
-from torch_hf.statistics.case_signs import case_signs
+from torch_hf.statistics.case_signs import Places, case_signs
 from torch_hf.statistics.gradient_moments import over_cases
 from torch_hf.statistics.layer_rows import input_rows, output_rows
 
@@ -50,7 +50,11 @@ class LayerFactors:
 
 
 def measure(
-    loss_terms: Sequence[LossTerm], params: Sequence[Tensor], layers: Sequence[Layer], salt: int
+    loss_terms: Sequence[LossTerm],
+    params: Sequence[Tensor],
+    layers: Sequence[Layer],
+    salt: int,
+    at: Sequence[Places] = (Places(),),
 ) -> tuple[list[LayerFactors], Tensor]:
     """Sums over one batch of what the factors are made of.
 
@@ -59,6 +63,8 @@ def measure(
         params: The parameters.
         layers: The layers' uses in the loss_terms' graph.
         salt: Another one draws other signs.
+        at: Of each of the loss terms' outputs, the places of its rows among those of all batches;
+            the last ones serve all further outputs.
 
     Returns:
         Blocks with ``sum a a^T`` and ``sum delta delta^T``; and of each, how many rows it saw.
@@ -69,12 +75,14 @@ def measure(
     used = [layer for uses in groups.values() for layer in uses]
     if not used:
         return [], params[0].new_zeros(0)
-    data = layers[0].input
-    slopes = [
-        u
-        for k, h in enumerate(loss_terms)
-        for u in h.sample(*(case_signs(z, data, salt + 7919 * k) for z in h.outputs))
-    ]
+    slopes: list[Tensor] = []
+    for k, h in enumerate(loss_terms):
+        begin = len(slopes)
+        signs = [
+            case_signs(z, at[min(begin + j, len(at) - 1)], salt + 7919 * k)
+            for j, z in enumerate(h.outputs)
+        ]
+        slopes.extend(h.sample(*signs))
     found = grad(outputs, [u.output for u in used], slopes, retain_graph=True, allow_unused=True)
     deltas = {id(u): d for u, d in zip(used, found, strict=True)}
     dtype = reduce(torch.promote_types, (p.dtype for p in params), torch.float32)  # a vector's
@@ -94,6 +102,12 @@ def measure(
         blocks.append(LayerFactors(weight, bias, inputs, outer))
         rows.append(float(count))
     return blocks, torch.tensor(rows, device=params[0].device)
+
+
+def rows_of(loss_terms: Sequence[LossTerm], params: Sequence[Tensor]) -> list[int]:
+    """How many rows each output of the loss terms has, in the order of ``measure``."""
+    outputs = [z for h in over_cases(loss_terms, params) for z in h.outputs]
+    return [z.shape[0] if z.ndim else 1 for z in outputs]
 
 
 def averaged(blocks: list[LayerFactors], rows: Tensor, reducer: Reducer) -> list[LayerFactors]:
