@@ -99,6 +99,15 @@ def not_finite(loss: float, where: str = "") -> str:
     )
 
 
+def small_rate(rate: float) -> str:
+    """What to say of a learning rate that other optimizers take."""
+    return (
+        f"lr={rate:g} makes every step {rate:g} times the one that was computed, so that hardly "
+        f"anything is learnt. Delete lr={rate:g} and every learning-rate schedule: 1.0 is the "
+        "Newton step, and the line search shortens it where it is too long."
+    )
+
+
 def rejected(steps: int, reason: str) -> str:
     """What to look at after a run of rejected steps."""
     return (

@@ -39,6 +39,8 @@ class ParameterVector:
         for p in self.params:
             dtype = torch.promote_types(dtype, p.dtype)
         self.dtype = dtype
+        self._homes: list[Tensor] = []  # the parameters' own memory
+        self._kept: list[Tensor] = []  # copies of the values that are to be there in the end
 
     def zeros(self) -> Tensor:
         """A vector ``(P,)`` of zeros."""
@@ -107,6 +109,25 @@ class ParameterVector:
     def changed(self) -> None:
         """Told after each change of values."""
 
+    def keep(self) -> list[Tensor]:
+        """Copies of the values, which :meth:`put_back` puts back."""
+        self._kept = [p.detach().clone() for p in self.local]
+        return self._kept
+
+    def keep_nothing(self) -> None:
+        """The parameters stay as they are from here on."""
+        self._homes, self._kept = [], []
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The parameters as they were, wherever an interrupt has left them."""
+        for p, home in zip(self.params, self._homes, strict=bool(self._homes)):
+            p.data = home
+        for p, old in zip(self.local, self._kept, strict=bool(self._kept)):
+            p.copy_(old)
+        if self._kept:
+            self.changed()
+
     @contextmanager
     def lent(self, values: Sequence[Tensor]) -> Iterator[None]:
         """The parameters hold other tensors' values inside; a kept graph is none the wiser.
@@ -114,18 +135,21 @@ class ParameterVector:
         Neither storage nor version of a parameter changes, so that a graph which saved it is
         good again afterwards, but must not be used inside.
         """
-        own = [p.data for p in self.params]
+        self._homes = [p.data for p in self.params]
         try:
             for p, value in zip(self.params, values, strict=True):
                 p.data = value
             yield
         finally:
-            for p, data in zip(self.params, own, strict=True):
-                p.data = data
+            for p, home in zip(self.params, self._homes, strict=True):
+                p.data = home
 
     @contextmanager
     def trial(self) -> Iterator[Trial]:
-        """Lends the parameters to trial values; their bits are restored on any exit."""
+        """Lends the parameters to trial values; their bits are restored on any exit.
+
+        The copies are kept beyond it, until the step is whole.
+        """
         trial = Trial(self)
         try:
             yield trial
@@ -138,7 +162,7 @@ class Trial:
 
     def __init__(self, vector: ParameterVector) -> None:
         self.vector = vector
-        self.saved = [p.detach().clone() for p in vector.local]
+        self.saved = vector.keep()
 
     @torch.no_grad()
     def place(self, direction: Tensor, length: float) -> None:

@@ -148,7 +148,7 @@ def test_imports_have_no_cycle(graph):
 
 
 #: What all may import: values, vectors, checks.
-GROUND = ("_version", "_messages", "_checks", "report", "vector")
+GROUND = ("_version", "_messages", "_user_warnings", "_checks", "report", "vector")
 #: The story of a step, in the order in which it happens; `diagnose` looks at all but its end.
 STORY = ("capture", "loss", "statistics", "objective", "curvature", "preconditioner", "solver")
 ORDER = (*GROUND, "capture", "distributed", *STORY[1:], "diagnostics", "optimizer")

@@ -47,7 +47,9 @@ SCHEDULERS = {
     "Cosine": (lambda o: lr_scheduler.CosineAnnealingLR(o, 4), [1, (2 + 2**0.5) / 4, 0.5]),
     "Warm-up": (lambda o: lr_scheduler.LinearLR(o, 0.5, total_iters=2), [0.5, 0.75, 1]),
     "OneCycle without momentum": (
-        lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=4, cycle_momentum=False),
+        lambda o: lr_scheduler.OneCycleLR(
+            o, 1.0, total_steps=4, div_factor=8, cycle_momentum=False
+        ),
         None,
     ),
 }
@@ -78,7 +80,9 @@ def test_reduce_on_plateau():
 @pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
 def test_cycles_of_momentum_are_refused_by_torch_and_leave_a_way_out(scheduler):
     run = Run()
-    options = {"total_steps": 4} if scheduler == "OneCycleLR" else {"base_lr": 0.5}
+    options = {"base_lr": 0.5}
+    if scheduler == "OneCycleLR":
+        options = {"total_steps": 4, "div_factor": 2}
     with pytest.raises(ValueError, match="momentum"):
         getattr(lr_scheduler, scheduler)(run.optimizer, max_lr=1.0, **options)
     getattr(lr_scheduler, scheduler)(run.optimizer, max_lr=1.0, cycle_momentum=False, **options)

@@ -317,6 +317,19 @@ def test_a_direction_of_descent_is_at_hand_where_curvature_is_not_positive(
     assert result.last.slope == pytest.approx((g @ result.last.vector).item())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", range(1, 12))
+def test_after_a_product_that_is_not_finite_the_value_is_that_of_the_vector(at, bad):
+    """Also where the last iterate that was kept is some iterations old."""
+    A, g = SYSTEMS["easy"], normal(5, 12)
+    result = conjugate_gradients(_first_bad(A, bad, at), g, tol=0.0)
+    assert (result.stop, result.iterations) == (Stop.NON_FINITE, at)
+    for iterate in result.iterates:
+        d = iterate.vector
+        assert iterate.value == pytest.approx((g @ d + 0.5 * d @ A @ d).item(), rel=1e-9)
+    assert len({iterate.vector.data_ptr() for iterate in result.iterates}) == len(result.iterates)
+
+
 def test_zero_curvature_after_an_iteration():
     A = torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64))
     g = torch.ones(2, dtype=torch.float64)

@@ -30,6 +30,12 @@ def tangents_only() -> Iterator[None]:
         _tangents_only = before
 
 
+def all_derivatives() -> None:
+    """As outside of :func:`tangents_only`, where an interrupt may have skipped its end."""
+    global _tangents_only
+    _tangents_only = False
+
+
 def has_rule(name: str, args: Sequence[Any], kwargs: Any) -> bool:
     """Whether a call of a torch function is one this rule can stand in for."""
     dims = _RULES.get(name)

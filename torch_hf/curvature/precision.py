@@ -6,7 +6,7 @@ TF32 rounds the factors of matrix products and convolutions to 10 bits, autocast
 
 from __future__ import annotations
 
-import warnings
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from torch_hf._user_warnings import warn_user
 from torch_hf.capture.autograd_graph import under
 
 #: What torch calls float32 at its own precision; "none" is the default, which is that.
@@ -36,10 +37,21 @@ def lowered(device: torch.device) -> list[str]:
     return [text for text in found if not text.endswith(tuple(repr(word) for word in _FULL))]
 
 
+#: What is to be put back, of each thread.
+_lifted = threading.local()
+
+
+def restore_precision() -> None:
+    """As outside of :func:`full_precision`, where an interrupt may have skipped its end."""
+    stack: ExitStack = getattr(_lifted, "stack", ExitStack())
+    stack.close()
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Float32 as it is, inside; afterwards all settings are as they were."""
-    with ExitStack() as stack:
+    _lifted.stack = ExitStack()
+    with _lifted.stack as stack:
         # The older options are set by themselves: torch complains where the two disagree.
         matmul = _older(torch.get_float32_matmul_precision)
         if matmul not in (None, "highest"):
@@ -70,7 +82,7 @@ def warn_of_tf32(device: torch.device, dtype: torch.dtype, modules: Iterable[obj
     seen = {kind for m in modules for kind, types in _USERS.items() if isinstance(m, types)}
     found = [s for s in lowered(device) if "cudnn" not in s or any(k in s for k in seen)]
     if found:
-        warnings.warn(TF32_IS_ON.format(settings="; ".join(found)), UserWarning, stacklevel=5)
+        warn_user(TF32_IS_ON.format(settings="; ".join(found)), UserWarning)
 
 
 def casts(outputs: Sequence[Tensor]) -> bool:

@@ -190,7 +190,7 @@ def explain(error: BaseException, objective: Objective | None) -> str:
 
 def find(objective: Objective) -> tuple[list[Finding], int]:
     """The operations of an objective's first batch that cannot be differentiated twice."""
-    with attributed() as owners, objective.graph() as graph:
+    with attributed(objective.replay.hooks) as owners, objective.graph() as graph:
         nodes = list(under([graph.loss.grad_fn]))
         findings = []
         for node in nodes:

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._pytree import tree_leaves
 
 from torch_hf.capture.autograd_graph import under
-from torch_hf.objective.replay import untraced
+from torch_hf.objective.replay import Hooks, untraced
 
 
 class Owners:
@@ -53,15 +53,12 @@ class Owners:
 
 
 @contextmanager
-def attributed() -> Iterator[Owners]:
+def attributed(hooks: Hooks) -> Iterator[Owners]:
     """Modules that run inside tell which nodes they make."""
     owners = Owners()
-    handles = [
-        register_module_forward_pre_hook(untraced(owners.enter)),
-        register_module_forward_hook(untraced(owners.leave)),
-    ]
-    try:
+    enter, leave = untraced(owners.enter), untraced(owners.leave)
+    with hooks.on(
+        lambda: register_module_forward_pre_hook(enter),
+        lambda: register_module_forward_hook(leave),
+    ):
         yield owners
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -145,7 +145,7 @@ class FullyShardedVector(ParameterVector):
     @contextmanager
     def lent(self, values: Sequence[Tensor]) -> Iterator[None]:
         """The parameters hold other values inside."""
-        saved = [t.clone() for t in self.local]
+        saved = self.keep()
         try:
             self._place(values)
             yield

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -89,14 +89,44 @@ class Saved(NamedTuple):
             self.module._buffers[self.name] = self.buffer
 
 
+class Hooks:
+    """Hooks common to all modules: taken off where their use ends, for certain where a step does.
+
+    An interrupt may arrive while they are put on or taken off, so that it must be possible to take
+    them off again later.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    @contextmanager
+    def on(self, *registrations: Callable[[], Any]) -> Iterator[None]:
+        """Puts hooks on inside, each by a call that returns its handle."""
+        before = len(self._handles)
+        try:
+            for register in registrations:
+                self._handles.append(register())
+            yield
+        finally:
+            self.remove(before)
+
+    def remove(self, left: int = 0) -> None:
+        """Takes off all but the first few."""
+        while len(self._handles) > left:
+            self._handles[-1].remove()
+            self._handles.pop()
+
+
 class Buffers:
     """The buffers of every module that ran, as they were before it ran first.
 
     Args:
         params: Of the optimizer whose closure runs.
+        hooks: Puts on the hook that looks at modules.
     """
 
-    def __init__(self, params: Iterable[Tensor] = ()) -> None:
+    def __init__(self, params: Iterable[Tensor] = (), hooks: Hooks | None = None) -> None:
+        self.hooks = hooks or Hooks()
         self.thread = threading.get_ident()
         self.params = {id(p) for p in params}
         self.seen: set[nn.Module] = set()
@@ -105,11 +135,9 @@ class Buffers:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Remembers the buffers of modules that run inside."""
-        handle = register_module_forward_pre_hook(untraced(self._remember))
-        try:
+        hook = untraced(self._remember)
+        with self.hooks.on(lambda: register_module_forward_pre_hook(hook)):
             yield
-        finally:
-            handle.remove()
 
     def now(self) -> list[Saved]:
         """The same buffers as they are now."""
@@ -167,7 +195,8 @@ class Replay:
         self.before = RandomState(device)
         self.after = self.before
         self.marks = [self.before]
-        self.buffers = Buffers(params)
+        self.hooks = Hooks()
+        self.buffers = Buffers(params, self.hooks)
         self.buffers_after: list[Saved] = []
 
     @contextmanager

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,21 +11,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_hf import _checks
-from torch_hf.diagnostics.diagnose import explain
-from torch_hf.distributed import PeerError, Reducer, Sharded, Space, parameter_vector, space_of
+from torch_hf.distributed import Reducer, Sharded, Space, parameter_vector, space_of
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
-from torch_hf.objective.replay import Replay
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.state_dict import (
     MOST_NORMS,
+    Unpacked,
+    check_form,
     check_state,
     pack,
-    saved_progress,
     unpack,
     upgraded,
     whole_state,
 )
+from torch_hf.optimizer.transaction import Transaction
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.vector import ParameterVector
@@ -49,6 +48,9 @@ class FlatStateOptimizer(Optimizer):
     _norms: Tensor | None  # squared norms of the Jacobian's columns
     _format: tuple[torch.dtype, torch.device] | None = None  # of the vectors kept
     _progress: Progress
+    _knows_precision = False  # whether a step has looked at it
+    _knows_rates = False  # whether the user was told that lr is small
+    _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
 
     def _trainable(self) -> list[Tensor]:
         return [p for _, p in self._owned()]
@@ -72,96 +74,62 @@ class FlatStateOptimizer(Optimizer):
             self.preconditioner.space = space
         return reducer, space
 
-    # --- a step's beginning, and its end if it fails ---
-
-    @contextmanager
-    def _attempt(
-        self,
-        closure: Callable[..., Any],
-        batches: Iterable[Any] | None,
-        curvature_batches: Iterable[Any] | None,
-        vector: ParameterVector,
-    ) -> Iterator[Objective]:
-        """The step's objective; an error inside leaves everything as it was before."""
-        replay = Replay(vector.device, vector.params)
-        gradients = [p.grad for p in vector.params]
-        objective = forgotten = None
-        form = self._format
-        try:
-            forgotten = self._forget_if_stale(vector) or self._convert(vector)
-            objective = self._objective(closure, batches, curvature_batches, vector, replay)
-            yield objective
-        except BaseException as error:
-            self.preconditioner.abandon()
-            self._format = form
-            if forgotten is not None:
-                self._start, self._norms, pairs = forgotten
-                self.preconditioner.load_state_dict(pairs)
-            replay.undo()
-            for p, g in zip(vector.params, gradients, strict=True):
-                p.grad = g
-            if not isinstance(error, PeerError) and (message := explain(error, objective)):
-                raise RuntimeError(message) from error
-            raise
+    # --- a step's beginning ---
 
     def _objective(
-        self, closure: Any, batches: Any, curvature_batches: Any, vector: Any, replay: Replay
+        self,
+        closure: Any,
+        batches: Any,
+        curvature_batches: Any,
+        vector: ParameterVector,
+        change: Transaction,
     ) -> Objective:
+        self._forget_if_stale(vector, change)
+        self._convert(vector, change)
         checks.closure(closure)
         checks.accumulates(batches)
         for group in self.param_groups:
             _checks.options(group)
         reducer, space = self._space(vector)
-        vector.modules = replay.buffers.seen
-        return Objective(
+        vector.modules = change.replay.buffers.seen
+        change.objective = Objective(
             closure,
             vector,
-            replay,
+            change.replay,
             batches=batches,
             curvature_batches=curvature_batches,
-            decay=[g["weight_decay"] for g, _ in self._owned()],
+            decay=[float(g["weight_decay"]) for g, _ in self._owned()],
             maximize=self.param_groups[0]["maximize"],
             layers=self.preconditioner.wants_layers,
             fast_convolutions=self.curvature == "ggn",
             reducer=reducer,
             space=space,
         )
+        return change.objective
 
-    def _forget_if_stale(
-        self, vector: ParameterVector
-    ) -> tuple[Tensor | None, Tensor | None, Any] | None:
-        """Drops directions of another length: parameters were added, frozen or thawed.
-
-        Returns:
-            What was dropped, for a step that fails.
-        """
+    def _forget_if_stale(self, vector: ParameterVector, change: Transaction) -> None:
+        """Drops directions of another length: parameters were added, frozen or thawed."""
         known = list(self.state)
-        if not known or [id(p) for p in known] == [id(p) for p in vector.params]:
-            return None
-        dropped = self._start, self._norms, self.preconditioner.state_dict()
-        self._start = self._norms = None
-        self.preconditioner.load_state_dict({})
-        return dropped
+        if known and [id(p) for p in known] != [id(p) for p in vector.params]:
+            change.reloads = True
+            self._start = self._norms = None
+            self.preconditioner.load_state_dict({})
 
-    def _convert(self, vector: ParameterVector) -> tuple[Tensor | None, Tensor | None, Any] | None:
-        """Takes what is kept along where the model went: ``model.double()``, ``.to(device)``.
-
-        Returns:
-            What it was before, for a step that fails; None where nothing has changed.
-        """
+    def _convert(self, vector: ParameterVector, change: Transaction) -> None:
+        """Takes what is kept along where the model went: ``model.double()``, ``.to(device)``."""
         before, self._format = self._format, (vector.dtype, vector.device)
         if before is None or before == self._format:
-            return None
+            return
 
         def converted(value: Any) -> Any:
             if not isinstance(value, Tensor) or (value.dtype, value.device) != before:
                 return value
             return value.to(vector.device, vector.dtype)
 
-        kept = self._start, self._norms, self.preconditioner.state_dict()
-        self._start, self._norms = converted(kept[0]), converted(kept[1])
-        self.preconditioner.load_state_dict({k: converted(v) for k, v in kept[2].items()})
-        return kept
+        change.reloads = True
+        self._start, self._norms = converted(self._start), converted(self._norms)
+        kept = self.preconditioner.state_dict()
+        self.preconditioner.load_state_dict({k: converted(v) for k, v in kept.items()})
 
     # --- checkpoints ---
 
@@ -170,7 +138,10 @@ class FlatStateOptimizer(Optimizer):
         params = self._trainable()
         checks.no_closure(params, [g["lr"] for g in self.param_groups])
         vector = self._vector()
-        self._pack(vector, self._space(vector)[1])
+        change = Transaction(self, vector)
+        with change, change:
+            self._pack(vector, self._space(vector)[1])
+            change.whole = True
 
     def _pack(self, vector: ParameterVector, space: Space) -> None:
         pack(self.state, vector, self._kept(vector), self.preconditioner, self._progress, space)
@@ -196,19 +167,52 @@ class FlatStateOptimizer(Optimizer):
         A state of an older version loads; an option that it did not have is this optimizer's.
 
         Raises:
-            ValueError: An entry does not fit these parameters or options; the message says which.
+            ValueError: An entry does not fit these parameters or options; the message says which,
+                and the optimizer is as it was.
         """
-        state_dict = upgraded(state_dict, self.defaults)
-        check_state(state_dict, self.param_groups, self.defaults)
+        check_form(state_dict)
         vector = self._vector()
-        _, space = self._space(vector)
-        whole = state_dict | {"state": {}} if space.sharded else state_dict
-        super().load_state_dict(whole)  # of what is sharded no rank is to hold all
-        kept = unpack(state_dict, self.param_groups, vector, self.preconditioner, space)
-        self._start, self._norms = kept.get("cg_iterate"), kept.get("column_norms")
+        change = Transaction(self, vector)
+        found: list[Unpacked] = []
+
+        def check(_: Any, saved: Any) -> dict[str, Any]:
+            check_form(saved)  # which hooks may have changed
+            full = upgraded(saved, self.defaults)
+            check_state(full, self.param_groups, self.defaults)
+            space = self._space(vector)[1]
+            groups = self.param_groups
+            found.append(unpack(full, groups, vector, self.preconditioner, space))
+            return full | {"state": {}}  # it would cast vectors to the parameters' types
+
+        def take(_: Any) -> None:
+            self._take(found[-1], vector)
+
+        with change, change:
+            change.reloads = True
+            # The user's hooks run before the one and after the other, and see what they expect.
+            hooks = change.replay.hooks.on(
+                lambda: self.register_load_state_dict_pre_hook(check),
+                lambda: self.register_load_state_dict_post_hook(take, prepend=True),
+            )
+            with hooks:
+                super().load_state_dict(dict(state_dict))
+            change.whole = True
+
+    def _take(self, found: Unpacked, vector: ParameterVector) -> None:
+        """Makes what was found in a state this optimizer's own."""
+        try:
+            self.preconditioner.load_state_dict(found.entries)
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+            name = type(self.preconditioner).__name__
+            raise ValueError(
+                f"The preconditioner {name} does not take the state's entries "
+                f"{sorted(found.entries)}: {error}. Load another checkpoint, or begin with a new "
+                "optimizer."
+            ) from error
+        self._start, self._norms = found.start, found.norms
         self._format = vector.dtype, vector.device
-        self._progress = saved_progress(state_dict)
-        self._pack(vector, space)
+        self._progress = found.progress
+        self._pack(vector, self._space(vector)[1])
 
     def state_dict(self) -> dict[str, Any]:
         """As in ``torch.optim``, vectors by parameter.
@@ -233,4 +237,5 @@ class FlatStateOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ["preconditioner", "curvature", "process_group", "shard_state"]
         own += ["last_report", "_requests", "_start", "_norms", "_format", "_progress"]
+        own += ["_knows_precision", "_knows_rates"]
         return super().__getstate__() | {name: getattr(self, name) for name in own}

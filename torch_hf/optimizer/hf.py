@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from inspect import signature
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_hf import _checks, _messages
+from torch_hf._user_warnings import warn_user
 from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.curvature.precision import warn_of_tf32
@@ -27,6 +27,7 @@ from torch_hf.optimizer.exact_step import ExactStep, exact_step, solves_exactly
 from torch_hf.optimizer.outcome import StepDecision
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
+from torch_hf.optimizer.transaction import Transaction
 from torch_hf.preconditioner.choose import make_preconditioner, worth_observing
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
@@ -49,6 +50,8 @@ from torch_hf.vector import ParameterVector
 NO_BIT_MOVES = "converged: the step is below the rounding of the parameters"
 #: After so many rejections in a row a warning says what to look at.
 PATIENCE = 5
+#: Below this a factor on the Newton step is one that was meant for a gradient.
+SMALL_RATE = 0.1
 
 
 class HFOptimizer(FlatStateOptimizer):
@@ -160,9 +163,7 @@ class HFOptimizer(FlatStateOptimizer):
         self._progress = Progress()
         super().__init__(params, defaults)
         self._vector()  # complains now rather than at the first step
-
-    _knows_precision = False  # whether a step has looked at it
-    _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
+        self._look_at_rates()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -195,25 +196,44 @@ class HFOptimizer(FlatStateOptimizer):
         Raises:
             TypeError, ValueError, RuntimeError: The closure or a batch is unusable. Parameters,
                 buffers, random generators and the optimizer's state are as before the call.
+            KeyboardInterrupt: All is as before the call, or the step is whole.
+
+        Warns:
+            UserWarning: ``lr`` is below 0.1; products are rounded (TF32). Each is said once; as an
+                error it leaves all as before the call.
+            RuntimeWarning: Five steps in a row, ten and so on, were rejected. As an error it
+                leaves the step whole, with its report.
         """
         if closure is None:
             return self._initialise()
+        self._look_at_rates()
         timer = StepTimer(("gradient", "products", "preconditioner", "evaluations"))
         vector = self._vector()
-        attempt = self._attempt(closure, batches, curvature_batches, vector)
-        with attempt as objective, objective.replay.arithmetic():
-            with timer.part("gradient"):
-                here = objective.evaluate(lambda waiting: checks.accumulated(waiting, self._left))
-            self._look_at_precision(objective)
-            outcome = self._decide(objective, here, timer)
-        self._commit(vector, objective.space, here, outcome)
-        objective.replay.settle(counts=math.isfinite(here.loss))
-        steps, rejections = self._progress.steps, self._progress.rejections
-        self.last_report = outcome.report(steps, objective, here, timer, self._requests)
+        change = Transaction(self, vector)
+        with change, change:
+            objective = self._objective(closure, batches, curvature_batches, vector, change)
+            with objective.replay.arithmetic():
+                with timer.part("gradient"):
+                    here = objective.evaluate(lambda left: checks.accumulated(left, self._left))
+                self._look_at_precision(objective)
+                outcome = self._decide(objective, here, timer)
+            change.reloads = True
+            self._commit(vector, objective.space, here, outcome)
+            objective.replay.settle(counts=math.isfinite(here.loss))
+            steps, rejections = self._progress.steps, self._progress.rejections
+            self.last_report = outcome.report(steps, objective, here, timer, self._requests)
+            change.whole = True
         if rejections and rejections % PATIENCE == 0:
-            message = _messages.rejected(rejections, outcome.move.reason)
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+            # As an error it finds the step whole, its report included.
+            warn_user(_messages.rejected(rejections, outcome.move.reason), RuntimeWarning)
         return here.returned
+
+    def _look_at_rates(self) -> None:
+        """Warns, once, of a learning rate that was kept from another optimizer."""
+        small = [g["lr"] for g in self.param_groups if 0.0 < g["lr"] < SMALL_RATE]
+        if small and not self._knows_rates:
+            self._knows_rates = True
+            warn_user(_messages.small_rate(min(small)), UserWarning)
 
     def _look_at_precision(self, objective: Objective) -> None:
         if not self._knows_precision:

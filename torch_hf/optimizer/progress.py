@@ -6,11 +6,25 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from torch_hf.preconditioner.saved_state import number
+
 #: Weight of earlier steps' gains beside the last one's; so many steps before a budget grows.
 MEMORY, STEPS_OF_EVIDENCE = 0.9, 8.0
 #: Parts of the gains that must be found again for a larger budget, and below which it shrinks.
 KEPT, LOST = 0.9, 0.5
 MAX_BUDGET = 256.0
+
+
+#: Numbers of exact steps and of CG's budget in a state, by what they may be.
+_NOT_NEGATIVE = (
+    "claimed",
+    "since_change",
+    "budget",
+    "exact_damping",
+    "exact_wall",
+    "batched_rows",
+)
+_ANY = ("last_start", "found_again", "exact_stuck_at")
 
 
 class Progress(NamedTuple):
@@ -94,10 +108,28 @@ class Progress(NamedTuple):
         kept = 0.9 * self.curvature_seen
         return self._replace(curvature_seen=max(seen, kept) if math.isfinite(seen) else kept)
 
+    @staticmethod
+    def check(entries: Mapping[str, Any]) -> None:
+        """Complains of the first entry that is no such number."""
+        for name, low in (("steps", 0), ("rejections", 0)):
+            if _is_given(entries.get(name)):
+                number(name, entries[name], low, whole=True)
+        for name in ("last_cases", "curvature_seen", "noise", *_NOT_NEGATIVE):
+            if _is_given(entries.get(name)):
+                number(name, entries[name], 0.0)
+        for name in ("last_loss", "last_ratio", "converged_at", *_ANY):
+            if _is_given(entries.get(name)):
+                number(name, entries[name], finite=False)
+
     @classmethod
     def restored(cls, entries: Mapping[str, Any]) -> Progress:
         """From a state's entries, of this version or another; what is missing takes its default."""
-        given = {name: entries.get(name) for name in cls._fields}
-        numbers = {k: v for k, v in given.items() if v is not None and v != {}}  # {}: flattened
+        numbers: dict[str, Any] = {k: entries.get(k) for k in cls._fields}
+        numbers = {k: v for k, v in numbers.items() if _is_given(v)}
         progress = cls(**numbers)
         return cls(int(progress.steps), int(progress.rejections), *map(float, progress[2:]))
+
+
+def _is_given(value: Any) -> bool:
+    """Not None, nor what None becomes in a state that was flattened."""
+    return value is not None and not (isinstance(value, dict) and not value)

@@ -8,7 +8,7 @@ those of ``torch.optim.LBFGS`` do, and are Python's: tensors would be cast to th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch_hf import _checks
 from torch_hf.distributed import LOCAL, Sharded, Space
 from torch_hf.optimizer.progress import Progress
 from torch_hf.preconditioner.protocol import Preconditioner
+from torch_hf.preconditioner.saved_state import floats, is_dense, refused
 from torch_hf.vector import ParameterVector
 
 _PREFIX = "preconditioner."
@@ -106,25 +107,41 @@ def _is_vector(value: Any, numel: int) -> TypeGuard[Tensor]:
     return _may_be_vector(value) and value.ndim > 0 and value.shape[-1] == numel
 
 
+class Unpacked(NamedTuple):
+    """What a state holds for this optimizer, checked.
+
+    Attributes:
+        start: The last iterate of CG; None where there is none.
+        norms: Squared norms of the Jacobian's columns; None where there are none.
+        entries: The preconditioner's.
+        progress: The numbers.
+    """
+
+    start: Tensor | None
+    norms: Tensor | None
+    entries: dict[str, Any]
+    progress: Progress
+
+
 def unpack(
     saved: Mapping[str, Any],
     groups: Sequence[Mapping[str, Any]],
     vector: ParameterVector,
     preconditioner: Preconditioner,
     space: Space = LOCAL,
-) -> dict[str, Tensor | None]:
-    """The optimizer's vectors from state that was saved; the preconditioner takes its own.
+) -> Unpacked:
+    """What is to be taken from a state that was saved, in the precision it was saved in.
 
-    ``Optimizer.load_state_dict`` has cast the tensors to the parameters' types, so they are
-    read once more from what was saved.
+    Raises:
+        ValueError: An entry does not fit; the message names it.
     """
     numbers = [i for g in saved["param_groups"] for i in g["params"]]
     params = [p for g in groups for p in g["params"]]
     original = {p: saved["state"].get(i, {}) for i, p in zip(numbers, params, strict=True)}
+    progress = saved_progress(saved)
     owners = {id(p) for p, entries in original.items() if "cg_iterate" in entries}
     if owners != {id(p) for p in vector.params}:  # none, or of other parameters: of no use here
-        preconditioner.load_state_dict({})
-        return {}
+        return Unpacked(None, None, {}, progress)
     first = {k: v for k, v in original[vector.params[0]].items() if k not in Progress._fields}
     flats: dict[str, Any] = {}
     for key, value in first.items():
@@ -137,24 +154,30 @@ def unpack(
         ):
             flats[key] = value
             continue
-        own = space.own(vector.joined([original[p][key] for p in vector.params]))
+        pieces = [original[p].get(key) for p in vector.params]
+        for piece, p in zip(pieces, vector.params, strict=True):
+            if not _may_be_vector(piece) or piece.shape != (*lead, *p.shape):
+                expected = f"in each parameter's state a tensor {(*lead, *p.shape)} in one of them"
+                raise refused(key, expected, piece)
+        own = space.own(vector.joined(pieces))
         flats[key] = own.to(device=vector.device, dtype=vector.dtype)
-    vectors = {name: _unless_zero(flats.pop(name, None), space) for name in VECTORS}
-    preconditioner.load_state_dict({k.removeprefix(_PREFIX): v for k, v in flats.items()})
-    return vectors
-
-
-def _unless_zero(value: Tensor | None, space: Space) -> Tensor | None:
-    if value is None:
-        return None
-    nonzero = space.norm(value) > 0 if space.sharded else bool(torch.any(value))
-    return value if nonzero else None
+    start = floats("cg_iterate", flats.pop("cg_iterate"), "a vector by parameter")
+    norms = flats.pop("column_norms", None)
+    if norms is not None:
+        norms = floats("column_norms", norms, "a vector by parameter")
+    entries = {k.removeprefix(_PREFIX): v for k, v in flats.items()}
+    if check := getattr(preconditioner, "check_state", None):  # those brought need have none
+        numel = space.length if isinstance(space, Sharded) else vector.numel
+        check(entries, _PREFIX, vector.sizes, numel)
+    nonzero = space.norm(start) > 0 if space.sharded else bool(torch.any(start))
+    known = norms is not None and not space.sharded and bool(torch.any(norms))
+    return Unpacked(start if nonzero else None, norms if known else None, entries, progress)
 
 
 def saved_progress(saved: Mapping[str, Any]) -> Progress:
     """The numbers, from whichever parameter has them: the first may have been frozen since."""
     for entries in saved["state"].values():
-        if "steps" in entries:
+        if isinstance(entries, Mapping) and "steps" in entries:
             return Progress.restored(entries)
     return Progress()
 
@@ -168,7 +191,11 @@ def upgraded(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     given = list(saved.get("param_groups", []))
     state = dict(saved.get("state", {}))
     old = {k: v for k, v in (given[0] if given else {}).items() if k in Progress._fields}
-    if old and given[0]["params"] and not any("steps" in e for e in state.values()):
+    if (
+        old
+        and given[0]["params"]
+        and not any(isinstance(e, Mapping) and "steps" in e for e in state.values())
+    ):
         owner = next(iter(state), given[0]["params"][0])
         state[owner] = Progress.restored(old)._asdict() | state.get(owner, {})
     known = (*_ALWAYS_WRITTEN, "differentiable")  # torch adds that one to the defaults on loading
@@ -176,6 +203,38 @@ def upgraded(saved: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str,
     options = [{k: v for k, v in g.items() if k not in Progress._fields} for g in given]
     groups = [g | {k: v for k, v in later.items() if k not in g} for g in options]
     return {**saved, "state": state, "param_groups": groups}
+
+
+def check_form(saved: Any) -> None:
+    """Complains where a state has not the form that all states have."""
+    hint = "Pass what optimizer.state_dict() returned."
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"The state must be a dict, got {type(saved).__name__}. {hint}")
+    for name, kind in (("state", Mapping), ("param_groups", (list, tuple))):
+        if not isinstance(saved.get(name), kind):
+            got = type(saved[name]).__name__ if name in saved else "none"
+            raise ValueError(
+                f"The state's entry {name!r} must be a {'dict' if kind is Mapping else 'list'}, "
+                f"got {got}. {hint}"
+            )
+    numbers: list[Any] = []
+    for i, group in enumerate(saved["param_groups"]):
+        if not isinstance(group, Mapping) or not isinstance(group.get("params"), (list, tuple)):
+            raise ValueError(
+                f"The state's param_groups[{i}] must be a dict with a list 'params'. {hint}"
+            )
+        numbers += group["params"]
+    if not all(isinstance(n, (int, str)) for n in numbers) or len(set(numbers)) != len(numbers):
+        raise ValueError(
+            "The state's param_groups must number each parameter once in their entries 'params', "
+            f"got {numbers!r:.80}. {hint}"
+        )
+    for n in numbers:
+        if not isinstance(saved["state"].get(n, {}), Mapping):
+            raise ValueError(f"The state's entry of parameter {n} must be a dict. {hint}")
+    for entries in (*saved["state"].values(), *saved["param_groups"][:1]):
+        if isinstance(entries, Mapping):
+            Progress.check(entries)
 
 
 def check_state(
@@ -197,19 +256,27 @@ def check_state(
                     "optimizer, or by another version of torch_hf. Begin with a new optimizer; the "
                     "model's weights are enough."
                 )
-        _checks.options(group)
+        try:
+            _checks.options(group)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"In the state's param_groups[{i}]: {error}") from error
     for name in ("curvature", "preconditioner", "base", "history_size"):
-        if given and given[0][name] != defaults[name]:
+        others = [g[name] for g in given if not _equal(g[name], defaults[name])]
+        if others:
             raise ValueError(
-                f"The state's {name} is {given[0][name]!r}, this optimizer's {defaults[name]!r}. "
+                f"The state's {name} is {others[0]!r}, this optimizer's {defaults[name]!r}. "
                 "Make the optimizer with the options that it had when the state was saved."
             )
     params = [p for g in groups for p in g["params"]]
     for i, p in zip([i for g in given for i in g["params"]], params, strict=True):
         for key, value in saved["state"].get(i, {}).items():
-            shape = tuple(value.shape) if _may_be_vector(value) and value.ndim else ()
-            vector = key in VECTORS or key in (_PREFIX + "s", _PREFIX + "y")
-            if vector and shape[len(shape) - p.ndim :] != tuple(p.shape):
+            if key not in VECTORS and key not in (_PREFIX + "s", _PREFIX + "y"):
+                continue
+            if not _may_be_vector(value):
+                raise refused(key, f"a tensor of floating point, of parameter {i}", value)
+            shape = tuple(value.shape)
+            lead = len(shape) - p.ndim
+            if lead != (key not in VECTORS) or shape[lead:] != tuple(p.shape):
                 raise ValueError(
                     f"The state's entry {key!r} of parameter {i} has shape {shape}, but the "
                     f"parameter has shape {tuple(p.shape)}. Load it into the model that it was "
@@ -217,5 +284,9 @@ def check_state(
                 )
 
 
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and bool(a == b)
+
+
 def _may_be_vector(value: Any) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return is_dense(value) and value.is_floating_point()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_hf.distributed import LOCAL, Space
 from torch_hf.preconditioner.protocol import Curvature
+from torch_hf.preconditioner.saved_state import check_factors
 from torch_hf.statistics.kronecker_factors import LayerFactors
 from torch_hf.vector import ParameterVector
 
@@ -187,6 +188,22 @@ class KroneckerPreconditioner:
             "iterations": known.iterations,
             "inverted_at": known.damping,
         }
+
+    def check_state(
+        self, state: Mapping[str, Any], prefix: str, sizes: Sequence[int], numel: int
+    ) -> None:
+        """Complains of the first entry that is none of ``state_dict``, by its name.
+
+        Args:
+            state: To be loaded.
+            prefix: Of the names.
+            sizes: How many numbers each parameter has.
+            numel: How many numbers of a vector this rank holds.
+
+        Raises:
+            ValueError: An entry does not fit; the message names it.
+        """
+        check_factors(state, prefix, sizes)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes factors as ``state_dict`` gave them; none from an empty state."""

@@ -6,7 +6,7 @@ run has ended well (arXiv 1309.1508, after Morales & Nocedal 2000).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch_hf.distributed import LOCAL, Space
 from torch_hf.preconditioner.kfac import MIN_PAIR_ITERATIONS, KroneckerPreconditioner
 from torch_hf.preconditioner.lbfgs_pairs import CompactInverse, PairSelection
 from torch_hf.preconditioner.protocol import Curvature
+from torch_hf.preconditioner.saved_state import check_pairs
 from torch_hf.preconditioner.simple import DiagonalPreconditioner, NoPreconditioner
 
 #: What the pairs may stand on, and the prefix of its entries in their state.
@@ -133,6 +134,25 @@ class LBFGSPreconditioner:
         s, y, order = self._pairs.stores()
         own = {"s": s, "y": y, "order": torch.tensor(order), "damping": self._pairs.damping}
         return own | state
+
+    def check_state(
+        self, state: Mapping[str, Any], prefix: str, sizes: Sequence[int], numel: int
+    ) -> None:
+        """Complains of the first entry that is none of ``state_dict``, by its name.
+
+        Args:
+            state: To be loaded.
+            prefix: Of the names.
+            sizes: How many numbers each parameter has.
+            numel: How many numbers of a vector this rank holds.
+
+        Raises:
+            ValueError: An entry does not fit; the message names it.
+        """
+        check_pairs(state, prefix, self.history_size, numel)
+        if isinstance(self._base, KroneckerPreconditioner):
+            own = {k.removeprefix(_BASE): v for k, v in state.items() if k.startswith(_BASE)}
+            self._base.check_state(own, prefix + _BASE, sizes, numel)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes pairs as ``state_dict`` gave them; none from an empty state."""
