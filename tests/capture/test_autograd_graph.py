@@ -73,8 +73,8 @@ def test_one_module_reads_fields_of_nodes():
 def test_no_module_looks_at_the_call_stack():
     """But the command line, which tells a user's error from one of its own.
 
-    And a sampler looks at what draws from it: a DataLoader's own sampler of batches has no door
-    but that.
+    A sampler looks at what draws from it: a DataLoader's own sampler of batches has no door but
+    that. And a warning looks for the user's line.
     """
     frames = ("_getframe", "currentframe", "f_back", "f_locals", "f_globals", "inspect.stack")
     found = {
@@ -82,7 +82,7 @@ def test_no_module_looks_at_the_call_stack():
         for path in PACKAGE.rglob("*.py")
         if any(word in path.read_text(encoding="utf-8") for word in frames)
     }
-    assert found <= {"__main__.py", "sampling/neglect.py"}
+    assert found <= {"__main__.py", "_user_warnings.py", "sampling/neglect.py"}
 
 
 # --- what cannot be read is said ------------------------------------------------------------

@@ -33,7 +33,10 @@ class Run:
         torch.manual_seed(seed)
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
         self.optimizer = HFOptimizer(
-            self.model.parameters(), preconditioner=PRECONDITIONERS[preconditioner](), cg_tol=0.0
+            self.model.parameters(),
+            preconditioner=PRECONDITIONERS[preconditioner](),
+            cg_tol=0.0,
+            solver="cg",
         )
         for _ in range(steps):
             self.step()
