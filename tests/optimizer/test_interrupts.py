@@ -238,7 +238,8 @@ def interrupted_everywhere(
         run = make(case)
         before = run.snapshot()
     run.armed = True
-    assert (error := Tracer().run(run.step)) is None or type(error) is type(raised)
+    error = Tracer().run(run.step)
+    assert error is None or type(error) is type(raised)
     if not same(without(run.snapshot()), without(truth)):
         wrong.append("a step after all interrupts")
     return wrong
