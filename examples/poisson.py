@@ -88,7 +88,7 @@ def main() -> None:
                     f"step {step:3d}  loss {report.new_loss:.2e}  relative L2 error {error:.1e}  "
                     f"CG {report.cg_iterations:3d}  {seconds:.1f} s"
                 )
-            if not report.accepted and "no decrease" in report.reason:
+            if report.converged:
                 break  # as low as float64 can tell
     draw(args.out / "solution.png", model, grid, truth)
 
