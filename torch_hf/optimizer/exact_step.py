@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_hf.curvature.joint_root import (
-    RootSize,
     joint_root,
     root_size,
     took_one_backward,
@@ -84,13 +84,29 @@ def solves_exactly(
                 'solver="auto".'
             )
         return False
+    item = max(p.element_size() for p in operator.objective.vector.params)
     if wanted == EXACT:
+        needed = exact_bytes(size.rows, size.params, item)
+        if needed > memory_of(operator.objective.vector.device):
+            raise RuntimeError(
+                f'solver="exact" needs {needed:.3g} bytes for {size.rows} rows of {size.params} '
+                'parameters, more than this machine has. Take solver="auto", or fewer cases.'
+            )
         return True
     if not (data_stay or (first_step and size.rows >= size.params)):
         return False
-    item = max(p.element_size() for p in operator.objective.vector.params)
     passes = size.rows if batched else size.passes
     return exact_is_cheaper(size.rows, size.params, passes, size.cases, item, products)
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes of a device's memory; inf where nothing tells."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return math.inf
 
 
 def exact_step(
@@ -170,12 +186,3 @@ def _rest(rest: Tensor | None, objective: Objective) -> Tensor | None:
     objective.penalty.add_gradient(flat)
     flat = objective.free(flat)
     return flat if rest is None else rest + flat
-
-
-def memory_message(size: RootSize, element_size: int) -> str:
-    """What a forced solver says where memory ends it."""
-    needed = exact_bytes(size.rows, size.params, element_size)
-    return (
-        f'solver="exact" needs {needed:.3g} bytes for {size.rows} rows and {size.params} '
-        'parameters. Take solver="auto", fewer cases, or batches.'
-    )

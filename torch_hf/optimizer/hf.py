@@ -57,9 +57,11 @@ SMALL_RATE = 0.1
 class HFOptimizer(FlatStateOptimizer):
     """Hessian-free optimization with an implicit L-BFGS preconditioner (arXiv 1309.1508).
 
-    Each step minimises the quadratic ``q(d) = g^T d + 1/2 d^T (G + lambda I) d`` by conjugate
-    gradients, walks back over CG's iterates while the loss falls, and searches along the best.
-    G is the Gauss-Newton matrix or the Hessian of the closure's loss and is only ever multiplied.
+    Each step minimises the quadratic ``q(d) = g^T d + 1/2 d^T (G + lambda I) d``. Conjugate
+    gradients only multiply G, the Gauss-Newton matrix or the Hessian of the closure's loss; the
+    step walks back over their iterates while the loss falls, and searches along the best. On data
+    that stay, and where it takes fewer operations, the quadratic is solved exactly from the
+    Jacobian instead, for several lambda, and the true loss decides (``solver``).
 
     Args:
         params: Parameters, named parameters or parameter groups. A group may have its own ``lr``
@@ -67,7 +69,8 @@ class HFOptimizer(FlatStateOptimizer):
         lr: Factor on the direction before the line search starts from it. 1 is the Newton step;
             there is seldom a reason to change it.
         curvature: ``"ggn"``, the generalized Gauss-Newton matrix, or ``"hessian"``.
-        damping: lambda of the first step; it adapts from there (Martens 2010, section 4.1). None
+        damping: lambda of the first step; it adapts from there (Martens 2010, section 4.1), that of
+            exact steps apart, in the state. None
             takes the curvature along the first gradient, so that the loss's scale is no matter.
         weight_decay: L2 penalty ``weight_decay/2 |theta|^2``, in loss, gradient and curvature.
         preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"kronecker"`` (factors of
@@ -319,6 +322,11 @@ class HFOptimizer(FlatStateOptimizer):
         options, progress = self.param_groups[0], self._progress.seeing(here.loss, same_data)
         plain = all(g["lr"] == 1.0 for g in self.param_groups) and self._chosen_solver_is_free()
         wanted = options["solver"]
+        if wanted == "exact" and any(g["lr"] != 1.0 for g in self.param_groups):
+            raise RuntimeError(
+                'solver="exact" takes the length of its steps from the loss, and lr must be 1, got '
+                f'{[g["lr"] for g in self.param_groups]}. Leave lr out, or take solver="cg".'
+            )
         if wanted == "auto" and not plain:
             return None
         most = max_iterations(self.preconditioner, same_data, progress.budget)
@@ -339,8 +347,9 @@ class HFOptimizer(FlatStateOptimizer):
         found = exact_step(objective, here, curvature, state, self._norms, first, timer)
         if found is None and wanted == "exact":
             raise RuntimeError(
-                'solver="exact" needs a root of the loss\'s Hessian, but a term of the loss is not '
-                'convex in its outputs, or couples too many of them. Take solver="auto".'
+                "solver=\"exact\" needs a root of the loss's Hessian whose gradient is the loss's, "
+                "but a term of the loss is not convex in its outputs or couples too many of them, "
+                'or a custom backward is no derivative. Take solver="auto".'
             )
         return found
 
