@@ -69,9 +69,9 @@ class HFOptimizer(FlatStateOptimizer):
         lr: Factor on the direction before the line search starts from it. 1 is the Newton step;
             there is seldom a reason to change it.
         curvature: ``"ggn"``, the generalized Gauss-Newton matrix, or ``"hessian"``.
-        damping: lambda of the first step; it adapts from there (Martens 2010, section 4.1), that of
-            exact steps apart, in the state. None
-            takes the curvature along the first gradient, so that the loss's scale is no matter.
+        damping: lambda of the first step; it adapts from there (Martens 2010, section 4.1; exact
+            steps keep theirs in the state). None takes the curvature along the first gradient, so
+            that the scale of the loss does not matter.
         weight_decay: L2 penalty ``weight_decay/2 |theta|^2``, in loss, gradient and curvature.
         preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"kronecker"`` (factors of
             the layers' blocks, Martens & Grosse 2015), ``"kronecker-lbfgs"`` (the pairs of long
