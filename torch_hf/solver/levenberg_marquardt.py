@@ -97,11 +97,14 @@ class _Trial(NamedTuple):
     step: Tensor
     loss: float
     ratio: float  # -inf where the loss is not finite, or nothing is predicted
-    predicted: float  # the fall of the model, above 0
+    predicted: float  # the fall of the model; at most 0 where rounding hides it
 
 
 def column_scale(squares: Tensor) -> Tensor:
     """D, of mean square 1, from the squared norms of R's columns, of shape (P,).
+
+    A column of zeros, which has no scale, counts as one at the median of the others: a slope
+    outside of R's rows may still move its parameter.
 
     Example:
         >>> import torch
@@ -113,8 +116,9 @@ def column_scale(squares: Tensor) -> Tensor:
     largest = squares.max()
     if not largest > 0 or not math.isfinite(float(largest)):
         return torch.ones_like(squares)
+    known = squares > 0
     logs = (squares / largest).clamp(min=1e-150).log()
-    logs = logs - logs.median()
+    logs = torch.where(known, logs - logs[known].median(), 0.0)
     width = 2.0 * math.log(NEAR_MEDIAN)
     near = logs.clamp(-width, width)
     scale = (0.25 * near + 0.5 * (logs - near)).exp()
@@ -122,11 +126,12 @@ def column_scale(squares: Tensor) -> Tensor:
 
 
 def remembered_norms(squares: Tensor, before: Tensor | None) -> Tensor:
-    """The running maximum of squared column norms, which forgets."""
+    """The running maximum of squared column norms, which forgets, but not for a column of zeros."""
     squares = squares.double()
     if before is None or before.shape != squares.shape:
         return squares
-    return torch.maximum(NORM_MEMORY * before.to(squares), squares)
+    before = before.to(squares)
+    return torch.where(squares > 0, torch.maximum(NORM_MEMORY * before, squares), before)
 
 
 class DampingSearch:
@@ -155,15 +160,17 @@ class DampingSearch:
         self.loss = loss
         self.rounding = LOSS_ULPS * eps * abs(loss)
         self.state = state
-        self.floor = FLOOR * solver.trace
-        start = solver.trace / solver.order if first is None else first
+        mean = solver.trace / solver.order or self._without_curvature()
+        self.trace = mean * solver.order  # no curvature is above it
+        self.floor = FLOOR * self.trace
+        start = mean if first is None else first
         self.first = max(state.damping or start, self.floor)
         self.trials = 0
 
     def run(self) -> Found:
         """Tries lambdas until the least that is good is known."""
         trial = self._try(self.first)
-        if 0 < trial.predicted <= self.rounding:
+        if abs(trial.predicted) <= self.rounding:
             return self._flat(trial)
         if trial.ratio >= LEAST_RATIO:
             return self._down(trial)
@@ -171,12 +178,18 @@ class DampingSearch:
             return self._stay(trial, self.state, STUCK)
         return self._up(trial)
 
+    def _without_curvature(self) -> float:
+        """Lambda where R is 0: that of a step which promises half of the loss."""
+        slope = self.solver.gradient().square() / self.solver.squares
+        return float(slope.sum()) / abs(self.loss or 1.0) or 1.0
+
     # --- the three ways ---
 
     def _flat(self, trial: _Trial) -> Found:
         """Rounding hides the change: lambda says nothing, unless it is what makes it small."""
-        worth = self._worth(trial)
-        damping = max(trial.damping / FACTOR, self.floor) if worth else trial.damping
+        worth = trial.damping > self.trace or self._worth(trial)
+        smaller = max(min(trial.damping / FACTOR, self.trace), self.floor)
+        damping = smaller if worth else trial.damping
         state = DampingState(damping, 0.0)
         if trial.loss < self.loss:
             return self._take(trial, state)
@@ -206,7 +219,7 @@ class DampingSearch:
             trial = self._try(trial.damping * factor)
             if trial.ratio >= LEAST_RATIO:
                 return self._take(trial, DampingState(trial.damping))
-            if 0 < trial.predicted <= self.rounding:
+            if abs(trial.predicted) <= self.rounding:
                 break
         # rounding, or a model that is false at any length: lambda is not at fault
         return self._stay(trial, DampingState(self.first, 0.0, self.loss), STUCK)
