@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from itertools import product
+from itertools import count, product
 from typing import NamedTuple
 
 import pytest
@@ -142,9 +142,11 @@ def plain_rule(problem: Residuals, x: Tensor, start: float, hit_wall: bool) -> t
 
     damping = start
     if ratio(damping) < 0.1:
-        factors = iter([3.0] * 6 + [10.0] * 20)
-        while ratio(damping) < 0.1:
-            damping *= next(factors)
+        for k in count(1):
+            far = max(10.0, math.sqrt(float(matrix.trace()) / damping))
+            damping *= 3.0 if k <= 6 else 10.0 if k <= 12 else far
+            if ratio(damping) >= 0.1:
+                break
         return damping, step(damping)
     if hit_wall and ratio(damping) < 0.5:
         return damping, step(damping)

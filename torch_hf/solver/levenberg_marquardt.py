@@ -32,8 +32,9 @@ LEAST_RATIO = 0.1
 CORRECT_BELOW, MAX_CORRECTIONS = 0.9, 6
 #: A correction longer than this part of the step is none.
 SHORT = 0.2
-#: Lambdas tried in one step: downwards, and upwards (by ``FACTOR`` the first six times).
-TRIES_DOWN, TRIES_UP, TRIES_NEAR = 6, 20, 6
+#: Lambdas tried in one step: downwards, and upwards (by ``FACTOR`` the first six times, by
+#: ``FAR_FACTOR`` six more).
+TRIES_DOWN, TRIES_UP, TRIES_NEAR, TRIES_FAR = 6, 20, 6, 12
 #: A smaller lambda is tried where it could lower the loss by this part.
 WORTH = 0.1
 #: From this ratio on the next step begins with a smaller lambda, untried.
@@ -144,6 +145,7 @@ class DampingSearch:
         eps: The rounding unit of the model's type.
         state: What the last step's search left.
         first: The first lambda of all; None for the mean diagonal of the scaled matrix.
+        noise: By how much the loss scatters beside its own rounding.
     """
 
     def __init__(
@@ -154,11 +156,12 @@ class DampingSearch:
         eps: float,
         state: DampingState,
         first: float | None = None,
+        noise: float = 0.0,
     ) -> None:
         self.solver = solver
         self.evaluate = evaluate
         self.loss = loss
-        self.rounding = LOSS_ULPS * eps * abs(loss)
+        self.rounding = LOSS_ULPS * eps * abs(loss) + noise
         self.state = state
         mean = solver.trace / solver.order or self._without_curvature()
         self.trace = mean * solver.order  # no curvature is above it
@@ -187,13 +190,12 @@ class DampingSearch:
 
     def _flat(self, trial: _Trial) -> Found:
         """Rounding hides the change: lambda says nothing, unless it is what makes it small."""
-        worth = trial.damping > self.trace or self._worth(trial)
-        smaller = max(min(trial.damping / FACTOR, self.trace), self.floor)
-        damping = smaller if worth else trial.damping
+        hidden = trial.damping > self.trace
+        damping = self.trace if hidden else trial.damping
         state = DampingState(damping, 0.0)
         if trial.loss < self.loss:
             return self._take(trial, state)
-        return self._stay(trial, state, CONVERGED, converged=not worth)
+        return self._stay(trial, state, CONVERGED, converged=not hidden)
 
     def _down(self, best: _Trial) -> Found:
         if self.state.hit_wall and best.ratio < EASY_RATIO:
@@ -215,14 +217,21 @@ class DampingSearch:
 
     def _up(self, trial: _Trial) -> Found:
         for k in range(1, TRIES_UP):
-            factor = FACTOR if k <= TRIES_NEAR else FAR_FACTOR
-            trial = self._try(trial.damping * factor)
+            trial = self._try(trial.damping * self._factor(k, trial.damping))
             if trial.ratio >= LEAST_RATIO:
                 return self._take(trial, DampingState(trial.damping))
             if abs(trial.predicted) <= self.rounding:
                 break
         # rounding, or a model that is false at any length: lambda is not at fault
         return self._stay(trial, DampingState(self.first, 0.0, self.loss), STUCK)
+
+    def _factor(self, k: int, damping: float) -> float:
+        """Upwards in small steps, then in larger ones, at last so that the trace is passed."""
+        if k <= TRIES_NEAR:
+            return FACTOR
+        if k <= TRIES_FAR:
+            return FAR_FACTOR
+        return max(math.sqrt(self.trace / damping), FAR_FACTOR)
 
     def _take(self, trial: _Trial, state: DampingState) -> Found:
         if not trial.loss < self.loss:
