@@ -104,8 +104,13 @@ def exact_step(
     norms: Tensor | None,
     first: float | None,
     timer: StepTimer,
+    forced: bool = False,
 ) -> ExactStep | None:
     """The search of one step; None where the loss's Hessian has no root after all.
+
+    The loss's own gradient may not be the one that R gives: where a backward pass is a user's own,
+    or where cross-entropy is near 0 and its gradient cancels. Then conjugate gradients do better,
+    and an exact step that was asked for takes the loss's gradient.
 
     Args:
         objective: Whose trial losses decide.
@@ -115,6 +120,7 @@ def exact_step(
         norms: What the last step remembered of the columns' norms.
         first: The first lambda of all, if a user gave one.
         timer: Takes the seconds.
+        forced: Whether there is no other solver to turn to.
     """
     vector = objective.vector
     with timer.part("products"):
@@ -131,10 +137,13 @@ def exact_step(
             decay=decay,
             scale=column_scale(seen),
         )
-        if not _agrees(solver, here.gradient):
+        agrees = _agrees(solver, here.gradient)
+        if not agrees and not forced:
             return None
-        noise = _noise(squares, vector)
-        sums = operator.split is None or sums_of_squares(operator.split.loss_terms)
+        if not agrees:
+            solver = solver.towards(here.gradient)
+        noise = _noise(squares, vector) if agrees else 0.0
+        sums = agrees and (operator.split is None or sums_of_squares(operator.split.loss_terms))
         operator.release()
     with vector.trial() as trial, timer.part("evaluations"):
 
