@@ -90,7 +90,9 @@ class Progress(NamedTuple):
         anew, is found again on the next, and then CG may go further.
         """
         gain = self.last_start - self.last_loss
-        if same_data or not gain > 0 or not math.isfinite(loss) or not self.last_start > 0:
+        if same_data or not 0 < gain < math.inf or not math.isfinite(loss):
+            return self
+        if not self.last_start > 0:
             return self
         claimed = MEMORY * self.claimed + gain / self.last_start
         found = MEMORY * self.found_again + (self.last_start - loss) / self.last_start
