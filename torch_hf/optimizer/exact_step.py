@@ -29,9 +29,12 @@ from torch_hf.solver.levenberg_marquardt import (
     column_scale,
     remembered_norms,
 )
+from torch_hf.vector import ParameterVector
 
 #: By how much of its length the gradient may differ from the one that R gives, beside rounding.
 AGREEMENT = 1e-3
+#: Units of rounding below which a column of R is none, and a residual may be 0.
+ROUNDINGS = 16.0
 
 
 class ExactStep(NamedTuple):
@@ -117,8 +120,13 @@ def exact_step(
     norms: Tensor | None,
     first: float | None,
     timer: StepTimer,
+    forced: bool = False,
 ) -> ExactStep | None:
     """The search of one step; None where the loss's Hessian has no root after all.
+
+    The loss's own gradient may not be the one that R gives: where a backward pass is a user's own,
+    or where cross-entropy is near 0 and its gradient cancels. Then conjugate gradients do better,
+    and an exact step that was asked for takes the loss's gradient.
 
     Args:
         objective: Whose trial losses decide.
@@ -128,6 +136,7 @@ def exact_step(
         norms: What the last step remembered of the columns' norms.
         first: The first lambda of all, if a user gave one.
         timer: Takes the seconds.
+        forced: Whether there is no other solver to turn to.
     """
     vector = objective.vector
     with timer.part("products"):
@@ -135,7 +144,8 @@ def exact_step(
         if root is None:
             return None
         decay = operator.decay if root.diagonal is None else operator.decay + root.diagonal
-        seen = remembered_norms(_squares(root.rows), norms).to(vector.dtype)
+        squares = _squares(root.rows)
+        seen = remembered_norms(squares, norms).to(vector.dtype)
         solver = ExactSolver(
             root.rows,
             root.residual,
@@ -143,20 +153,24 @@ def exact_step(
             decay=decay,
             scale=column_scale(seen),
         )
-        if not _agrees(solver, here.gradient):
+        agrees = _agrees(solver, here.gradient)
+        if not agrees and not forced:
             return None
-        squares = operator.split is None or sums_of_squares(operator.split.loss_terms)
+        if not agrees:
+            solver = solver.towards(here.gradient)
+        noise = _noise(squares, vector) if agrees else 0.0
+        sums = agrees and (operator.split is None or sums_of_squares(operator.split.loss_terms))
         operator.release()
     with vector.trial() as trial, timer.part("evaluations"):
 
         def evaluate(d: Tensor) -> tuple[float, Tensor | None]:
             trial.place(d.to(vector.dtype), 1.0)
-            if squares:
+            if sums:
                 return objective.trial_residual(here)
             return objective.trial_loss(here), None
 
         eps = torch.finfo(vector.dtype).eps
-        found = DampingSearch(solver, evaluate, here.loss, eps, state, first).run()
+        found = DampingSearch(solver, evaluate, here.loss, eps, state, first, noise).run()
         if found.direction is not None:
             direction = found.direction.to(vector.dtype)
             found = found._replace(direction=direction)
@@ -174,8 +188,21 @@ def _agrees(solver: ExactSolver, gradient: Tensor) -> bool:
 
 
 def _squares(rows: Tensor) -> Tensor:
+    """Squared norms of the columns; 0 for those of rounding alone.
+
+    A bias before batch normalisation or that of attention's keys moves no output. As a scale the
+    rounding in its column would let it move by the inverse.
+    """
     norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64)
-    return norms.square()
+    least = ROUNDINGS * torch.finfo(rows.dtype).eps * norms.max()
+    return torch.where(norms > least, norms, 0.0).square()
+
+
+def _noise(squares: Tensor, vector: ParameterVector) -> float:
+    """The scatter of a sum of squares near 0, whose residual the parameters' rounding moves."""
+    values = torch.cat([p.detach().reshape(-1).double() for p in vector.params])
+    eps = torch.finfo(vector.dtype).eps
+    return ROUNDINGS * eps**2 * float(squares @ values.square())
 
 
 def _rest(rest: Tensor | None, objective: Objective) -> Tensor | None:

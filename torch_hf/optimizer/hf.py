@@ -339,13 +339,11 @@ class HFOptimizer(FlatStateOptimizer):
             products=most if not same_data else PRODUCTS_OF_SOLVE,
         ):
             return None
-        stuck = progress.exact_stuck_at
-        state = DampingState(
-            progress.exact_damping, progress.exact_wall, math.nan if stuck < 0 else stuck
-        )
+        state = DampingState(progress.exact_damping, progress.exact_wall, progress.exact_stuck_at)
         first = options["damping"] if not progress.steps else None
-        found = exact_step(objective, here, curvature, state, self._norms, first, timer)
-        if found is None and wanted == "exact":
+        norms, forced = self._norms, wanted == "exact"
+        found = exact_step(objective, here, curvature, state, norms, first, timer, forced)
+        if found is None and forced:
             raise RuntimeError(
                 "solver=\"exact\" needs a root of the loss's Hessian whose gradient is the loss's, "
                 "but a term of the loss is not convex in its outputs or couples too many of them, "
@@ -437,7 +435,7 @@ class HFOptimizer(FlatStateOptimizer):
             progress = progress._replace(
                 exact_damping=state.damping,
                 exact_wall=state.hit_wall,
-                exact_stuck_at=-1.0 if math.isnan(state.stuck_at) else state.stuck_at,
+                exact_stuck_at=state.stuck_at,
                 batched_rows=float(outcome.exact.batched),
             )
         if move.converged:

@@ -50,7 +50,7 @@ class Progress(NamedTuple):
         budget: The factor on CG's iterations on new data that this evidence has earned.
         exact_damping: Lambda of the next exact step; 0 before there was one.
         exact_wall: Whether the last one's search ended at a lambda that failed.
-        exact_stuck_at: The loss from which no lambda led down; -1 elsewhere.
+        exact_stuck_at: The loss from which no lambda led down; nan elsewhere.
         batched_rows: Whether the Jacobian's rows were seen to need a backward pass each.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
@@ -70,7 +70,7 @@ class Progress(NamedTuple):
     budget: float = 1.0
     exact_damping: float = 0.0
     exact_wall: float = 0.0
-    exact_stuck_at: float = -1.0
+    exact_stuck_at: float = math.nan
     batched_rows: float = 0.0
 
     @property
@@ -90,7 +90,9 @@ class Progress(NamedTuple):
         anew, is found again on the next, and then CG may go further.
         """
         gain = self.last_start - self.last_loss
-        if same_data or not gain > 0 or not math.isfinite(loss) or not self.last_start > 0:
+        if same_data or not 0 < gain < math.inf or not math.isfinite(loss):
+            return self
+        if not self.last_start > 0:
             return self
         claimed = MEMORY * self.claimed + gain / self.last_start
         found = MEMORY * self.found_again + (self.last_start - loss) / self.last_start

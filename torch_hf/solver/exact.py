@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -134,6 +135,13 @@ class ExactSolver:
             self._factor = (damping, self._factorize(damping))
         solved = self._refined_in_rows if self.in_rows else self._refined
         return solved(self._factor[1], r, s, MAX_ROUNDS if refine else 1)
+
+    def towards(self, gradient: Tensor) -> ExactSolver:
+        """The same matrix with another gradient, of shape (P,), from the same sums."""
+        other = copy(self)
+        other.residual = torch.zeros_like(self.residual)
+        other.rest = _vector("rest", gradient, self.rows.shape[1], self.rows)
+        return other
 
     def further(self, damping: float, d: Tensor) -> Tensor:
         """What a second round of the same damped solve adds at d, in float64."""

@@ -32,8 +32,9 @@ LEAST_RATIO = 0.1
 CORRECT_BELOW, MAX_CORRECTIONS = 0.9, 6
 #: A correction longer than this part of the step is none.
 SHORT = 0.2
-#: Lambdas tried in one step: downwards, and upwards (by ``FACTOR`` the first six times).
-TRIES_DOWN, TRIES_UP, TRIES_NEAR = 6, 20, 6
+#: Lambdas tried in one step: downwards, and upwards (by ``FACTOR`` the first six times, by
+#: ``FAR_FACTOR`` six more).
+TRIES_DOWN, TRIES_UP, TRIES_NEAR, TRIES_FAR = 6, 20, 6, 12
 #: A smaller lambda is tried where it could lower the loss by this part.
 WORTH = 0.1
 #: From this ratio on the next step begins with a smaller lambda, untried.
@@ -97,11 +98,14 @@ class _Trial(NamedTuple):
     step: Tensor
     loss: float
     ratio: float  # -inf where the loss is not finite, or nothing is predicted
-    predicted: float  # the fall of the model, above 0
+    predicted: float  # the fall of the model; at most 0 where rounding hides it
 
 
 def column_scale(squares: Tensor) -> Tensor:
     """D, of mean square 1, from the squared norms of R's columns, of shape (P,).
+
+    A column of zeros, which has no scale, counts as one at the median of the others: a slope
+    outside of R's rows may still move its parameter.
 
     Example:
         >>> import torch
@@ -113,8 +117,9 @@ def column_scale(squares: Tensor) -> Tensor:
     largest = squares.max()
     if not largest > 0 or not math.isfinite(float(largest)):
         return torch.ones_like(squares)
+    known = squares > 0
     logs = (squares / largest).clamp(min=1e-150).log()
-    logs = logs - logs.median()
+    logs = torch.where(known, logs - logs[known].median(), 0.0)
     width = 2.0 * math.log(NEAR_MEDIAN)
     near = logs.clamp(-width, width)
     scale = (0.25 * near + 0.5 * (logs - near)).exp()
@@ -122,11 +127,12 @@ def column_scale(squares: Tensor) -> Tensor:
 
 
 def remembered_norms(squares: Tensor, before: Tensor | None) -> Tensor:
-    """The running maximum of squared column norms, which forgets."""
+    """The running maximum of squared column norms, which forgets, but not for a column of zeros."""
     squares = squares.double()
     if before is None or before.shape != squares.shape:
         return squares
-    return torch.maximum(NORM_MEMORY * before.to(squares), squares)
+    before = before.to(squares)
+    return torch.where(squares > 0, torch.maximum(NORM_MEMORY * before, squares), before)
 
 
 class DampingSearch:
@@ -139,6 +145,7 @@ class DampingSearch:
         eps: The rounding unit of the model's type.
         state: What the last step's search left.
         first: The first lambda of all; None for the mean diagonal of the scaled matrix.
+        noise: By how much the loss scatters beside its own rounding.
     """
 
     def __init__(
@@ -149,21 +156,24 @@ class DampingSearch:
         eps: float,
         state: DampingState,
         first: float | None = None,
+        noise: float = 0.0,
     ) -> None:
         self.solver = solver
         self.evaluate = evaluate
         self.loss = loss
-        self.rounding = LOSS_ULPS * eps * abs(loss)
+        self.rounding = LOSS_ULPS * eps * abs(loss) + noise
         self.state = state
-        self.floor = FLOOR * solver.trace
-        start = solver.trace / solver.order if first is None else first
+        mean = solver.trace / solver.order or self._without_curvature()
+        self.trace = mean * solver.order  # no curvature is above it
+        self.floor = FLOOR * self.trace
+        start = mean if first is None else first
         self.first = max(state.damping or start, self.floor)
         self.trials = 0
 
     def run(self) -> Found:
         """Tries lambdas until the least that is good is known."""
         trial = self._try(self.first)
-        if 0 < trial.predicted <= self.rounding:
+        if abs(trial.predicted) <= self.rounding:
             return self._flat(trial)
         if trial.ratio >= LEAST_RATIO:
             return self._down(trial)
@@ -171,16 +181,21 @@ class DampingSearch:
             return self._stay(trial, self.state, STUCK)
         return self._up(trial)
 
+    def _without_curvature(self) -> float:
+        """Lambda where R is 0: that of a step which promises half of the loss."""
+        slope = self.solver.gradient().square() / self.solver.squares
+        return float(slope.sum()) / abs(self.loss or 1.0) or 1.0
+
     # --- the three ways ---
 
     def _flat(self, trial: _Trial) -> Found:
         """Rounding hides the change: lambda says nothing, unless it is what makes it small."""
-        worth = self._worth(trial)
-        damping = max(trial.damping / FACTOR, self.floor) if worth else trial.damping
+        hidden = trial.damping > self.trace
+        damping = self.trace if hidden else trial.damping
         state = DampingState(damping, 0.0)
         if trial.loss < self.loss:
             return self._take(trial, state)
-        return self._stay(trial, state, CONVERGED, converged=not worth)
+        return self._stay(trial, state, CONVERGED, converged=not hidden)
 
     def _down(self, best: _Trial) -> Found:
         if self.state.hit_wall and best.ratio < EASY_RATIO:
@@ -202,14 +217,21 @@ class DampingSearch:
 
     def _up(self, trial: _Trial) -> Found:
         for k in range(1, TRIES_UP):
-            factor = FACTOR if k <= TRIES_NEAR else FAR_FACTOR
-            trial = self._try(trial.damping * factor)
+            trial = self._try(trial.damping * self._factor(k, trial.damping))
             if trial.ratio >= LEAST_RATIO:
                 return self._take(trial, DampingState(trial.damping))
-            if 0 < trial.predicted <= self.rounding:
+            if abs(trial.predicted) <= self.rounding:
                 break
         # rounding, or a model that is false at any length: lambda is not at fault
         return self._stay(trial, DampingState(self.first, 0.0, self.loss), STUCK)
+
+    def _factor(self, k: int, damping: float) -> float:
+        """Upwards in small steps, then in larger ones, at last so that the trace is passed."""
+        if k <= TRIES_NEAR:
+            return FACTOR
+        if k <= TRIES_FAR:
+            return FAR_FACTOR
+        return max(math.sqrt(self.trace / damping), FAR_FACTOR)
 
     def _take(self, trial: _Trial, state: DampingState) -> Found:
         if not trial.loss < self.loss:
