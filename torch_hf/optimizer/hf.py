@@ -340,7 +340,8 @@ class HFOptimizer(FlatStateOptimizer):
         if found is None and wanted == "exact":
             raise RuntimeError(
                 'solver="exact" needs a root of the loss\'s Hessian, but a term of the loss is not '
-                'convex in its outputs, or couples too many of them. Take solver="auto".'
+                "convex in its outputs, couples too many of them, or is computed in half precision "
+                '(then write it of outputs.float()). Take solver="auto".'
             )
         return found
 
