@@ -276,6 +276,12 @@ class Case:
     faults: tuple[Fault | None, ...]
     options: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_ordinary_data(self) -> bool:
+        """Whether variances of it, which batch norm keeps, are finite in any type."""
+        large = any(f and f.kind == "batch" and 1e15 < abs(f.value) < math.inf for f in self.faults)
+        return self.data_scale < 1e15 and not large
+
 
 PRECONDITIONERS: dict[str, Callable[[], Any]] = {
     "lbfgs": lambda: "lbfgs",
@@ -565,8 +571,7 @@ class Checker:
             self.look_at_report(run, noise, place)
         if not all(bool(p.isfinite().all()) for p in run.model.parameters()):
             self.add("not finite", f"{place}: parameters {run.optimizer.last_report}")
-        ordinary = run.data[0].abs().max() < 1e15  # of larger numbers the variance overflows
-        if ordinary and not all(bool(b.isfinite().all()) for b in run.model.buffers()):
+        if self.case.has_ordinary_data and not all(bool(b.isfinite().all()) for b in run.model.buffers()):
             self.add("not finite", f"{place}: buffers {run.optimizer.last_report}")
         damping = run.optimizer.param_groups[0]["damping"]
         if damping is not None and not (math.isfinite(damping) and damping >= 0.0):

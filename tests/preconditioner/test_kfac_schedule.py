@@ -1,4 +1,4 @@
-"""When the Kronecker factors are measured and inverted, against plain arithmetic in one sequence."""
+"""When the Kronecker factors are measured and inverted, against plain arithmetic."""
 
 from types import SimpleNamespace
 from typing import NamedTuple
