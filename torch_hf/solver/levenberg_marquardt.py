@@ -16,6 +16,7 @@ scaling far from it, so that the units of single parameters do not matter.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,7 +102,9 @@ class _Trial(NamedTuple):
 
 
 def column_scale(squares: Tensor) -> Tensor:
-    """D, of mean square 1, from the squared norms of R's columns, of shape (P,).
+    """D from the squared norms of R's columns, of shape (P,); 1 where a column is zero.
+
+    Its mean square is 1 but for these.
 
     Example:
         >>> import torch
@@ -118,7 +121,10 @@ def column_scale(squares: Tensor) -> Tensor:
     width = 2.0 * math.log(NEAR_MEDIAN)
     near = logs.clamp(-width, width)
     scale = (0.25 * near + 0.5 * (logs - near)).exp()
-    return scale / scale.square().mean().sqrt()
+    scale = scale / scale.square().mean().sqrt()
+    # A gradient outside of R's rows may move those without a column, and nothing but lambda holds
+    # them.
+    return torch.where(squares > 0, scale, 1.0)
 
 
 def remembered_norms(squares: Tensor, before: Tensor | None) -> Tensor:
@@ -155,8 +161,11 @@ class DampingSearch:
         self.loss = loss
         self.rounding = LOSS_ULPS * eps * abs(loss)
         self.state = state
-        self.floor = FLOOR * solver.trace
-        start = solver.trace / solver.order if first is None else first
+        self.floor = max(FLOOR * solver.trace, sys.float_info.min)
+        mean = solver.trace / solver.order
+        start = mean if first is None else first
+        if not mean > 0:
+            start = max(start, self._without_curvature())
         self.first = max(state.damping or start, self.floor)
         self.trials = 0
 
@@ -208,6 +217,8 @@ class DampingSearch:
                 return self._take(trial, DampingState(trial.damping))
             if 0 < trial.predicted <= self.rounding:
                 break
+        else:  # from the floor it is further than one search climbs; the next goes on from here
+            return self._stay(trial, DampingState(trial.damping), STUCK)
         # rounding, or a model that is false at any length: lambda is not at fault
         return self._stay(trial, DampingState(self.first, 0.0, self.loss), STUCK)
 
@@ -223,6 +234,11 @@ class DampingSearch:
         return Found(None, self.loss, ratio, trial.damping, self.trials, state, reason, converged)
 
     # --- one lambda ---
+
+    def _without_curvature(self) -> float:
+        """The lambda of the steepest descent that promises the whole loss."""
+        square = float(self.solver.gradient().square().sum())
+        return square / abs(self.loss) if self.loss else square
 
     def _try(self, damping: float) -> _Trial:
         """The step of one lambda, corrected towards the residual that the model promised."""
