@@ -143,3 +143,18 @@ def test_pairs_of_a_short_run_are_dropped_where_layers_are_known(length, rest, k
     assert ("s" in state) == kept
     if kept:  # those of the last run
         assert all(any(torch.equal(s, d) for d in directions) for s in state["s"])
+
+
+def test_another_weight_decay_is_taken_up_between_measurements():
+    curvature, preconditioner = Measured(), KroneckerPreconditioner()
+    a, s = factors(1)
+    held = mean_curvature(a, s) / 2
+    for decays in (DECAYS, [1.0, 1.0, 2.0]):
+        curvature.decays = decays
+        preconditioner.begin(1.0, curvature)
+        total = 1.0 + held + decays[0] - DECAYS[0]
+        truth = dense(a, s, total, held + decays[2] - decays[0] + DECAYS[0] - DECAYS[2])
+        torch.testing.assert_close(matrix(preconditioner), truth, rtol=1e-9, atol=1e-12)
+        preconditioner.observe(1, truth[0], truth[0])
+        preconditioner.end()
+    assert len(curvature.salts) == 1
