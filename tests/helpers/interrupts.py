@@ -27,10 +27,14 @@ class Tracer:
 
     Args:
         interrupt_at: The number of that line; None for none.
+        error: What is raised there.
     """
 
-    def __init__(self, interrupt_at: int | None = None) -> None:
+    def __init__(
+        self, interrupt_at: int | None = None, error: type[BaseException] = KeyboardInterrupt
+    ) -> None:
         self.interrupt_at = interrupt_at
+        self.error = error
         self.lines: list[Line] = []
         self.counting = True
 
@@ -42,7 +46,7 @@ class Tracer:
             place = f"{frame.f_code.co_filename[len(PACKAGE) + 1 :]}:{frame.f_lineno}"
             self.lines.append(Line(place, len(self.lines)))
             if len(self.lines) - 1 == self.interrupt_at:
-                raise KeyboardInterrupt(place)  # which ends the tracing
+                raise self.error(place)  # which ends the tracing
         return self._line
 
     def run(self, step: Callable[[], Any]) -> BaseException | None:

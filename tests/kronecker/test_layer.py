@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -150,6 +151,29 @@ def test_steps_on_active_neurons_are_dense_sgd(search, weight_decay, defer, step
             losses.append(loss.detach())
         assert_close(*losses, rtol=0, atol=1e-10)
     assert_close(network.hidden.to_dense(), weight.detach(), rtol=0, atol=1e-10)
+
+
+def test_the_tree_is_built_anew_after_the_slots_were_rescaled():
+    """Weight decay is a factor beside the weights, and multiplied in before it costs digits."""
+    layer = _layer()
+    optimizer = KroneckerSGD(layer.parameters(), lr=0.5, weight_decay=1.2)
+    rescaled = 0
+    for k in range(40):  # the factor of a step is 0.4
+        samples, threshold = [k % N, 3], -(0.4 ** (k + 1))  # below 0 a shrunken leaf rises
+        truth = (layer(samples) > threshold).nonzero(as_tuple=True)
+        optimizer.zero_grad()
+        found = layer.active(samples, threshold, search="tree")
+        assert (found.positions.tolist(), found.neurons.tolist()) == tuple(
+            place.tolist() for place in truth
+        )
+        levels = layer._search.tree.levels
+        for below, level in pairwise(levels):
+            groups = below.split(layer._search.tree.branching)
+            assert torch.equal(level, torch.stack([g.amax(dim=0) for g in groups]))
+        (1e-9 * found.values.square().sum()).backward()
+        optimizer.step()
+        rescaled = layer._span.rescaled
+    assert rescaled >= 2
 
 
 def test_full_and_active_steps_mix():

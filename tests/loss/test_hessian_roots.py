@@ -203,3 +203,12 @@ def test_a_loss_that_couples_too_many_outputs_is_refused():
     term = AutogradTerm(torch.logsumexp(z.reshape(-1), 0), None, (z,))
     with pytest.raises(NoRootError, match="couples 1025 outputs over cases"):
         hessian_root(term)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_outputs_of_half_precision_have_no_root_by_eigenvectors(dtype):
+    """Eigenvalues of such a matrix are mostly rounding, and LAPACK takes none."""
+    z = Z.to(dtype).requires_grad_()
+    split = split_by_outputs(Record(), z.float().logsumexp(1).mean(), [z], [z])
+    with pytest.raises(NoRootError, match=r"too coarse.*outputs\.float\(\)"):
+        hessian_root(split.loss_terms[0])

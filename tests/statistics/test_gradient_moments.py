@@ -149,6 +149,24 @@ def test_a_layer_used_twice_under_autocast_does_not_count_as_used_once():
     assert not torch.equal(*draws)  # by random signs
 
 
+def test_autocast_squares_what_the_layer_would_in_full_precision():
+    """Softplus gives float32 there, so that inputs and gradients of a layer differ in type."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Softplus(), nn.Linear(3, 3))
+    x, params, found = torch.randn(CASES, 3), trainable(model), []
+    for enabled in (True, False):
+
+        def closure(enabled=enabled):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                return F.mse_loss(model(x).float(), VALUES.float())
+
+        record = Capture(params, layers=True).run(closure)
+        loss_terms = split_by_calls(record, record.returned, params).loss_terms
+        squares = squared_gradients(loss_terms, params, record.layers)
+        assert all(s.dtype == torch.float32 for s in squares)
+        found.append(torch.cat([s.flatten() for s in squares]))
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.01 * found[1].max().item())
+
+
 # The gradient's variance
 
 

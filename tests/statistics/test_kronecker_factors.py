@@ -138,7 +138,52 @@ def recorded_loss_terms(z, loss_of):
     return split_by_calls(record, record.returned, [weight]).loss_terms
 
 
+class TwoHeads(nn.Module):
+    """Two linear heads on a linear trunk, so that curvature at the trunk has a closed form."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(4, 3)
+        self.heads = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)])
+
+    def forward(self, x):
+        hidden = self.trunk(x)
+        return [head(hidden) for head in self.heads]
+
+
+#: Losses of the two heads' outputs.
+OF_TWO_HEADS = {
+    "a loss of two outputs": lambda a, b, y: F.mse_loss(a, b),
+    "a loss for each head": lambda a, b, y: F.mse_loss(a, y) + 3 * F.mse_loss(b, y),
+    "two losses of one head": lambda a, b, y: F.mse_loss(a, y) + 0.5 * F.huber_loss(a, 9 + y),
+    "two kinds": lambda a, b, y: F.mse_loss(a, y) + F.cross_entropy(b, (y[:, 0] > 0).long()),
+}
+
+
 class TestMeasurement:
+    @pytest.mark.parametrize("name", OF_TWO_HEADS)
+    def test_losses_of_several_outputs_add_up_at_the_trunk(self, name):
+        """Over many draws of signs, which are other ones for each output and each loss."""
+        model, draws = TwoHeads().double(), 600
+        x, y = torch.randn(6, 4).double(), torch.randn(6, 2).double()
+        params = list(model.parameters())
+        record = Capture(params, layers=True).run(lambda: OF_TWO_HEADS[name](*model(x), y))
+        terms = split_by_calls(record, record.returned, params).loss_terms
+
+        def loss(hidden):
+            return OF_TWO_HEADS[name](*(head(hidden) for head in model.heads), y)
+
+        full = torch.autograd.functional.hessian(loss, model.trunk(x).detach())
+        truth = sum(full[i, :, i] for i in range(6))
+        found = []
+        for salt in range(draws):
+            blocks, _ = measure(terms, params, record.layers, salt)
+            found.append(next(b.outputs for b in blocks if b.weight == 0))
+        outputs = torch.stack(found)
+        error = (outputs.mean(0) - truth).abs()
+        assert (error <= 5 * outputs.std(0) / draws**0.5 + 1e-12).all()
+        assert (outputs.mean(0).trace() / truth.trace() - 1).abs() < 0.15
+
     @pytest.mark.parametrize("name", LOSSES)
     def test_factors_are_sums_over_single_cases(self, name):
         criterion, targets = LOSSES[name]

@@ -254,6 +254,8 @@ def _softmax_root(term: SoftmaxTerm) -> HessianRoot:
 
 def _dense_root(term: LossTerm) -> HessianRoot:
     """By eigenvectors of each case's Hessian, or of the whole where cases are coupled."""
+    if any(torch.finfo(z.dtype).bits < 32 for z in term.outputs):
+        raise NoRootError(_TOO_COARSE.format(dtype=str(term.outputs[0].dtype)))
     cases = _common_cases(term.outputs)
     numbers = sum(z.numel() for z in term.outputs)
     found = None
@@ -336,4 +338,9 @@ _NOT_CONVEX = (
 _TOO_LARGE = (
     "The Hessian of a term of the loss couples {numbers} outputs over cases, and a root is taken "
     'of {most} at the most. Take conjugate gradients, which need none: solver="cg".'
+)
+_TOO_COARSE = (
+    "A term of the loss is computed from outputs of type {dtype}, too coarse to find a root of its "
+    "Hessian. Write the loss of outputs.float(), or take conjugate gradients, which need no root: "
+    'solver="cg".'
 )

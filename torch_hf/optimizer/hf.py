@@ -346,8 +346,9 @@ class HFOptimizer(FlatStateOptimizer):
         if found is None and forced:
             raise RuntimeError(
                 "solver=\"exact\" needs a root of the loss's Hessian whose gradient is the loss's, "
-                "but a term of the loss is not convex in its outputs or couples too many of them, "
-                'or a custom backward is no derivative. Take solver="auto".'
+                "but a term of the loss is not convex in its outputs, couples too many of them or is "
+                "computed in half precision, or a custom backward is no derivative. Take "
+                'solver="auto".'
             )
         return found
 

@@ -85,8 +85,9 @@ def _used_once(
 
 
 def _of_layer(layer: Layer, delta: Tensor) -> dict[int, Tensor]:
-    squares = delta.reshape(-1, delta.shape[-1]).square()
-    inputs = layer.input.detach().reshape(-1, layer.input.shape[-1]).square()
+    own = layer.weight.dtype  # under autocast the two may have others, and unequal ones
+    squares = delta.reshape(-1, delta.shape[-1]).to(own).square()
+    inputs = layer.input.detach().reshape(-1, layer.input.shape[-1]).to(own).square()
     sums = {id(layer.weight): squares.T @ inputs}
     if layer.bias is not None:
         sums[id(layer.bias)] = squares.sum(0)
