@@ -345,10 +345,9 @@ class HFOptimizer(FlatStateOptimizer):
         found = exact_step(objective, here, curvature, state, norms, first, timer, forced)
         if found is None and forced:
             raise RuntimeError(
-                "solver=\"exact\" needs a root of the loss's Hessian whose gradient is the loss's, "
-                "but a term of the loss is not convex in its outputs, couples too many of them or is "
-                "computed in half precision, or a custom backward is no derivative. Take "
-                'solver="auto".'
+                'solver="exact" needs a root of the loss\'s Hessian, but a term of the loss is not '
+                "convex in its outputs, couples too many of them, or is computed in half precision "
+                '(then write it of outputs.float()). Take solver="auto".'
             )
         return found
 
