@@ -27,6 +27,7 @@ from snapshots import assert_identical, snapshot
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_hf import HFOptimizer, LBFGSPreconditioner
 
@@ -442,9 +443,8 @@ class Run:
         torch.set_rng_state(noise)
         total = 0.0
         for batch in self.parts() or [self.data]:
-            loss = self.forward(batch)[0]
-            if self.case.form == "autocast":
-                raise NotImplementedError
+            with sdpa_kernel(SDPBackend.MATH):  # as in a step; the fused kernel rounds otherwise
+                loss = self.forward(batch)[0]
             total += loss.double().item() * self.share(batch)
         torch.set_rng_state(after)
         for name, buffer in self.model.named_buffers():
