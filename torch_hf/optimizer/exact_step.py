@@ -56,7 +56,7 @@ def solves_exactly(
     wanted: str,
     *,
     data_stay: bool,
-    first_step: bool,
+    many_rows_do: bool,
     batched: bool,
     products: int,
 ) -> bool:
@@ -67,8 +67,9 @@ def solves_exactly(
         wanted: The option ``solver``.
         data_stay: Whether steps on these data may solve to the end: they stay, or what was gained
             on one sample was found again on the next.
-        first_step: Nothing is known of the data; where they are more than the parameters, a step
-            cannot fit noise far.
+        many_rows_do: Whether more rows than parameters are enough, so that a step cannot fit noise
+            far: at the first step, and where most of what steps gained was found again. It holds
+            for sums of squares alone.
         batched: Whether rows were seen to need a backward pass each.
         products: That CG would take.
 
@@ -96,10 +97,15 @@ def solves_exactly(
                 'parameters, more than this machine has. Take solver="auto", or fewer cases.'
             )
         return True
-    if not (data_stay or (first_step and size.rows >= size.params)):
+    if not data_stay and not (many_rows_do and size.rows >= size.params and _squares_of(operator)):
         return False
     passes = size.rows if batched else size.passes
     return exact_is_cheaper(size.rows, size.params, passes, size.cases, item, products)
+
+
+def _squares_of(operator: ObjectiveOperator) -> bool:
+    """Whether the loss is a sum of squares; of classes a step learns a sample's noise sooner."""
+    return operator.split is not None and sums_of_squares(operator.split.loss_terms)
 
 
 def memory_of(device: torch.device) -> float:
@@ -141,7 +147,7 @@ def exact_step(
     vector = objective.vector
     with timer.part("products"):
         root = joint_root(operator)
-        if root is None:
+        if root is None or not len(root.rows):
             return None
         decay = operator.decay if root.diagonal is None else operator.decay + root.diagonal
         squares = _squares(root.rows)

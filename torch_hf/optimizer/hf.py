@@ -334,9 +334,9 @@ class HFOptimizer(FlatStateOptimizer):
             curvature,
             wanted,
             data_stay=same_data or progress.budget > 1.0,
-            first_step=not progress.steps,
+            many_rows_do=not progress.steps or progress.holds,
             batched=bool(progress.batched_rows),
-            products=most if not same_data else PRODUCTS_OF_SOLVE,
+            products=PRODUCTS_OF_SOLVE if same_data or progress.holds else most,
         ):
             return None
         state = DampingState(progress.exact_damping, progress.exact_wall, progress.exact_stuck_at)

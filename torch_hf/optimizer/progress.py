@@ -12,6 +12,8 @@ from torch_hf.preconditioner.saved_state import number
 MEMORY, STEPS_OF_EVIDENCE = 0.9, 8.0
 #: Parts of the gains that must be found again for a larger budget, and below which it shrinks.
 KEPT, LOST = 0.9, 0.5
+#: Part of the gains that must be found again for exact steps on data of more rows than parameters.
+HELD = 0.7
 MAX_BUDGET = 256.0
 
 
@@ -77,6 +79,11 @@ class Progress(NamedTuple):
     def ratio(self) -> float | None:
         """The last step's ratio; None before there was a step that had something to do."""
         return self.last_ratio if self.last_cases else None
+
+    @property
+    def holds(self) -> bool:
+        """Whether steps on changing data were seen to hold: most of their gains was found again."""
+        return self.claimed > 0.0 and self.found_again >= HELD * self.claimed
 
     def still_converged(self, loss: float, gradient_norm: float) -> bool:
         """Whether the last step ended converged, and nothing has changed since."""
