@@ -227,6 +227,7 @@ def interrupted_everywhere(
         error = tracer.run(run.step)
         if not isinstance(error, KeyboardInterrupt):  # what a run does once is a line less now
             run = make(case)
+            before = run.snapshot()
             error = Tracer(line.index).run(run.step)
         assert isinstance(error, KeyboardInterrupt), (line, error)
         after = run.snapshot()

@@ -32,13 +32,8 @@ from torch_hf import HFOptimizer
 if "expecttest" not in sys.modules:  # torch's helpers name it, for tests of other things
     sys.modules["expecttest"] = types.SimpleNamespace(TestCase=unittest.TestCase)
 common = pytest.importorskip("torch.testing._internal.common_optimizers")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _flags_may_be_set():
-    """What is imported here forbids the whole process to set torch.backends' flags."""
-    yield
-    torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
+# The import forbids the whole process to set torch.backends' flags; other tests set some.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 
 pytestmark = [

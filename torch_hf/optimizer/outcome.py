@@ -68,7 +68,16 @@ class StepDecision(NamedTuple):
             reason=found.reason,
             converged=found.converged,
         )
-        return cls(move, damping, None, curvature, variance, same_data=same_data, exact=exact)
+        return cls(
+            move,
+            damping,
+            None,
+            curvature,
+            variance,
+            nothing_to_do=found.again,
+            same_data=same_data,
+            exact=exact,
+        )
 
     @property
     def accepted(self) -> bool:

@@ -52,7 +52,7 @@ class Progress(NamedTuple):
         budget: The factor on CG's iterations on new data that this evidence has earned.
         exact_damping: Lambda of the next exact step; 0 before there was one.
         exact_wall: Whether the last one's search ended at a lambda that failed.
-        exact_stuck_at: The loss from which no lambda led down; nan elsewhere.
+        exact_stuck_at: The loss from which no lambda led down; inf elsewhere.
         batched_rows: Whether the Jacobian's rows were seen to need a backward pass each.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
@@ -72,7 +72,7 @@ class Progress(NamedTuple):
     budget: float = 1.0
     exact_damping: float = 0.0
     exact_wall: float = 0.0
-    exact_stuck_at: float = math.nan
+    exact_stuck_at: float = math.inf
     batched_rows: float = 0.0
 
     @property

@@ -61,12 +61,12 @@ class DampingState(NamedTuple):
     Attributes:
         damping: Lambda to begin with; 0 before there was one.
         hit_wall: Whether the last search ended at a lambda that failed.
-        stuck_at: The loss from which no lambda led down; nan elsewhere.
+        stuck_at: The loss from which no lambda led down; inf elsewhere.
     """
 
     damping: float = 0.0
     hit_wall: float = 0.0
-    stuck_at: float = math.nan
+    stuck_at: float = math.inf
 
 
 class Found(NamedTuple):
@@ -81,6 +81,7 @@ class Found(NamedTuple):
         state: For the next search.
         reason: Why the parameters stay.
         converged: Whether rounding hides what is left to gain.
+        again: Whether this is where the search before ended, too: nothing new is known.
     """
 
     direction: Tensor | None
@@ -91,6 +92,7 @@ class Found(NamedTuple):
     state: DampingState
     reason: str = ""
     converged: bool = False
+    again: bool = False
 
 
 class _Trial(NamedTuple):
@@ -178,7 +180,7 @@ class DampingSearch:
         if trial.ratio >= LEAST_RATIO:
             return self._down(trial)
         if self.loss == self.state.stuck_at:  # the same point again
-            return self._stay(trial, self.state, STUCK)
+            return self._stay(trial, self.state, STUCK)._replace(again=True)
         return self._up(trial)
 
     def _without_curvature(self) -> float:
