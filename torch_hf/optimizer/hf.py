@@ -24,11 +24,18 @@ from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
 from torch_hf.optimizer.exact_step import ExactStep, exact_step, solves_exactly
+from torch_hf.optimizer.light_step import (
+    LightStep,
+    after_full,
+    after_light,
+    light_step,
+    takes_light_step,
+)
 from torch_hf.optimizer.outcome import StepDecision
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.optimizer.transaction import Transaction
-from torch_hf.preconditioner.choose import make_preconditioner, worth_observing
+from torch_hf.preconditioner.choose import factors_of, make_preconditioner, worth_observing
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.solver.cg import CGResult, conjugate_gradients
@@ -221,7 +228,7 @@ class HFOptimizer(FlatStateOptimizer):
                 self._look_at_precision(objective)
                 outcome = self._decide(objective, here, timer)
             change.reloads = True
-            self._commit(vector, objective.space, here, outcome)
+            self._commit(vector, objective, here, outcome)
             objective.replay.settle(counts=math.isfinite(here.loss))
             steps, rejections = self._progress.steps, self._progress.rejections
             self.last_report = outcome.report(steps, objective, here, timer, self._requests)
@@ -260,8 +267,15 @@ class HFOptimizer(FlatStateOptimizer):
         with timer.part("gradient"):
             asked = self._requests.gradient_variance
             variance = objective.gradient_variance(here) if asked else None
-            curvature = ObjectiveOperator(objective, self.curvature, here=here)
         same_data = is_same_data(self._progress._asdict(), here.loss, here.cases, vector.dtype)
+        light = self._light_step(objective, here, same_data, timer)
+        if light is not None:
+            operator = light.curvature
+            return StepDecision(
+                light.move, damping, None, operator, variance, same_data=False, light=light
+            )
+        with timer.part("gradient"):
+            curvature = ObjectiveOperator(objective, self.curvature, here=here)
         exact = self._exact_step(objective, here, curvature, same_data, timer)
         if exact is not None:
             return StepDecision.of_exact(exact, damping, curvature, variance, same_data)
@@ -309,6 +323,18 @@ class HFOptimizer(FlatStateOptimizer):
             same_data=same_data,
             curvature_seen=seen[0] if seen else math.nan,
         )
+
+    def _light_step(
+        self, objective: Objective, here: Evaluation, same_data: bool, timer: StepTimer
+    ) -> LightStep | None:
+        """The step by the factors alone, where data change; else None."""
+        options, factors = self.param_groups[0], factors_of(self.preconditioner)
+        progress = self._progress.seeing(here.loss, same_data)
+        if not takes_light_step(options, self.curvature, factors, progress, same_data):
+            return None
+        assert factors is not None
+        rates = [float(g["lr"]) for g, _ in self._owned()]
+        return light_step(objective, here, factors, progress, self._start, rates, timer)
 
     def _exact_step(
         self,
@@ -419,9 +445,10 @@ class HFOptimizer(FlatStateOptimizer):
         )
 
     def _commit(
-        self, vector: ParameterVector, space: Space, here: Evaluation, outcome: StepDecision
+        self, vector: ParameterVector, objective: Objective, here: Evaluation, outcome: StepDecision
     ) -> None:
         """The only place where parameters and the state for the next step change."""
+        space = objective.space
         move, solution = outcome.move, outcome.solution
         gradients = here.hand_over_gradients()
         if move.direction is not None:
@@ -429,6 +456,15 @@ class HFOptimizer(FlatStateOptimizer):
         if solution is not None:
             self.preconditioner.end()
         progress = self._progress.seeing(here.loss, outcome.same_data)
+        changed = progress.steps and not outcome.same_data and not outcome.nothing_to_do
+        progress = progress._replace(changes=progress.changes + 1.0 if changed else 0.0)
+        if outcome.light is not None:
+            factors_of(self.preconditioner).end()
+            self._start = outcome.light.velocity
+            progress = after_light(progress, outcome.light, here)
+        elif not outcome.nothing_to_do:
+            cost = outcome.cost(objective, here)
+            progress = after_full(progress, here, cost, outcome.exact is not None)
         if outcome.exact is not None:
             self._norms = outcome.exact.norms
             state = outcome.exact.found.state
@@ -438,7 +474,9 @@ class HFOptimizer(FlatStateOptimizer):
                 exact_stuck_at=state.stuck_at,
                 batched_rows=float(outcome.exact.batched),
             )
-        if move.converged:
+        if outcome.light is not None:
+            pass
+        elif move.converged:
             progress = progress._replace(
                 rejections=0,
                 last_loss=here.loss,

@@ -9,10 +9,11 @@ from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.exact_step import ExactStep
+from torch_hf.optimizer.light_step import LightStep
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
-from torch_hf.solver.choose_solver import CG, EXACT
+from torch_hf.solver.choose_solver import CG, EXACT, KRONECKER
 from torch_hf.solver.line_search import SearchResult
 from torch_hf.solver.trust_region import (
     EASY_ITERATIONS,
@@ -21,6 +22,9 @@ from torch_hf.solver.trust_region import (
     halfway,
     next_damping,
 )
+
+#: What parts of a full step cost, in gradients (measured on small convolutional networks).
+GRADIENT_WITH_GRAPH, PRODUCT, EVALUATION = 1.5, 1.2, 0.4
 
 
 class StepDecision(NamedTuple):
@@ -37,6 +41,7 @@ class StepDecision(NamedTuple):
         same_data: Whether the loss began where the last step left it.
         curvature_seen: Along the first vector that was multiplied.
         exact: What an exact step hands to the next.
+        light: What a light step hands to the next.
     """
 
     move: SearchResult
@@ -48,6 +53,7 @@ class StepDecision(NamedTuple):
     same_data: bool = True
     curvature_seen: float = math.nan
     exact: ExactStep | None = None
+    light: LightStep | None = None
 
     @classmethod
     def of_exact(
@@ -84,9 +90,30 @@ class StepDecision(NamedTuple):
         """Whether the parameters move."""
         return self.move.direction is not None
 
+    @property
+    def is_by_cg(self) -> bool:
+        """Whether lambda is that of conjugate gradients."""
+        return self.exact is None and self.light is None
+
+    @property
+    def solver(self) -> str:
+        """What solved the quadratic; empty where nothing did."""
+        if self.exact is not None:
+            return EXACT
+        if self.light is not None:
+            return KRONECKER
+        return CG if self.solution else ""
+
+    def cost(self, objective: Objective, here: Evaluation) -> float:
+        """What the step cost, in gradients of its batch: roughly, but the same in every run."""
+        products = 0.0
+        if self.curvature is not None:
+            products = self.curvature.products * self.curvature.cases / here.cases
+        return GRADIENT_WITH_GRAPH + PRODUCT * products + EVALUATION * objective.evaluations
+
     def next_damping(self) -> float | None:
         """Lambda for the next step."""
-        if self.damping is None or self.nothing_to_do or self.exact is not None:
+        if self.damping is None or self.nothing_to_do or not self.is_by_cg:
             return self.damping
         if self.move.converged:  # unless lambda is what hides it, and not rounding
             return halfway(self.damping, self.curvature_seen)
@@ -139,7 +166,7 @@ class StepDecision(NamedTuple):
             seconds=timer.seconds(),
             requests=requests,
             converged=self.move.converged,
-            solver=EXACT if self.exact is not None else CG if solution else "",
+            solver=self.solver,
         )
 
     def _damping_used(self) -> float:
