@@ -206,8 +206,8 @@ def stepping(rank, group, how):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("diagonal", "The diagonal preconditioner needs gradients by case"),
-        ("variance", "VarianceGrowth needs gradients by case"),
+        ("diagonal", "The diagonal preconditioner needs per-case gradients"),
+        ("variance", "VarianceGrowth needs per-case gradients"),
         ("tensor parallel", "only through the forward of modules under fully_shard"),
         ("penalty", "For an L2 penalty, use weight_decay"),
         ("mixed", "Call fully_shard(model) on the whole model"),
