@@ -97,7 +97,7 @@ def test_a_product_is_right_or_refused(kind, around, cast, bound):
 @pytest.mark.parametrize("bits", [3, 7])
 def test_rounding_that_cannot_be_switched_off_is_refused(kind, bits):
     before = torch.get_float32_matmul_precision()
-    with Rounded(bits), pytest.raises(RuntimeError, match="less precision than its tensors have"):
+    with Rounded(bits), pytest.raises(RuntimeError, match="lower precision than its tensors have"):
         error_by_differences(*problem(kind))
     assert torch.get_float32_matmul_precision() == before
 

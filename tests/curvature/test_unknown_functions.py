@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
 from torch_hf.curvature import GaussNewtonOperator, HessianOperator
+from torch_hf.curvature.unknown_functions import agree
 
 pytestmark = pytest.mark.usefixtures("seeded")
 X, Y = normal(1, 12, 4), normal(2, 12, 2)
@@ -285,3 +286,18 @@ def test_no_warning_is_given():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gauss_newton(InNumpy.apply, "residual")
+
+
+@pytest.mark.parametrize(
+    ("second", "found", "fits"),
+    [
+        (1e-6, 2e-6, True),  # beside the whole it is rounding
+        (0.3, 0.6, False),
+        (0.3, 0.30001, True),
+        (0.3, None, False),
+    ],
+)
+def test_products_agree_in_each_tensor_but_for_those_that_are_nothing(second, found, fits):
+    truth = [torch.ones(4, dtype=torch.float64), torch.full((4,), second, dtype=torch.float64)]
+    other = None if found is None else torch.full((4,), found, dtype=torch.float64)
+    assert agree([truth[0].clone(), other], truth) is fits
