@@ -1,5 +1,6 @@
 """The README and every page: blocks run in order as a reader would paste them, commands exist."""
 
+import html
 import re
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def test_links_to_files_lead_somewhere(name):
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")
+    pytest.importorskip("mkdocs_glightbox")
     pytest.importorskip("mkdocstrings_handlers.python")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
@@ -110,3 +112,11 @@ def test_the_site_builds_without_a_warning(tmp_path):
         # nothing is fetched: no script, style, font or picture from another host
         assert not re.search(r"<(?:script|img)[^>]+src=\"?https?:", text), page
         assert not re.search(r"<link[^>]+rel=\"?(?:stylesheet|preconnect)[^>]+https?:", text), page
+        # docstring examples are code, not quotations, and signatures wrap
+        assert page.parent.name != "api" or "<blockquote>" not in text, page
+        signatures = re.findall(r'doc-signature highlight"><pre>(.*?)</pre>', text, re.DOTALL)
+        for line in "\n".join(signatures).splitlines():
+            assert len(html.unescape(re.sub("<[^>]+>", "", line))) <= 88, line
+    # the search finds its index where no server answers
+    assert (tmp_path / "site" / "search" / "search_index.js").is_file()
+    assert "javascripts/iframe-worker.js" in (tmp_path / "site" / "index.html").read_text()
