@@ -24,13 +24,7 @@ from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
 from torch_hf.optimizer.exact_step import ExactStep, exact_step, solves_exactly
-from torch_hf.optimizer.light_step import (
-    LightStep,
-    after_full,
-    after_light,
-    light_step,
-    takes_light_step,
-)
+from torch_hf.optimizer.light_step import LightStep, light_step, takes_light_step, undo
 from torch_hf.optimizer.outcome import StepDecision
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
@@ -261,6 +255,10 @@ class HFOptimizer(FlatStateOptimizer):
             move = SearchResult(None, 0.0, here.loss, reason=CONVERGED, converged=True)
             return StepDecision(move, damping)
         reason = self._no_step(here)
+        if reason and not math.isfinite(here.loss):
+            undone = undo(objective, self._progress, self._start, self._rates())
+            if undone is not None:
+                return StepDecision(undone.move, damping, same_data=False, light=undone)
         if reason:
             move = SearchResult(None, 0.0, here.loss, reason=reason)
             return StepDecision(move, damping, nothing_to_do=True)
@@ -291,7 +289,7 @@ class HFOptimizer(FlatStateOptimizer):
 
         solution = self._solve(curvature, here, damped, damping, same_data, timer)
         with timer.part("products"):
-            rates = vector.spread([float(g["lr"]) for g, _ in self._owned()])
+            rates = vector.spread(self._rates())
             candidates, length = scaled(solution.iterates, rates, here.gradient, damped, space)
         curvature.release()  # trial values in the parameters would spoil the kept graph
         whole = lru_cache(maxsize=1)(space.whole)  # of a direction tried at several lengths
@@ -333,8 +331,12 @@ class HFOptimizer(FlatStateOptimizer):
         if not takes_light_step(options, self.curvature, factors, progress, same_data):
             return None
         assert factors is not None
-        rates = [float(g["lr"]) for g, _ in self._owned()]
-        return light_step(objective, here, factors, progress, self._start, rates, timer)
+        start, rates = self._start, self._rates()
+        return light_step(objective, here, factors, progress, start, rates, timer)
+
+    def _rates(self) -> list[float]:
+        """``lr`` of each parameter."""
+        return [float(g["lr"]) for g, _ in self._owned()]
 
     def _exact_step(
         self,
@@ -456,51 +458,15 @@ class HFOptimizer(FlatStateOptimizer):
             vector.move(space.whole(move.direction), move.length)
         if solution is not None:
             self.preconditioner.end()
-        progress = self._progress.seeing(here.loss, outcome.same_data)
-        changed = progress.steps and not outcome.same_data and not outcome.nothing_to_do
-        progress = progress._replace(changes=progress.changes + 1.0 if changed else 0.0)
-        if outcome.light is not None:
-            factors_of(self.preconditioner).end()
-            self._start = outcome.light.velocity
-            progress = after_light(progress, outcome.light, here)
-        elif not outcome.nothing_to_do:
-            cost = outcome.cost(objective, here)
-            progress = after_full(progress, here, cost, outcome.exact is not None)
         if outcome.exact is not None:
             self._norms = outcome.exact.norms
-            state = outcome.exact.found.state
-            progress = progress._replace(
-                exact_damping=state.damping,
-                exact_wall=state.hit_wall,
-                exact_stuck_at=state.stuck_at,
-                batched_rows=float(outcome.exact.batched),
-            )
         if outcome.light is not None:
-            pass
-        elif move.converged:
-            progress = progress._replace(
-                rejections=0,
-                last_loss=here.loss,
-                last_cases=here.cases,
-                noise=max(move.noise, progress.noise),
-                converged_at=here.gradient_norm,
-            )
-        elif not outcome.nothing_to_do:
+            self._start = outcome.light.velocity
+            if factors := factors_of(self.preconditioner):
+                factors.end()
+        elif not outcome.nothing_to_do and not move.converged:
             self._start = solution.last.vector if outcome.accepted and solution else None
-            progress = progress._replace(
-                rejections=0 if outcome.accepted else progress.rejections + 1,
-                last_loss=move.loss,
-                last_start=here.loss,
-                last_cases=here.cases,
-                last_ratio=move.ratio,
-                noise=max(move.noise, progress.noise if outcome.same_data else 0.0),
-                converged_at=-1.0,
-            )
-        elif not math.isfinite(here.loss):  # such a batch says nothing, but many in a row do
-            progress = progress._replace(rejections=progress.rejections + 1)
-        if solution is not None:
-            progress = progress.with_curvature(outcome.curvature_seen)
-        self._progress = progress._replace(steps=progress.steps + 1)
+        self._progress = outcome.next_progress(self._progress, objective, here)
         for group in self.param_groups:
             group["damping"] = outcome.next_damping()
         self._pack(vector, space)

@@ -66,7 +66,8 @@ def takes_light_step(
 ) -> bool:
     """Whether this step is a light one.
 
-    Data must have changed twice in a row, so that a change now and then does not end full steps.
+    Data must have changed at the first step or twice in a row, so that a change now and then does
+    not end full steps.
     Exact steps go on where what they gain on one batch is found again on the next.
 
     Args:
@@ -81,7 +82,8 @@ def takes_light_step(
     wants_cg = options["cg_max_iter"] is not None or options["cg_decay"] is not None
     if options["solver"] != AUTO or wants_cg:
         return False
-    if same_data or progress.changes < CHANGES:
+    seldom = progress.steps > 1 and progress.changes < CHANGES
+    if same_data or not progress.steps or seldom:
         return False
     return not (progress.exact and progress.holds) and progress.light < progress.full_after
 
@@ -140,6 +142,17 @@ def light_step(
     return LightStep(move, d, slope, radius, operator)
 
 
+def undo(
+    objective: Objective, progress: Progress, start: Tensor | None, rates: list[float]
+) -> LightStep | None:
+    """Takes the last light step back, if there is one: the loss is not finite where it ended."""
+    if start is None or not progress.light or not progress.promised < 0:
+        return None
+    radius = progress.radius * natural_gradient.AFTER_REJECTION
+    move = _scaled(objective, -start, rates, SearchResult(None, 1.0, math.nan, reason=TAKEN_BACK))
+    return LightStep(move, None, 0.0, radius)
+
+
 def _scaled(
     objective: Objective, d: Tensor, rates: list[float], move: SearchResult
 ) -> SearchResult:
@@ -164,15 +177,16 @@ def _tried(
     return move._replace(loss=loss, ratio=ratio)
 
 
-def usual(progress: Progress, loss: float) -> dict[str, float]:
+def _usual(progress: Progress, loss: float) -> tuple[float, float]:
     """The running mean of the losses that light steps begin at, and their scatter."""
-    if not math.isfinite(progress.usual_loss):
-        return {"usual_loss": loss, "scatter": 0.0}
-    deviation = loss - progress.usual_loss
-    return {
-        "usual_loss": progress.usual_loss + (1.0 - LOSS_MEMORY) * deviation,
-        "scatter": LOSS_MEMORY * (progress.scatter + (1.0 - LOSS_MEMORY) * deviation**2),
-    }
+    known, scatter = progress.usual_loss, progress.scatter
+    if not math.isfinite(loss):
+        return known, scatter
+    if not math.isfinite(known):
+        return loss, 0.0
+    deviation = loss - known
+    known += (1.0 - LOSS_MEMORY) * deviation
+    return known, LOSS_MEMORY * (scatter + (1.0 - LOSS_MEMORY) * deviation**2)
 
 
 def unusually_high(progress: Progress, loss: float) -> bool:
@@ -185,6 +199,7 @@ def unusually_high(progress: Progress, loss: float) -> bool:
 def after_light(progress: Progress, light: LightStep, here: Evaluation) -> Progress:
     """The numbers that a light step hands to the next."""
     rejected = light.move.direction is None
+    usual, scatter = _usual(progress, here.loss)
     return progress._replace(
         rejections=progress.rejections + 1 if rejected else 0,
         last_loss=light.move.loss,
@@ -192,7 +207,8 @@ def after_light(progress: Progress, light: LightStep, here: Evaluation) -> Progr
         last_cases=here.cases,
         last_ratio=light.move.ratio,
         light=progress.light + 1.0,
-        **usual(progress, here.loss),
+        usual_loss=usual,
+        scatter=scatter,
         light_start=progress.light_start if progress.light else here.loss,
         radius=light.radius,
         promised=light.slope,
@@ -200,9 +216,7 @@ def after_light(progress: Progress, light: LightStep, here: Evaluation) -> Progr
     )
 
 
-def after_full(
-    progress: Progress, here: Evaluation, cost: float, exact: bool
-) -> Progress:
+def after_full(progress: Progress, here: Evaluation, cost: float, exact: bool) -> Progress:
     """What a full step notes, so that it can be compared with the light ones around it.
 
     Args:

@@ -9,7 +9,8 @@ from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.exact_step import ExactStep
-from torch_hf.optimizer.light_step import LightStep
+from torch_hf.optimizer.light_step import LightStep, after_full, after_light
+from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
@@ -110,6 +111,57 @@ class StepDecision(NamedTuple):
         if self.curvature is not None:
             products = self.curvature.products * self.curvature.cases / here.cases
         return GRADIENT_WITH_GRAPH + PRODUCT * products + EVALUATION * objective.evaluations
+
+    def next_progress(self, progress: Progress, objective: Objective, here: Evaluation) -> Progress:
+        """The numbers for the next step.
+
+        Args:
+            progress: Those that this step began with.
+            objective: Of the step, which knows what it cost.
+            here: Where it began.
+        """
+        before, move = progress, self.move
+        progress = before.seeing(here.loss, self.same_data)
+        changed = before.steps and not self.same_data and not self.nothing_to_do
+        progress = progress._replace(
+            steps=before.steps + 1, changes=progress.changes + 1.0 if changed else 0.0
+        )
+        if self.light is not None:
+            return after_light(progress, self.light, here)
+        if not self.nothing_to_do:
+            cost = self.cost(objective, here)
+            progress = after_full(progress, here, cost, exact=self.exact is not None)
+        if self.exact is not None:
+            state = self.exact.found.state
+            progress = progress._replace(
+                exact_damping=state.damping,
+                exact_wall=state.hit_wall,
+                exact_stuck_at=state.stuck_at,
+                batched_rows=float(self.exact.batched),
+            )
+        if move.converged:
+            progress = progress._replace(
+                rejections=0,
+                last_loss=here.loss,
+                last_cases=here.cases,
+                noise=max(move.noise, progress.noise),
+                converged_at=here.gradient_norm,
+            )
+        elif not self.nothing_to_do:
+            progress = progress._replace(
+                rejections=0 if self.accepted else progress.rejections + 1,
+                last_loss=move.loss,
+                last_start=here.loss,
+                last_cases=here.cases,
+                last_ratio=move.ratio,
+                noise=max(move.noise, progress.noise if self.same_data else 0.0),
+                converged_at=-1.0,
+            )
+        elif not math.isfinite(here.loss):  # such a batch says nothing, but many in a row do
+            progress = progress._replace(rejections=progress.rejections + 1)
+        if self.solution is not None:
+            progress = progress.with_curvature(self.curvature_seen)
+        return progress
 
     def next_damping(self) -> float | None:
         """Lambda for the next step."""

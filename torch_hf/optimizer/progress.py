@@ -40,7 +40,15 @@ _NOT_NEGATIVE = (
     "radius",
     "scatter",
 )
-_ANY = ("last_start", "found_again", "exact_stuck_at", "promised", "light_start", "light_rate", "usual_loss")
+_ANY = (
+    "last_start",
+    "found_again",
+    "exact_stuck_at",
+    "promised",
+    "light_start",
+    "light_rate",
+    "usual_loss",
+)
 
 
 class Progress(NamedTuple):

@@ -132,7 +132,8 @@ class KroneckerPreconditioner:
     @property
     def wants_layers_light(self) -> bool:
         """Whether a step by the factors alone measures them."""
-        return self._known.age >= min(MEASURE_EVERY_LIGHT, 2**self._known.measured)
+        age, often = self._known.age, self._known.measured
+        return age >= min(MEASURE_EVERY_LIGHT, 1 << min(often, 30))
 
     def begin_light(
         self, vector: ParameterVector, decays: Sequence[float], curvature: Curvature | None
