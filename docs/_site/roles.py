@@ -1,4 +1,8 @@
-"""Docstrings say ``:class:`~torch_hf.HFOptimizer```; the site makes links of it."""
+"""What the site reads differently in docstrings: roles become links, examples become code.
+
+Docstrings say ``:class:`~torch_hf.HFOptimizer```, and head doctests with ``Example:``, which griffe
+would take for the title of an admonition; it knows ``Examples:``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,9 @@ import re
 import griffe
 
 ROLE = re.compile(r":(?:class|func|meth|mod|attr):`(~?)\.?([\w.]+)`")
+
+
+EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 
 
 def linked(match: re.Match[str]) -> str:
@@ -22,4 +29,5 @@ class Roles(griffe.Extension):
     def on_instance(self, *, obj: griffe.Object, **kwargs: object) -> None:
         """Called for each object that is collected."""
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(linked, obj.docstring.value)
+            text = ROLE.sub(linked, obj.docstring.value)
+            obj.docstring.value = EXAMPLE.sub("Examples:", text)

@@ -16,6 +16,7 @@ from torch_hf.curvature.finite_differences import (
     DifferenceGaussNewton,
     StepChoice,
 )
+from torch_hf.curvature.linear_operator import SymmetricOperator, alive
 from torch_hf.curvature.products import BatchGaussNewton, BatchHessian, LocalProduct
 from torch_hf.curvature.unknown_functions import (
     COARSE,
@@ -44,7 +45,7 @@ DIFFERENCES = "finite_differences"
 ENGINES = ("auto", DOUBLE_BACKWARD, TANGENT_RULES, DIFFERENCES)
 
 
-class GaussNewtonOperator:
+class GaussNewtonOperator(SymmetricOperator):
     """The generalized Gauss-Newton matrix of a loss, as a map of flat vectors.
 
     ``G = J^T H J`` with J the Jacobian of the outputs in the parameters and H the Hessian of
@@ -68,8 +69,13 @@ class GaussNewtonOperator:
         >>> outputs = model(x)
         >>> loss = 0.5 * outputs.square().sum()
         >>> G = GaussNewtonOperator(loss, outputs, model.parameters())
-        >>> G(torch.tensor([1.0, 1.0]))
+        >>> G @ torch.tensor([1.0, 1.0])
         tensor([1., 4.])
+        >>> G @ torch.eye(2)  # a block of columns
+        tensor([[1., 0.],
+                [0., 4.]])
+        >>> G.shape, G.dtype
+        ((2, 2), torch.float32)
     """
 
     engine = DOUBLE_BACKWARD
@@ -77,8 +83,9 @@ class GaussNewtonOperator:
     def __init__(self, loss: Tensor, outputs: Tensor | Sequence[Tensor], params: Any) -> None:
         self.vector = ParameterVector([p for p in params if p.requires_grad])
         given = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-        split = split_by_outputs(Record(), loss, given, self.vector.params)
-        self._local: Any = BatchGaussNewton(split, self.vector.params)
+        with alive():
+            split = split_by_outputs(Record(), loss, given, self.vector.params)
+            self._local: Any = BatchGaussNewton(split, self.vector.params)
 
     @classmethod
     def from_closure(
@@ -114,10 +121,12 @@ class GaussNewtonOperator:
 
     def __call__(self, v: Tensor) -> Tensor:
         """``G v`` for a vector ``(P,)``, as a vector ``(P,)``."""
-        return self.vector.flatten(self._local(self.vector.unflatten(v)))
+        self.check_operand(v)
+        with alive():
+            return self.vector.flatten(self._local(self.vector.unflatten(v)))
 
 
-class HessianOperator:
+class HessianOperator(SymmetricOperator):
     """The Hessian of a loss, as a map of flat vectors.
 
     Args:
@@ -129,7 +138,7 @@ class HessianOperator:
     Example:
         >>> import torch
         >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
-        >>> HessianOperator((w ** 3).sum(), [w])(torch.tensor([1.0, 1.0]))
+        >>> HessianOperator((w ** 3).sum(), [w]) @ torch.tensor([1.0, 1.0])
         tensor([ 6., 12.])
     """
 
@@ -137,15 +146,18 @@ class HessianOperator:
 
     def __init__(self, loss: Tensor, params: Any) -> None:
         self.vector = ParameterVector([p for p in params if p.requires_grad])
-        self._local = BatchHessian([loss], None, self.vector.params)
-        self._local.check_symmetric([loss.grad_fn])
+        with alive():
+            self._local = BatchHessian([loss], None, self.vector.params)
+            self._local.check_symmetric([loss.grad_fn])
 
     def __call__(self, v: Tensor) -> Tensor:
         """``H v`` for a vector ``(P,)``, as a vector ``(P,)``."""
-        return self.vector.flatten(self._local(self.vector.unflatten(v)))
+        self.check_operand(v)
+        with alive():
+            return self.vector.flatten(self._local(self.vector.unflatten(v)))
 
 
-class ObjectiveOperator:
+class ObjectiveOperator(SymmetricOperator):
     """Curvature of an :class:`Objective`: averaged over batches, summed over processes.
 
     A single curvature batch keeps its graph over all products; several are run again for
@@ -185,6 +197,7 @@ class ObjectiveOperator:
                 "curvature, here=objective.evaluate())."
             )
         self.objective = objective
+        self.vector = objective.vector
         self.curvature = curvature
         self.wanted = engine
         by_differences = engine == DIFFERENCES or objective.vector.sums
@@ -241,8 +254,10 @@ class ObjectiveOperator:
             RuntimeError: The operator was released.
         """
         self.check_alive()
-        self.products += 1
         objective = self.objective
+        if objective.space is LOCAL:
+            self.check_operand(v)
+        self.products += 1
         v = objective.free(v)
         tangents = objective.vector.unflatten(objective.space.whole(v))
         total = objective.reducer.attempt(lambda: self._own_product(tangents))

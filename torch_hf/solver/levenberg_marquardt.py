@@ -10,7 +10,7 @@ Lambda stands for ``lambda D^2``, D from the norms of the Jacobian's columns: th
 squares near the median, so that parameters of like scale are damped alike, and Marquardt's full
 scaling far from it, so that the units of single parameters do not matter.
 
-``docs/design.md`` has the experiments that chose rule and constants.
+``docs/records/exact-lambda.md`` has the experiments that chose rule and constants.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def predict(
 
     The model is q without the damping term: lambda stands for what the model does not know,
     and a ratio to the damped q lies above 1 wherever lambda is large, which lets lambda fall
-    while it still does the work (``docs/design.md`` has the figures).
+    while it still does the work (``docs/records/ratio-without-damping.md`` has the figures).
     """
     bend = chosen.value - chosen.slope  # 1/2 d^T (G + lambda I) d
     square = space.dot(chosen.vector, chosen.vector)
@@ -172,11 +172,11 @@ def halfway(damping: float, curvature: float) -> float:
 
 
 def warm_start_factor(ratio: float | None, max_iter: int, ratio_misses_noise: bool) -> float:
-    """The factor on CG's last solution where the next solve begins: 0.9 if it kept its promise.
+    """The factor on CG's last solution where the next solve starts; 0.9 for a ratio above 3/4.
 
-    Few iterations from much of the last solution are a momentum, and where the loss falls short of
-    what the quadratic promised, as on small samples of noisy data, that carries noise along
-    (``docs/design.md`` has the figures). Below a ratio of 3/4 the factor goes down with it.
+    A few iterations that start near the last solution act as momentum. On small noisy samples the
+    loss falls by less than the quadratic predicts, and momentum carries the noise along. So below a
+    ratio of 3/4 the factor shrinks with it (``docs/records/cg-start.md`` has the figures).
 
     Args:
         ratio: Actual over predicted change in the last step, if there was one.

@@ -6,8 +6,9 @@ Gauss-Newton matrix is near ``A (x) S``, A the mean of ``a a^T`` over rows and S
 approximate curvature"; Grosse & Martens 2016 for convolutions, whose rows are patches; uses of one
 weight, as in a recurrent network, share a block). At the outputs delta starts from a root of the
 loss's Hessian times signs, so that its square has the curvature for its mean; the loss's own
-gradients in its place did far worse (``docs/design.md``). A case's signs are those of its place
-among all cases (:mod:`torch_hf.statistics.case_signs`), so that grouping them does not matter.
+gradients in its place did far worse (``docs/records/kronecker-gradients.md``). A case's signs are
+those of its place among all cases (:mod:`torch_hf.statistics.case_signs`), so that grouping them
+does not matter.
 """
 
 from __future__ import annotations
