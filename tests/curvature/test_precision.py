@@ -135,7 +135,7 @@ def test_a_tangent_that_shows_nothing_chooses_nothing():
 
 def test_a_tangent_that_shows_only_rounding_chooses_nothing():
     theta, choice = [torch.ones(1)], StepChoice()
-    along = CentralDifference(lambda values: [1e6 + 1e-3 * values[0]], theta, choice=choice)
+    along = CentralDifference(lambda values: [1e6 + 10 * values[0]], theta, choice=choice)
     along([torch.ones(1)])
     assert choice.factor is None
 
