@@ -17,7 +17,10 @@ BLOCKS = {name: re.findall(r"```python\n(.*?)```", text, re.DOTALL) for name, te
 WITH_BLOCKS = [name for name, blocks in BLOCKS.items() if blocks]
 #: A recipe for one of these is left out where it is not installed; the rest of its page runs.
 LOGGERS = {"torch.utils.tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-FRAMEWORKS = ("lightning", "accelerate", "transformers", "torchdata", "torchvision", "matplotlib")
+FRAMEWORKS = (
+    *("lightning", "accelerate", "transformers", "torchdata", "torchvision", "matplotlib"),
+    *("scipy", "tqdm"),
+)
 
 
 def check_readme(names, shown):
