@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,7 +34,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of :class:`~torch_hf.HFOptimizer`, as numbers.
+    """One step of :class:`~torch_hf.HFOptimizer`, as numbers; ``print`` shows it in a line.
 
     Attributes:
         step: Number of this step, from 1.
@@ -66,6 +67,12 @@ class StepReport:
         converged: Whether the step stayed because what is left to gain is below the rounding of
             the loss. The run goes on when the data change.
         solver: What solved the quadratic: ``"cg"`` or ``"exact"``; empty where nothing did.
+
+    Example:
+        >>> print(StepReport(7, 2.0, 1.0, True, 0.9, 1e-2, 0.5, 1.0, 3, Stop.MAX_ITER, 13, 2,
+        ...                  64, 64, "double_backward", solver="cg", seconds={"total": 0.1}))
+        step 7: loss 2 -> 1 on 64 cases, solver cg, 3 iterations (cg_max_iter reached),
+        damping 0.01, reduction ratio 0.90, 0.10 s
     """
 
     step: int
@@ -89,6 +96,29 @@ class StepReport:
     requests: Requests = field(default_factory=Requests, repr=False, compare=False)
     converged: bool = False
     solver: str = ""
+
+    def __str__(self) -> str:
+        """One line, whatever the step did."""
+        cases = f"{self.batch_cases} case" + "s" * (self.batch_cases != 1)
+        if self.converged:
+            words = [f"converged at loss {self.loss:.6g} on {cases}"]
+        elif self.accepted:
+            words = [f"loss {self.loss:.6g} -> {self.new_loss:.6g} on {cases}"]
+        else:
+            words = [f"rejected, loss {self.loss:.6g} on {cases}"]
+        if self.solver:
+            words.append(f"solver {self.solver}")
+        if self.solver == "cg":
+            words.append(f"{self.cg_iterations} iterations ({self.cg_stop})")
+        words.append(f"damping {self.damping:.3g}")
+        if math.isfinite(self.reduction_ratio):
+            words.append(f"reduction ratio {self.reduction_ratio:.2f}")
+        if self.step_length not in (0.0, 1.0):
+            words.append(f"step length {self.step_length:.3g}")
+        if "total" in self.seconds:
+            words.append(f"{self.seconds['total']:.2f} s")
+        line = f"step {self.step}: {', '.join(words)}"
+        return f"{line}; {self.reason}" if self.reason and not self.converged else line
 
     def to_dict(self) -> dict[str, float | int | str | bool | None]:
         """The fields as one flat row; seconds become ``seconds_total`` and so on.

@@ -36,6 +36,10 @@ class LayerStatistics:
         self.vector = operator.objective.vector
         self.decays = operator.objective.decay
 
+    def product(self, v: Tensor) -> Tensor:
+        """The operator's product with a vector, counted with those of CG."""
+        return self._operator(v)
+
     def diagonal(self, damping: float) -> Tensor:
         """Martens' diagonal ``(mean g^2 + lambda)^0.75`` on the curvature batches.
 

@@ -17,6 +17,9 @@ class Curvature(Protocol):
     vector: ParameterVector
     decays: Sequence[float]  # weight decay of each parameter
 
+    def product(self, v: Tensor) -> Tensor:
+        """``G v``, weight decay included and damping not, for a vector (P,); one product."""
+
     def diagonal(self, damping: float) -> Tensor:
         """Martens' diagonal, of shape (P,)."""
 
