@@ -257,3 +257,12 @@ def test_full_steps_that_hold_come_more_often():
     better = before._replace(light_rate=0.2)
     assert better.seeing(1.05, same_data=False).full_after == before.full_after * 2
     assert before.seeing(1.05, same_data=True).full_after == before.full_after
+
+
+def test_a_light_step_prints_what_is_known_of_it():
+    run = Run()
+    run.steps(*range(3))
+    shown = str(run.step(3))
+    assert "solver kronecker" in shown
+    assert "nan" not in shown
+    assert "damping" not in shown

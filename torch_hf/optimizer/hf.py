@@ -62,7 +62,8 @@ class HFOptimizer(FlatStateOptimizer):
     gradients only multiply G, the Gauss-Newton matrix or the Hessian of the closure's loss; the
     step walks back over their iterates while the loss falls, and searches along the best. On data
     that stay, and where it takes fewer operations, the quadratic is solved exactly from the
-    Jacobian instead, for several lambda, and the true loss decides (``solver``).
+    Jacobian instead, for several lambda, and the true loss decides. On batches that change most
+    steps are light: one gradient, preconditioned by Kronecker factors (``solver``).
 
     Args:
         params: Parameters, named parameters or parameter groups. A group may have its own ``lr``
@@ -92,7 +93,8 @@ class HFOptimizer(FlatStateOptimizer):
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
         solver: ``"cg"``, ``"exact"`` (Levenberg-Marquardt by Cholesky from the Jacobian, several
             lambda a step), or ``"auto"``: exact on data that stay where it takes fewer operations,
-            under ``lr=1`` and the default preconditioner; ``report.solver`` says which it was.
+            light on batches that change, under the default preconditioner; ``report.solver`` says
+            which it was.
         shard_state: Cuts CG's vectors and the L-BFGS pairs over the ranks of ``process_group``.
             Then every rank must call ``state_dict`` (``docs/distributed.md``).
 
@@ -182,6 +184,9 @@ class HFOptimizer(FlatStateOptimizer):
         curvature_batches: Iterable[Any] | None = None,
     ) -> Any:
         """One step: lowers the closure's loss on this data, or leaves the parameters alone.
+
+        On batches that change most steps are light: the next batches judge them, and the next step
+        takes back one that overshot (``docs/step.md``).
 
         Afterwards ``.grad`` is the closure's own gradient at the old parameters, in memory that
         nothing else holds.
