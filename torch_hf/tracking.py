@@ -205,8 +205,8 @@ def progress_postfix(report: StepReport) -> dict[str, str]:
         report: ``optimizer.last_report``.
 
     Returns:
-        Label to text: loss after the step (before it where nobody computed that), batch size, damping, reduction
-        ratio, CG iterations, and the reason where the step was rejected.
+        Label to text: loss after the step (before it where nobody computed that), batch size,
+        damping, reduction ratio, CG iterations, and the reason where the step was rejected.
 
     Example:
         >>> from torch_hf.report import StepReport, Stop

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_a_closure_that_fails_leaves_all_as_it_was():
 def test_full_steps_come_more_rarely_where_light_ones_are_the_better_bargain():
     reports = Run().steps(*range(150))
     full = [r.step for r in reports if r.solver != "kronecker"]
-    gaps = [b - a for a, b in zip(full[:-1], full[1:], strict=True)]
+    gaps = [b - a for a, b in pairwise(full)]
     assert full[0] == 1
     assert len(full) < 8
     assert gaps[-1] > gaps[0]
