@@ -67,15 +67,9 @@ class StepReport:
             the next step on.
         converged: Whether the step stayed because what is left to gain is below the rounding of
             the loss. The run goes on when the data change.
-        solver: What solved the quadratic: ``"cg"``, ``"exact"``, or ``"kronecker"`` for a light
-            step by the Kronecker factors alone, whose reduction ratio is the actual change over that of
-            the slope; empty where nothing did.
-
-    Example:
-        >>> print(StepReport(7, 2.0, 1.0, True, 0.9, 1e-2, 0.5, 1.0, 3, Stop.MAX_ITER, 13, 2,
-        ...                  64, 64, "double_backward", solver="cg", seconds={"total": 0.1}))
-        step 7: loss 2 -> 1 on 64 cases, solver cg, 3 iterations (cg_max_iter reached),
-        damping 0.01, reduction ratio 0.90, 0.10 s
+        solver: What solved the quadratic: ``"cg"``, ``"exact"``, or ``"kronecker"`` for
+            a light step by the Kronecker factors alone, whose reduction ratio is the actual change
+            over that of the slope; empty where nothing did.
     """
 
     step: int

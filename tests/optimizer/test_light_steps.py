@@ -13,7 +13,12 @@ from torch.nn import functional as F
 from torch_hf import HFOptimizer
 from torch_hf.optimizer import light_step
 from torch_hf.preconditioner.kfac import LIGHT_DAMPING, MEASURE_EVERY_LIGHT
-from torch_hf.solver.natural_gradient import AFTER_OVERSHOT, AFTER_REJECTION, MOMENTUM
+from torch_hf.solver.natural_gradient import (
+    AFTER_OVERSHOT,
+    AFTER_REJECTION,
+    MOMENTUM,
+    initial_radius,
+)
 
 
 class Run:
@@ -27,6 +32,9 @@ class Run:
         self.cases, self.dtype = cases, dtype
         self.spoil = lambda loss: loss
 
+    def loss(self, outputs, targets):
+        return F.cross_entropy(outputs, targets)
+
     def batch(self, number):
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(self.cases, 5, generator=generator, dtype=torch.float64).to(self.dtype)
@@ -36,7 +44,7 @@ class Run:
         x, y = self.batch(number)
 
         def closure():
-            return self.spoil(F.cross_entropy(self.model(x), y))
+            return self.spoil(self.loss(self.model(x), y))
 
         self.optimizer.step(closure)
         return self.optimizer.last_report
@@ -129,7 +137,7 @@ def test_a_light_step_is_the_damped_natural_gradient_of_its_factors(precondition
         if last is not None:
             radius = run.optimizer._progress.radius
         else:
-            radius = radius or 0.01 * report.loss
+            radius = radius or initial_radius(report.loss)
         nu = min(1.0, math.sqrt(radius / float(g @ natural)))
         d = -nu * natural + (MOMENTUM * last if last is not None else 0.0)
         torch.testing.assert_close(run.values() - before, d, rtol=1e-8, atol=1e-12)
@@ -238,13 +246,29 @@ def test_a_closure_that_fails_leaves_all_as_it_was():
     assert torch.equal(run.values(), twin.values())
 
 
-def test_full_steps_come_more_rarely_where_light_ones_are_the_better_bargain():
-    reports = Run().steps(*range(150))
+class Regression(Run):
+    def batch(self, number):
+        x, _ = super().batch(number)
+        generator = torch.Generator().manual_seed(1000 + number)
+        noise = torch.randn(self.cases, 3, generator=generator, dtype=torch.float64)
+        return x, torch.sin(x @ self.teacher) + 0.5 * noise.to(self.dtype)
+
+    def loss(self, outputs, targets):
+        return F.mse_loss(outputs, targets)
+
+
+def test_of_squares_full_steps_come_more_rarely_where_light_ones_are_the_better_bargain():
+    reports = Regression(cases=4).steps(*range(200))
     full = [r.step for r in reports if r.solver != "kronecker"]
     gaps = [b - a for a, b in pairwise(full)]
     assert full[0] == 1
-    assert len(full) < 8
-    assert gaps[-1] > gaps[0]
+    assert 2 < len(full) < 15
+    assert max(gaps) > 40
+
+
+def test_of_classes_the_first_step_alone_is_full():
+    reports = Run().steps(*range(100))
+    assert [r.step for r in reports if r.solver != "kronecker"] == [1]
 
 
 def test_full_steps_that_hold_come_more_often():

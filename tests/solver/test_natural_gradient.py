@@ -20,16 +20,27 @@ def test_the_first_radius_scales_with_the_loss():
     assert ng.initial_radius(-7e10) == pytest.approx(7e10 * ng.initial_radius(1.0))
 
 
-def test_the_radius_follows_the_slope_at_the_end_of_the_last_step():
-    radii = [ng.adapted_radius(1.0, slope, -2.0) for slope in (-2.0, -1.0, 0.06, 1.0, 4.0)]
+def test_the_radius_follows_the_slopes_at_the_ends_of_steps():
+    radii = []
+    for slope in (-2.0, 0.0, 0.06, 1.0, 4.0):
+        mean, radius = 0.0, 1.0
+        for _ in range(100):
+            mean = ng.mean_slope(mean, slope, -2.0)
+            radius = ng.adapted_radius(radius, mean)
+        radii.append(radius)
     assert radii == sorted(radii, reverse=True)
-    assert radii[2] == pytest.approx(1.0)  # 3 % of the slope promised keeps it
-    assert ng.adapted_radius(1.0, 1e9, -2.0) == ng.adapted_radius(1.0, 10.0, -2.0)
+    assert radii[1] > 1.3 > radii[2] > 1.0  # 3 % of the slope promised keeps it in the end
+    assert radii[3] < 0.2
+
+
+def test_one_batch_says_little():
+    assert ng.mean_slope(0.0, 1e9, -2.0) == ng.mean_slope(0.0, 2.0, -2.0) < 0.06
+    assert 0.97 < ng.adapted_radius(1.0, 1e9) < 1.0 < ng.adapted_radius(1.0, -1e9) < 1.03
 
 
 @pytest.mark.parametrize(("slope", "promised"), [(math.nan, -1.0), (1.0, 0.0), (1.0, math.nan)])
-def test_a_slope_that_says_nothing_leaves_the_radius(slope, promised):
-    assert ng.adapted_radius(0.3, slope, promised) == 0.3
+def test_a_slope_that_says_nothing_leaves_the_mean(slope, promised):
+    assert ng.mean_slope(0.3, slope, promised) == 0.3
 
 
 def test_a_step_overshot_where_the_loss_rises_five_times_as_steeply_as_it_was_to_fall():

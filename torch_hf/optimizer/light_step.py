@@ -6,7 +6,7 @@ now and then; on these occasions the step must lower the loss of its own batch, 
 In between, the next batch's gradient says how far a step should have gone
 (:mod:`torch_hf.solver.natural_gradient`), and a step that overshot is taken back.
 
-Full steps are taken now and then, to see whether they would be the better bargain.
+Of sums of squares full steps are taken now and then, to see whether they are the better bargain.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class LightStep(NamedTuple):
             there is none.
         slope: ``g^T d``.
         radius: For the next step.
+        slopes: The mean of slopes at steps' ends.
         curvature: The operator, if factors were measured.
     """
 
@@ -54,6 +55,7 @@ class LightStep(NamedTuple):
     velocity: Tensor | None
     slope: float
     radius: float
+    slopes: float
     curvature: ObjectiveOperator | None = None
 
 
@@ -68,7 +70,9 @@ def takes_light_step(
 
     Data must have changed at the first step or twice in a row, so that a change now and then does
     not end full steps.
-    Exact steps go on where what they gain on one batch is found again on the next.
+    Exact steps go on where what they gain on one batch is found again on the next. Full steps come
+    in between where the loss is a sum of squares: there noise may vanish, and a solve pay. Of
+    classes a full step learns a small batch by heart.
 
     Args:
         options: Of the optimizer; those that ask for conjugate gradients keep steps full.
@@ -85,7 +89,9 @@ def takes_light_step(
     seldom = progress.steps > 1 and progress.changes < CHANGES
     if same_data or not progress.steps or seldom:
         return False
-    return not (progress.exact and progress.holds) and progress.light < progress.full_after
+    if progress.exact and progress.holds:
+        return False
+    return not progress.squares or progress.light < progress.full_after
 
 
 def light_step(
@@ -111,14 +117,16 @@ def light_step(
     space = objective.space
     last = start if progress.light and progress.promised < 0 else None
     radius = progress.radius or natural_gradient.initial_radius(here.loss)
+    slopes = progress.slopes
     if last is not None:
         (along,) = map(float, space.dots((here.gradient, last)))
         rose = unusually_high(progress, here.loss)
         if rose or natural_gradient.overshot(along, progress.promised):
             radius *= natural_gradient.AFTER_OVERSHOT
             move = _scaled(objective, -last, rates, SearchResult(None, 1.0, math.nan))
-            return LightStep(move._replace(reason=TAKEN_BACK), None, 0.0, radius)
-        radius = natural_gradient.adapted_radius(radius, along, progress.promised)
+            return LightStep(move._replace(reason=TAKEN_BACK), None, 0.0, radius, slopes)
+        slopes = natural_gradient.mean_slope(slopes, along, progress.promised)
+        radius = natural_gradient.adapted_radius(radius, slopes)
     measured, operator = factors.wants_layers_light, None
     with timer.part("preconditioner"):
         if measured:
@@ -138,8 +146,8 @@ def light_step(
         move = _tried(objective, here, move, slope, timer)
         if move.direction is None:
             radius *= natural_gradient.AFTER_REJECTION
-            return LightStep(move, None, 0.0, radius, operator)
-    return LightStep(move, d, slope, radius, operator)
+            return LightStep(move, None, 0.0, radius, slopes, operator)
+    return LightStep(move, d, slope, radius, slopes, operator)
 
 
 def undo(
@@ -150,7 +158,7 @@ def undo(
         return None
     radius = progress.radius * natural_gradient.AFTER_REJECTION
     move = _scaled(objective, -start, rates, SearchResult(None, 1.0, math.nan, reason=TAKEN_BACK))
-    return LightStep(move, None, 0.0, radius)
+    return LightStep(move, None, 0.0, radius, progress.slopes)
 
 
 def _scaled(
@@ -211,12 +219,15 @@ def after_light(progress: Progress, light: LightStep, here: Evaluation) -> Progr
         scatter=scatter,
         light_start=progress.light_start if progress.light else here.loss,
         radius=light.radius,
+        slopes=light.slopes,
         promised=light.slope,
         converged_at=-1.0,
     )
 
 
-def after_full(progress: Progress, here: Evaluation, cost: float, exact: bool) -> Progress:
+def after_full(
+    progress: Progress, here: Evaluation, cost: float, exact: bool, squares: bool
+) -> Progress:
     """What a full step notes, so that it can be compared with the light ones around it.
 
     Args:
@@ -224,10 +235,16 @@ def after_full(progress: Progress, here: Evaluation, cost: float, exact: bool) -
         here: Where it began.
         cost: What it cost, in gradients.
         exact: Whether its quadratic was solved exactly.
+        squares: Whether the loss is a sum of squares.
     """
     rate, start = math.nan, progress.light_start
     if progress.light and start:
         rate = (start - here.loss) / (abs(start) * progress.light * LIGHT_COST)
     return progress._replace(
-        light=0.0, promised=0.0, light_rate=rate, full_cost=cost, exact=float(exact)
+        light=0.0,
+        promised=0.0,
+        light_rate=rate,
+        full_cost=cost,
+        exact=float(exact),
+        squares=float(squares),
     )

@@ -130,7 +130,9 @@ class StepDecision(NamedTuple):
             return after_light(progress, self.light, here)
         if not self.nothing_to_do:
             cost = self.cost(objective, here)
-            progress = after_full(progress, here, cost, exact=self.exact is not None)
+            squares = self.curvature is not None and self.curvature.squares
+            exact = self.exact is not None
+            progress = after_full(progress, here, cost, exact=exact, squares=squares)
         if self.exact is not None:
             state = self.exact.found.state
             progress = progress._replace(

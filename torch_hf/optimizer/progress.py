@@ -33,6 +33,7 @@ _NOT_NEGATIVE = (
     "exact_wall",
     "batched_rows",
     "exact",
+    "squares",
     "changes",
     "light",
     "full_after",
@@ -48,6 +49,7 @@ _ANY = (
     "light_start",
     "light_rate",
     "usual_loss",
+    "slopes",
 )
 
 
@@ -77,11 +79,13 @@ class Progress(NamedTuple):
         exact_stuck_at: The loss from which no lambda led down; inf elsewhere.
         batched_rows: Whether the Jacobian's rows were seen to need a backward pass each.
         exact: Whether the last full step was exact.
+        squares: Whether the loss of the last full step was a sum of squares.
         changes: Steps in a row whose data were not those of the step before.
         light: Light steps since the last full one.
         full_after: After so many light steps comes a full one.
         full_cost: What the last full step cost, in gradients.
         radius: Of light steps, in units of the loss; 0 before there was one.
+        slopes: The running mean of slopes at light steps' ends, over those at their beginnings.
         promised: The last light step's ``g^T d``, below 0; 0 where there is none.
         usual_loss: Where light steps began lately, a running mean; nan before there was one.
         scatter: Their mean squared deviation from it.
@@ -108,11 +112,13 @@ class Progress(NamedTuple):
     exact_stuck_at: float = math.inf
     batched_rows: float = 0.0
     exact: float = 0.0
+    squares: float = 0.0
     changes: float = 0.0
     light: float = 0.0
     full_after: float = FULL_AFTER
     full_cost: float = 0.0
     radius: float = 0.0
+    slopes: float = 0.0
     promised: float = 0.0
     usual_loss: float = math.nan
     scatter: float = 0.0

@@ -22,8 +22,9 @@ MIN_PAIR_ITERATIONS = 11
 MEASURE_EVERY, HISTORY_WEIGHT = 3, 0.8
 #: The part of the mean curvature that damps the factors: it holds what a sample cannot know.
 MEAN_CURVATURE_SHARE = 0.5
-#: Steps by the factors alone measure them after 2, 4, 8 steps and then after so many, and damp them
-#: by so many mean curvatures: without products and trial losses they see a small sample's noise.
+#: Steps by the factors alone measure them after 1, 1, 2, 4, 8 steps and later after so many. They
+#: damp them by so many mean curvatures: without products and trial losses they see a small sample's
+#: noise.
 MEASURE_EVERY_LIGHT, LIGHT_DAMPING = 20, 5.0
 #: Factors are inverted anew when their damping has changed by this factor.
 REINVERT_RATIO = 2.0
@@ -133,7 +134,7 @@ class KroneckerPreconditioner:
     def wants_layers_light(self) -> bool:
         """Whether a step by the factors alone measures them."""
         age, often = self._known.age, self._known.measured
-        return age >= min(MEASURE_EVERY_LIGHT, 1 << min(often, 30))
+        return age >= min(MEASURE_EVERY_LIGHT, 1 << min(max(often - 2, 0), 30))
 
     def begin_light(
         self, vector: ParameterVector, decays: Sequence[float], curvature: Curvature | None

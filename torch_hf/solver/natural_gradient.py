@@ -19,16 +19,18 @@ import math
 #: mu, the part of the last step that the next one repeats.
 MOMENTUM = 0.5
 #: The first radius, as a part of the loss.
-INITIAL_RADIUS = 0.01
-#: How fast the logarithm of the radius follows the slopes, per step.
-ADAPTATION = 0.1
-#: The slope at a step's end, over that at its beginning, that keeps the radius: batches are noisy,
-#: and a radius that ends exactly where the slope vanishes is too short for the steps to come.
+INITIAL_RADIUS = 0.013
+#: The weight of earlier slopes in their running mean; how fast the logarithm of the radius follows
+#: it, per step, and the most that it changes in one.
+SLOPE_MEMORY, ADAPTATION, MOST_CHANGE = 0.95, 0.15, 0.025
+#: The slope at a step's end, over that at its beginning, that keeps the radius.
 KEPT_SLOPE = 0.03
-#: Slopes beyond these say no more.
-LEAST_SLOPE, MOST_SLOPE = -1.0, 5.0
+#: A single slope counts for no more than this.
+MOST_SLOPE = 1.0
+#: Beyond it the step is taken back.
+OVERSHOT_SLOPE = 5.0
 #: The factor on the radius where a step raised the loss of its own batch, or overshot on the next.
-AFTER_REJECTION, AFTER_OVERSHOT = 0.25, 0.5
+AFTER_REJECTION, AFTER_OVERSHOT = 0.5, 0.5
 
 
 def initial_radius(loss: float) -> float:
@@ -55,28 +57,41 @@ def step_factor(radius: float, square: float) -> float:
     return 1.0 if square <= radius else math.sqrt(radius / square)
 
 
-def adapted_radius(radius: float, slope: float, promised: float) -> float:
-    """The radius after the next batch's gradient was seen.
+def mean_slope(before: float, slope: float, promised: float) -> float:
+    """The running mean of slopes at steps' ends, over those at their beginnings.
 
     Args:
-        radius: r of the last step.
+        before: The mean so far.
         slope: ``g^T d`` of the next batch's gradient along the last step.
         promised: The same of its own batch's gradient, below 0.
 
     Example:
-        >>> adapted_radius(1.0, -1.0, -2.0) > 1.0  # it still falls there: go further
-        True
-        >>> adapted_radius(1.0, 1.0, -2.0) < 1.0  # it rises: too far
+        >>> mean_slope(0.0, -1.0, -2.0) < 0.0 < mean_slope(0.0, 1.0, -2.0)
         True
     """
     if not promised < 0 or not math.isfinite(slope):
-        return radius
-    end = min(max(slope / -promised, LEAST_SLOPE), MOST_SLOPE)
-    return radius * math.exp(-ADAPTATION * (end - KEPT_SLOPE))
+        return before
+    end = min(max(slope / -promised, -MOST_SLOPE), MOST_SLOPE)
+    return SLOPE_MEMORY * before + (1.0 - SLOPE_MEMORY) * end
+
+
+def adapted_radius(radius: float, mean: float) -> float:
+    """The radius of the next step: longer where the loss still fell at the ends of the last ones.
+
+    Args:
+        radius: r of the last step.
+        mean: Of the slopes, see :func:`mean_slope`.
+
+    Example:
+        >>> adapted_radius(1.0, -0.1) > 1.0 > adapted_radius(1.0, 0.1)
+        True
+    """
+    change = ADAPTATION * (mean - KEPT_SLOPE)
+    return radius * math.exp(-min(max(change, -MOST_CHANGE), MOST_CHANGE))
 
 
 def overshot(slope: float, promised: float) -> bool:
     """Whether the last step went so far beyond the minimum that it is to be taken back."""
     if not promised < 0:
         return False
-    return not slope <= -MOST_SLOPE * promised
+    return not slope <= -OVERSHOT_SLOPE * promised
