@@ -210,10 +210,10 @@ def after_light(progress: Progress, light: LightStep, here: Evaluation) -> Progr
     usual, scatter = _usual(progress, here.loss)
     return progress._replace(
         rejections=progress.rejections + 1 if rejected else 0,
-        last_loss=light.move.loss,
-        last_start=math.nan,  # such a gain is no evidence for longer solves
+        last_loss=light.move.loss if math.isfinite(light.move.loss) else math.inf,
+        last_start=math.inf,  # such a gain is no evidence for longer solves
         last_cases=here.cases,
-        last_ratio=light.move.ratio,
+        last_ratio=progress.last_ratio if math.isnan(light.move.ratio) else light.move.ratio,
         light=progress.light + 1.0,
         usual_loss=usual,
         scatter=scatter,
@@ -237,8 +237,8 @@ def after_full(
         exact: Whether its quadratic was solved exactly.
         squares: Whether the loss is a sum of squares.
     """
-    rate, start = math.nan, progress.light_start
-    if progress.light and start:
+    rate, start = math.inf, progress.light_start
+    if progress.light and start and math.isfinite(start):
         rate = (start - here.loss) / (abs(start) * progress.light * LIGHT_COST)
     return progress._replace(
         light=0.0,

@@ -87,10 +87,11 @@ class Progress(NamedTuple):
         radius: Of light steps, in units of the loss; 0 before there was one.
         slopes: The running mean of slopes at light steps' ends, over those at their beginnings.
         promised: The last light step's ``g^T d``, below 0; 0 where there is none.
-        usual_loss: Where light steps began lately, a running mean; nan before there was one.
+        usual_loss: Where light steps began lately, a running mean; inf before there was one.
         scatter: Their mean squared deviation from it.
-        light_start: The loss where the light steps since the last full one began.
-        light_rate: How much the last light steps lowered the loss per gradient, as a part of it.
+        light_start: The loss where the light steps since the last full one began; inf elsewhere.
+        light_rate: How much the last light steps lowered the loss per gradient, as a part of it; inf
+            where there is nothing to compare.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
 
@@ -120,10 +121,10 @@ class Progress(NamedTuple):
     radius: float = 0.0
     slopes: float = 0.0
     promised: float = 0.0
-    usual_loss: float = math.nan
+    usual_loss: float = math.inf
     scatter: float = 0.0
-    light_start: float = math.nan
-    light_rate: float = math.nan
+    light_start: float = math.inf
+    light_rate: float = math.inf
 
     @property
     def ratio(self) -> float | None:
@@ -178,7 +179,7 @@ class Progress(NamedTuple):
             after = max(self.full_after / 4.0, LEAST_FULL_AFTER)
         else:
             after = min(2.0 * self.full_after, MOST_FULL_AFTER)
-        return self._replace(full_after=after, full_cost=0.0, light_rate=math.nan)
+        return self._replace(full_after=after, full_cost=0.0, light_rate=math.inf)
 
     def with_curvature(self, seen: float) -> Progress:
         """With a curvature seen, which counts for some steps."""
