@@ -81,9 +81,7 @@ def overview() -> str:
         shown[0 if wins else 1] = f"**{shown[0 if wins else 1]}**"
         budget = f"{max(r['budget'] for r in content['runs']):g}"
         clock = "CPU s" if content["task"].get("clock") == "cpu" else "s"
-        rows.append(
-            [f"{task}, {budget} {clock}", metric, shown[0], f"{shown[1]} {called(best)}"]
-        )
+        rows.append([f"{task}, {budget} {clock}", metric, shown[0], f"{shown[1]} {called(best)}"])
     return table(["task, budget a run", "metric", "ours", "best other"], rows)
 
 
@@ -151,6 +149,29 @@ def products() -> str:
     return table(["", *content["tasks"]], rows)
 
 
+def step_time() -> str:
+    """Where the seconds of a step go, without the first step."""
+    steps = load("step-cpu")["time"]["steps"][1:]
+    total = sum(step["seconds_total"] for step in steps)
+    parts = ("products", "preconditioner", "evaluations", "gradient", "other")
+    shares = {part: sum(step[f"seconds_{part}"] for step in steps) / total for part in parts}
+    rows = [[part, f"{100 * share:.1f} %"] for part, share in shares.items()]
+    return table(["part", "of the seconds"], rows)
+
+
+def step_memory() -> str:
+    """Peak memory of a step, by pairs and batches, beside that of a gradient."""
+    rows = [
+        [
+            f"{entry['pairs']}",
+            f"{entry['split']}",
+            *(f"{entry[key] / 1e6:,.0f} MB" for key in ("bytes", "gradient")),
+        ]
+        for entry in load("step-cpu")["memory"]
+    ]
+    return table(["pairs", "batches", "step", "forward and backward alone"], rows)
+
+
 def pairs() -> str:
     """What the pairs are worth to CG; everything relative to CG without them."""
     rows = []
@@ -197,6 +218,8 @@ MAKERS: dict[str, Callable[[], str]] = {
     "overview": overview,
     "swap": swap,
     "products": products,
+    "step-time": step_time,
+    "step-memory": step_memory,
     "paper-speech": paper,
     "pairs": pairs,
     **{name: (lambda r=record: dense(*r)) for name, record in DENSE.items()},

@@ -41,7 +41,6 @@ def load_digits(args: argparse.Namespace) -> tuple[Batch, Batch]:
 
 def load_mnist(args: argparse.Namespace) -> tuple[Batch, Batch]:
     """MNIST from torchvision's files: pixels in [0, 1] of shape (cases, 1, 28, 28), and labels."""
-
     import torchvision
 
     def part(train: bool) -> Batch:

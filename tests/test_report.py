@@ -37,7 +37,8 @@ CG = {"solver": "cg", "seconds": {"total": 0.25}}
         ),
         (
             {"step_length": 0.8},
-            "step 7: loss 2 -> 1.5 on 64 cases, damping 0.01, reduction ratio 0.90, step length 0.8",
+            "step 7: loss 2 -> 1.5 on 64 cases, damping 0.01, reduction ratio 0.90, "
+            "step length 0.8",
         ),
     ],
 )

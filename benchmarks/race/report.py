@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,6 +77,19 @@ def as_markdown(record: Record) -> str:
     if errors(record):
         lines += ["", "Could not run:", "", *(f"- {line}" for line in errors(record))]
     return "\n".join(lines) + "\n"
+
+
+def write_csv(record: Record, path: Path) -> None:
+    """A row a point of a curve: optimizer, seed, budget, and the curve's columns."""
+    columns = list(dict.fromkeys(key for run in record.runs for key in run["curve"]))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["optimizer", "seed", "budget", *columns])
+        for run in record.runs:
+            curve = run["curve"]
+            for i in range(len(curve.get("seconds", []))):
+                cells = [curve[key][i] if key in curve else None for key in columns]
+                writer.writerow([run["optimizer"], run["seed"], run["budget"], *cells])
 
 
 def measured(record: Record) -> str:
