@@ -10,7 +10,7 @@ from typing import Any
 def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
     """One of a few names."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def number(name: str, value: Any, *, low: float, high: float = math.inf, hint: str) -> None:
@@ -33,10 +33,11 @@ def count(name: str, value: Any, *, low: int, hint: str) -> None:
 def between(name: str, value: object, low: float, high: float = math.inf, hint: str = "") -> None:
     """A finite number of ``low``'s type from ``low`` to ``high``; ``hint`` says what these are."""
     if isinstance(value, bool) or not isinstance(value, (int, type(low))):
-        raise TypeError(f"{name} must be of type {type(low).__name__}, but is {value!r}")
+        expected = "an int" if isinstance(low, int) else "a number"
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}.")
     if not (low <= value <= high and value < math.inf):
         limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {limits}{hint and f' ({hint})'}, but is {value!r}")
+        raise ValueError(f"{name} must be {limits}{hint and f' ({hint})'}, got {value!r}.")
 
 
 def flag(name: str, value: Any) -> None:
@@ -69,12 +70,13 @@ def group(given: Any, defaults: Mapping[str, Any]) -> None:
             hint = f"Pass it to the constructor: HFOptimizer(groups, {name}={given[name]!r})."
             if name in ("preconditioner", "base"):
                 hint = (
-                    "These groups are of an optimizer with another preconditioner: take the entry "
-                    f"{name!r} out, and pass the constructor the preconditioner you want."
+                    "The groups come from an optimizer with another preconditioner. Remove the "
+                    f"entry {name!r} from them and pass the preconditioner you want to the "
+                    "constructor."
                 )
             raise ValueError(
-                f"{name} holds for all parameters and cannot be {given[name]!r} for one group. "
-                f"{hint}"
+                f"{name} must be the same for all parameter groups, got {given[name]!r} for one of "
+                f"them. {hint}"
             )
 
 
@@ -83,13 +85,13 @@ def shard_state(value: Any, group: Any, preconditioner: Any) -> None:
     flag("shard_state", value)
     if value and group is None:
         raise ValueError(
-            "shard_state=True cuts vectors over the ranks of a process group, but process_group "
-            "is None. Pass process_group=torch.distributed.group.WORLD after init_process_group()."
+            "process_group must be a process group with shard_state=True, got None. Pass "
+            "process_group=torch.distributed.group.WORLD after init_process_group()."
         )
     if value and not hasattr(preconditioner, "space"):
         raise ValueError(
-            f"The preconditioner {type(preconditioner).__name__} has no attribute `space`, but it "
-            "is given this rank's entries of each vector alone. Give it one (space = "
-            "torch_hf.distributed.LOCAL; the optimizer sets it) and take dot products by "
-            'self.space.dots(), or take "lbfgs", "diagonal" or "none".'
+            f"The preconditioner {type(preconditioner).__name__} must have an attribute `space` "
+            "with shard_state=True, got none. Each rank holds only a part of every vector. Set "
+            "space = torch_hf.distributed.LOCAL in its class (the optimizer replaces it) and take "
+            'dot products by self.space.dots(). Or use "lbfgs", "diagonal" or "none".'
         )

@@ -65,7 +65,10 @@ class CSVLogger:
             ValueError: The logger is closed.
         """
         if self._file.closed:
-            raise ValueError(f"the CSVLogger of {self.path} is closed; log inside its with block")
+            raise ValueError(
+                f"The CSVLogger of {self.path} must be open, got a closed one. Log inside its with "
+                "block."
+            )
         row = {**_row(report), **extra}
         new = [column for column in row if column not in self._columns]
         if new:
@@ -120,7 +123,10 @@ def read_csv(path: str | os.PathLike[str]) -> dict[str, list[float]]:
         reader = csv.DictReader(file)
         names = reader.fieldnames
         if names is None:
-            raise ValueError(f"{path} is empty; expected a CSV file written by CSVLogger")
+            raise ValueError(
+                f"{path} must be a CSV file written by CSVLogger, got an empty file. Log at least "
+                "one step."
+            )
         rows = list(reader)
     return {column: [_number(row[column]) for row in rows] for column in names}
 

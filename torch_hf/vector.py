@@ -193,19 +193,19 @@ def check_parameters(params: Sequence[Tensor]) -> None:
     """Complains about what cannot be optimized."""
     if not params:
         raise ValueError(
-            "There is nothing to optimize: no parameter with requires_grad=True was given. Pass "
-            "model.parameters(), unfrozen with model.requires_grad_(True) if they are frozen."
+            "params must hold a parameter with requires_grad=True, got none. Pass "
+            "model.parameters(), and unfreeze frozen ones with model.requires_grad_(True)."
         )
     for p in params:
         if not p.is_floating_point():
             raise TypeError(
-                f"HFOptimizer expects real floating-point parameters, got one of {p.dtype}. "
-                "Hold the real and imaginary parts as two parameters and combine them in the "
-                "model, for instance with torch.complex(real, imag)."
+                f"Parameters must be real floating-point tensors, got one of {p.dtype}. Hold the "
+                "real and imaginary parts as two parameters and combine them in the model, for "
+                "instance with torch.complex(real, imag)."
             )
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:
         raise ValueError(
-            f"HFOptimizer expects all parameters on one device, got {', '.join(devices)}. "
-            "Move the model with model.to(device), or give each part its own optimizer."
+            f"All parameters must be on one device, got {', '.join(devices)}. Move the model with "
+            "model.to(device), or give each part its own optimizer."
         )

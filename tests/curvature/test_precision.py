@@ -97,7 +97,7 @@ def test_a_product_is_right_or_refused(kind, around, cast, bound):
 @pytest.mark.parametrize("bits", [3, 7])
 def test_rounding_that_cannot_be_switched_off_is_refused(kind, bits):
     before = torch.get_float32_matmul_precision()
-    with Rounded(bits), pytest.raises(RuntimeError, match="less precision than its tensors have"):
+    with Rounded(bits), pytest.raises(RuntimeError, match="lower precision than its tensors have"):
         error_by_differences(*problem(kind))
     assert torch.get_float32_matmul_precision() == before
 
@@ -131,6 +131,24 @@ def test_a_tangent_that_shows_nothing_chooses_nothing():
     assert choice.factor is None
     assert math.isclose(float(along([torch.tensor([1.0, 0.0])])[0]), 3.0, rel_tol=1e-4)
     assert choice.factor == 1.0
+
+
+def test_a_tangent_that_shows_only_rounding_chooses_nothing():
+    theta, choice = [torch.ones(1)], StepChoice()
+    along = CentralDifference(lambda values: [1e6 + 10 * values[0]], theta, choice=choice)
+    along([torch.ones(1)])
+    assert choice.factor is None
+
+
+def test_kinks_are_no_lack_of_precision():
+    """Differences of every length disagree, and still the values are exact."""
+    theta = [torch.zeros(1)]
+    steps = [
+        torch.finfo(torch.float32).eps ** (1 / 3) * factor for factor in (1 / 16, 1 / 4, 1, 4, 16)
+    ]
+    kinks = torch.tensor([1.4 * step for step in steps])
+    along = CentralDifference(lambda values: [(values[0] - kinks).abs().sum()], theta)
+    assert -5.0 <= float(along([torch.ones(1)])[0]) < -1.0
 
 
 # --- the settings of torch ---

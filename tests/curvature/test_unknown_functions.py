@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
 from torch_hf.curvature import GaussNewtonOperator, HessianOperator
+from torch_hf.curvature.unknown_functions import agree, belong_together
 
 pytestmark = pytest.mark.usefixtures("seeded")
 X, Y = normal(1, 12, 4), normal(2, 12, 2)
@@ -285,3 +286,27 @@ def test_no_warning_is_given():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gauss_newton(InNumpy.apply, "residual")
+
+
+@pytest.mark.parametrize(
+    ("second", "found", "fits"),
+    [
+        (1e-6, 2e-6, True),  # beside the whole it is rounding
+        (0.3, 0.6, False),
+        (0.3, 0.30001, True),
+        (0.3, None, False),
+    ],
+)
+def test_products_agree_in_each_tensor_but_for_those_that_are_nothing(second, found, fits):
+    truth = [torch.ones(4, dtype=torch.float64), torch.full((4,), second, dtype=torch.float64)]
+    other = None if found is None else torch.full((4,), found, dtype=torch.float64)
+    assert agree([truth[0].clone(), other], truth) is fits
+
+
+@pytest.mark.parametrize(("wrong_by", "fits"), [(0.0, True), (1e-9, True), (0.1, False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_with_one_matrix_belong_together(wrong_by, fits, dtype):
+    J = normal(3, 5, 4).to(dtype)
+    params, outputs = [torch.zeros(4, dtype=dtype)], [torch.zeros(5, dtype=dtype)]
+    push = lambda v: [(1 + wrong_by) * (J @ v[0])]  # noqa: E731
+    assert belong_together(push, lambda u: [J.T @ u[0]], outputs, params) is fits

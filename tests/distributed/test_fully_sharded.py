@@ -206,12 +206,12 @@ def stepping(rank, group, how):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("diagonal", "The diagonal preconditioner needs gradients by case"),
-        ("variance", "VarianceGrowth needs gradients by case"),
-        ("tensor parallel", "Only modules under fully_shard are supported"),
-        ("penalty", "for an L2 penalty take weight_decay"),
+        ("diagonal", "The diagonal preconditioner needs per-case gradients"),
+        ("variance", "VarianceGrowth needs per-case gradients"),
+        ("tensor parallel", "only through the forward of modules under fully_shard"),
+        ("penalty", "For an L2 penalty, use weight_decay"),
         ("mixed", "Call fully_shard(model) on the whole model"),
-        ("two meshes", "expected on one device mesh of one dimension"),
+        ("two meshes", "must be on one device mesh of one dimension"),
     ],
 )
 def test_what_cannot_work_says_so_at_the_first_step(how, reason):

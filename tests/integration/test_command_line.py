@@ -173,9 +173,9 @@ def test_plot_where_it_is_asked_for(run_csv):
     ("text", "options", "said"),
     [
         (None, [], "There is no file"),
-        ("", [], "is empty; expected a CSV file written by CSVLogger"),
-        ("step,loss\n", [], "has no rows"),
-        ("a,b\n1,2\n", [], "has none of the columns"),
+        ("", [], "must be a CSV file written by CSVLogger, got an empty file"),
+        ("step,loss\n", [], "got no rows"),
+        ("a,b\n1,2\n", [], "must have a column that plot_training draws"),
         ("step,loss\n1,2\n", ["--score", "bleu"], "no column train_bleu or test_bleu"),
         ("step,loss\n1,2\n", ["-o", "picture.doc"], "doc"),
         ("\x89PNG\x00\xff", [], "run.csv"),

@@ -137,7 +137,7 @@ def test_a_closure_that_looks_at_gradients_is_told_where_they_are(look):
                 raise AttributeError("'NoneType' object has no attribute 'grad'")
         return loss
 
-    with pytest.raises(RuntimeError, match=r"holds backward\(\) back"):
+    with pytest.raises(RuntimeError, match=r"intercepts backward\(\)"):
         HFOptimizer(model.parameters()).step(closure)
 
 

@@ -134,16 +134,16 @@ def _with(value):
 
 
 BAD = {
-    "no factor": (lambda: KroneckerFactors(), ValueError, "At least one factor"),
+    "no factor": (lambda: KroneckerFactors(), ValueError, "at least one factor"),
     "lengths": (
         lambda: KroneckerFactors(A, B[:7]),
         ValueError,
-        r"factor 1 has 9 rows, factor 2 has 7.*from_pairs",
+        r"9 rows in factor 1 and 7 in factor 2.*from_pairs",
     ),
     "nan": (
         lambda: KroneckerFactors(A, _with(float("nan"))),
         ValueError,
-        r"Factor 2 has 1 values that are not finite, the first nan at \(5, 1\)",
+        r"Factor 2 must be finite, got 1 values that are not finite, the first nan at \(5, 1\)",
     ),
     "inf": (lambda: KroneckerFactors(_with(float("inf"))), ValueError, "not finite, the first inf"),
     "vector": (lambda: KroneckerFactors(A[0]), ValueError, r"must be a matrix .* shape \(3,\)"),
@@ -155,26 +155,26 @@ BAD = {
     "zero": (
         lambda: KroneckerFactors(A, B * (torch.arange(9) != 4)[:, None], normalize=True),
         ValueError,
-        "1 points cannot be scaled to length 1, the first is point 4",
+        "got 1 that have not, the first of them point 4",
     ),
     "degree": (lambda: KroneckerFactors.power(A, 0), ValueError, "degree must be at least 1"),
     "flag": (lambda: KroneckerFactors(A, constant=1), TypeError, "constant must be True or False"),
     "row": (
         lambda: KroneckerFactors.from_pairs(A, B, [0, 9], [0, 1]),
         ValueError,
-        "rows must be from 0 to 8; got 9",
+        "rows must be from 0 to 8, got 9",
     ),
     "column": (
         lambda: KroneckerFactors.from_pairs(A, B, [0, 1], [-1, 1]),
         ValueError,
-        "cols must be from 0 to 8; got -1",
+        "cols must be from 0 to 8, got -1",
     ),
     "pairs": (
         lambda: KroneckerFactors.from_pairs(A, B, [0, 1], [1]),
         ValueError,
-        "equally long.*2 and 1",
+        "the same length.*2 and 1",
     ),
-    "index": (lambda: KroneckerFactors(A).gram([9]), ValueError, "from 0 to 8; got 9"),
+    "index": (lambda: KroneckerFactors(A).gram([9]), ValueError, "from 0 to 8, got 9"),
     "real index": (lambda: KroneckerFactors(A).gram([0.5]), TypeError, "integers, got torch.float"),
     "mask": (
         lambda: KroneckerFactors(A).gram(torch.ones(9).bool()),
@@ -198,7 +198,7 @@ BAD = {
         "Normalise the sum instead",
     ),
     "no terms": (lambda: KroneckerFactors.sum_of(), ValueError, "at least one term"),
-    "term": (lambda: KroneckerFactors.sum_of(A), TypeError, "takes KroneckerFactors, got Tensor"),
+    "term": (lambda: KroneckerFactors.sum_of(A), TypeError, "must be KroneckerFactors, got Tensor"),
     "memory": (
         lambda: KroneckerFactors.power(A, 40).dense(),
         MemoryError,

@@ -99,7 +99,7 @@ def test_a_changed_gradient_is_refused(change):
     change(layer)
     before = layer(range(N)).detach()
     for call in (optimizer.step, optimizer.gradient_norm):
-        with pytest.raises(RuntimeError, match=r"clip with KroneckerSGD\(..., max_norm=...\)"):
+        with pytest.raises(RuntimeError, match=r"Clip with KroneckerSGD\(..., max_norm=...\)"):
             call()
     assert torch.equal(layer(range(N)), before)
     optimizer.zero_grad()

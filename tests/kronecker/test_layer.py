@@ -208,7 +208,7 @@ def test_auto_measures_once_and_takes_the_faster(monkeypatch):
 
 def test_a_tree_does_not_serve_momentum():
     layer = _trained(_layer(), momentum=0.9)
-    with pytest.raises(RuntimeError, match="cannot serve a layer with momentum"):
+    with pytest.raises(RuntimeError, match="must be used without momentum"):
         layer.active([1], 0.5, search="tree")
     z = layer([1])[0]
     found = layer.active([1], 0.5)  # auto scans
@@ -358,10 +358,14 @@ BAD = {
     "std": (lambda: _layer(std=-1.0), ValueError, "std must be a finite number"),
     "init": (lambda: _layer(init="zeros"), ValueError, "'auto', 'joint', 'seeded'"),
     "weights": (lambda: _layer(init=torch.ones(3, 3)), ValueError, r"\(30, 42\), got .*\(3, 3\)"),
-    "nan": (lambda: _layer(init=torch.full((M, 42), math.nan)), ValueError, "init has 1260 values"),
+    "nan": (
+        lambda: _layer(init=torch.full((M, 42), math.nan)),
+        ValueError,
+        "init must be finite, got 1260 values",
+    ),
     "gram": (lambda: _layer(gram="none"), ValueError, "gram must be one of"),
     "flag": (lambda: _layer(keep_initial=1), TypeError, "keep_initial must be True or False"),
-    "index": (lambda: _layer()([N]), ValueError, "from 0 to 19; got 20"),
+    "index": (lambda: _layer()([N]), ValueError, "from 0 to 19, got 20"),
     "negative": (lambda: _layer()([-1]), ValueError, "got -1"),
     "real": (lambda: _layer()(torch.ones(2)), TypeError, "integers, got torch.float32"),
     "search": (lambda: _layer().active([1], 0.5, search="x"), ValueError, "search must be one of"),
@@ -375,7 +379,7 @@ BAD = {
         "keep_initial=True",
     ),
     "no refresh": (_without_initial(lambda x: x.refresh()), RuntimeError, "keep_initial=True"),
-    "other data": (_other_data, ValueError, "other data.*in the same order"),
+    "other data": (_other_data, ValueError, "must belong to the same data.*in the same order"),
     "dense gradient": (_dense_gradient, RuntimeError, "must be the sparse one"),
     "plain SGD": (
         lambda: _step_with(lambda p: torch.optim.SGD(p, lr=0.1)),
@@ -387,9 +391,9 @@ BAD = {
         RuntimeError,
         "must be trained by KroneckerSGD, got a step of Adam",
     ),
-    "written": (_written, RuntimeError, "else than KroneckerSGD has changed"),
+    "written": (_written, RuntimeError, "must be changed by KroneckerSGD alone"),
     "tree": (_momentum_mid_tree, RuntimeError, 'search="scan"'),
-    "betas": (_sgd(lr=0.1, betas=(0.9, 0.999)), TypeError, "lead out of the span.*weight_decay"),
+    "betas": (_sgd(lr=0.1, betas=(0.9, 0.999)), TypeError, "leave the span.*weight_decay"),
     "option": (_sgd(lr=0.1, foreach=True), TypeError, "no option 'foreach'. It takes lr, momentum"),
     "lr": (_sgd(lr=-1.0), ValueError, "lr must be a finite number"),
     "momentum": (_sgd(momentum="x"), TypeError, "momentum must be a number"),
@@ -399,7 +403,7 @@ BAD = {
     "others": (
         lambda: KroneckerSGD(nn.Linear(2, 2).parameters(), lr=0.1),
         ValueError,
-        "None of these parameters.*torch.optim.SGD",
+        "must include those of a KroneckerLinear.*torch.optim.SGD",
     ),
     "model": (lambda: KroneckerSGD(_layer(), lr=0.1), TypeError, r"model\.parameters\(\)"),
     "group": (

@@ -160,7 +160,7 @@ def test_active_neurons():
         _batches(100),
     )
     assert_close(found, _train(model, torch.optim.SGD([weight], **options), _batches(100)), **EXACT)
-    with pytest.raises(RuntimeError, match="lie in a grid of two tables"):
+    with pytest.raises(RuntimeError, match="points in a grid of two tables keep none"):
         network.hidden.active([0], 0.5, search="tree")
     assert not _in_grid(TwoLayerNetwork(CASES["unit pairs"](), 40, search="tree").hidden)
 

@@ -179,7 +179,7 @@ def test_a_state_of_other_data_is_refused(data, other):
     saved = _layer(other(data), gram="rows").state_dict()
     layer = _layer(data(), gram="rows")
     before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(ValueError, match="belongs to other data"):
+    with pytest.raises(ValueError, match="must belong to the same data"):
         layer.load_state_dict(saved)
     assert_close(layer.state_dict(), before, rtol=0, atol=0)
 
@@ -188,7 +188,7 @@ def test_a_state_of_other_data_is_refused(data, other):
 def test_so_it_is_where_features_are_many(width):
     data = [_points(seed, (width, width)) for seed in (1, 5)]
     for other in (data[1], data[0].select(torch.arange(N - 1, -1, -1))):
-        with pytest.raises(ValueError, match="belongs to other data"):
+        with pytest.raises(ValueError, match="must belong to the same data"):
             _layer(data[0]).load_state_dict(_layer(other).state_dict())
 
 
@@ -258,9 +258,9 @@ def test_what_cannot_be_averaged():
     model = torch.optim.swa_utils.AveragedModel(layer)
     _train(layer, KroneckerSGD(layer.parameters(), lr=0.1))
     model.update_parameters(layer)
-    with pytest.raises(RuntimeError, match=r"AveragedModel write them too.*lerp_"):
+    with pytest.raises(RuntimeError, match=r"AveragedModel also change coefficients.*lerp_"):
         model([1])
-    with pytest.raises(ValueError, match="same initial weights, got another"):
+    with pytest.raises(ValueError, match="same initial weights, got a different one"):
         layer.lerp_(_layer(_points(), seed=5), 0.1)
     with pytest.raises(
         TypeError, match=r"must be a KroneckerLinear, got Linear.*deepcopy\(layer\)"

@@ -106,8 +106,8 @@ def test_leaves_are_not_copied():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: CorrelationTree([[1.0]]), TypeError, r"tensor \(neurons, points\)"),
-        (lambda: CorrelationTree(torch.ones(3)), TypeError, r"tensor \(neurons, points\)"),
+        (lambda: CorrelationTree([[1.0]]), TypeError, r"tensor of shape \(neurons, points\)"),
+        (lambda: CorrelationTree(torch.ones(3)), TypeError, r"tensor of shape \(neurons, points\)"),
         (lambda: CorrelationTree(torch.ones(0, 3)), ValueError, r"not be empty, .*\(0, 3\)"),
         (lambda: CorrelationTree(torch.ones(2, 3), 1), ValueError, "branching must be at least 2"),
         (lambda: CorrelationTree(torch.ones(2, 3)).query([3], 0.0), ValueError, "from 0 to 2"),

@@ -211,7 +211,7 @@ class Refused(NamedTuple):
     penalty: bool = False
 
 
-UNPROVED, FLAT = "was not proved convex|no sum of torch's", "first-order optimizer"
+UNPROVED, FLAT = "could not be proved convex|not a sum of torch's", "first-order optimizer"
 REFUSED = {
     "negative_mse": Refused(lambda z: -F.mse_loss(z, Y), "negative weight"),
     "negative_rmse": Refused(lambda z: -F.mse_loss(z, Y).sqrt(), UNPROVED),
@@ -225,7 +225,9 @@ REFUSED = {
     "smaller_square": Refused(lambda z: torch.minimum(z**2, (z - Y) ** 2).mean(), UNPROVED),
     "convex_and_sine": Refused(lambda z: z.exp().mean() + z.sin().mean(), UNPROVED),
     "moving_target": Refused(lambda z: F.kl_div(z.log_softmax(1), z.flip(0).softmax(1)), "target"),
-    "penalty_and_sine": Refused(lambda z: z.sin().mean(), "only term.*penalty", penalty=True),
+    "penalty_and_sine": Refused(
+        lambda z: z.sin().mean(), "only convex term.*penalty", penalty=True
+    ),
     "penalty_and_product": Refused(lambda z: (z[0] * z[1]).mean(), "return loss", penalty=True),
     "penalty_and_l1": Refused(lambda z: F.l1_loss(z, Y), FLAT, penalty=True),
     "l1_loss": Refused(lambda z: F.l1_loss(z, Y), FLAT),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
+from torch_hf.loss.case_counts import Cases, agreed_terms
 
 
 class Loss(NamedTuple):
@@ -206,3 +207,23 @@ def test_a_step_with_batches_is_the_step_on_the_whole():
         assert returned == pytest.approx(optimizer.last_report.loss, rel=1e-13)
         steps.append(flat([p.detach() for p in model.parameters()]))
     assert_same(*steps, 1e-8)
+
+
+def test_ranks_that_weight_the_terms_of_a_loss_differently_do_not_agree():
+    known = [Cases(7.0, False, d) for d in ((2.0, 3.0, 4.0), (4.0, 6.0, 8.0), (2.0, 4.0, 3.0))]
+    first, twice, swapped = map(agreed_terms, known)
+    assert first == pytest.approx(twice)  # a factor common to all is the number of cases
+    assert first != pytest.approx(swapped)
+
+
+def test_outputs_of_different_lengths_are_no_number_of_cases():
+    model = network()
+
+    def closure(batch):
+        x, y, _ = batch
+        z = model(x)
+        return (z - y).square().logsumexp(1).mean(), (z, z[:1])
+
+    optimizer = HFOptimizer(model.parameters(), curvature="hessian")
+    with pytest.raises(ValueError, match="number of cases in common"):
+        optimizer.step(closure, batches=BATCHES)

@@ -28,7 +28,10 @@ class _Unfinished:
 
 
 _NUMBER = "must be a number"
-_PROTOCOL = ("preconditioner must be a name or have the methods", "begin, apply, observe")
+_PROTOCOL = (
+    "preconditioner must be a name, or an object with wants_layers and the methods",
+    "begin, apply, observe",
+)
 BAD_OPTIONS = (
     BadOption("lr-negative", {"lr": -0.1}, ValueError, ("lr must be", "at least 0", "-0.1")),
     BadOption("lr-nan", {"lr": float("nan")}, ValueError, ("lr must be a finite number", "nan")),
@@ -142,22 +145,28 @@ BAD_PARAMETERS = (
     BadParameters("tensor", lambda: torch.ones(2), TypeError, ("an iterable of Tensors",)),
     BadParameters("number", lambda: [1.0], TypeError, ("can only optimize Tensors",)),
     BadParameters(
-        "frozen", _frozen, ValueError, ("nothing to optimize", "model.requires_grad_(True)")
+        "frozen",
+        _frozen,
+        ValueError,
+        ("requires_grad=True, got none", "model.requires_grad_(True)"),
     ),
     BadParameters(
-        "integers", _integers, ValueError, ("nothing to optimize", "Pass model.parameters()")
+        "integers",
+        _integers,
+        ValueError,
+        ("requires_grad=True, got none", "Pass model.parameters()"),
     ),
     BadParameters(
         "complex",
         _complex,
         TypeError,
-        ("real floating-point parameters", "torch.complex64", "torch.complex(real, imag)"),
+        ("real floating-point tensors", "torch.complex64", "torch.complex(real, imag)"),
     ),
     BadParameters(
         "devices",
         _scattered,
         ValueError,
-        ("all parameters on one device", "cpu, meta", "model.to(device)"),
+        ("must be on one device", "cpu, meta", "model.to(device)"),
     ),
 )
 

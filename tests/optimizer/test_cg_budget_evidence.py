@@ -88,6 +88,20 @@ def test_the_budget_against_its_rule_written_out(name):
     assert last is None or (found[-1], max(found)) == (last, most)
 
 
+def test_steps_hold_where_seven_tenths_of_their_gains_were_found_again():
+    for found, claimed, holds in ((0.71, 1.0, True), (0.69, 1.0, False), (0.0, 0.0, False)):
+        assert Progress(claimed=claimed, found_again=found).holds is holds
+
+
+def test_a_curvature_seen_fades_by_a_tenth_a_step():
+    seen = [10.0, 1.0, math.nan, 20.0]
+    progress, found = Progress(), []
+    for curvature in seen:
+        progress = progress.with_curvature(curvature)
+        found.append(progress.curvature_seen)
+    assert found == pytest.approx([10.0, 9.0, 8.1, 20.0])
+
+
 def test_what_forgets_is_a_sum():
     progress = Progress()
     for start, end, same in falling(30, 0.8):

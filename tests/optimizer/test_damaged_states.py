@@ -322,6 +322,6 @@ def test_what_a_preconditioner_of_ones_own_refuses_is_said_so():
     optimizer.step(lambda: (w - 2).square().sum())
     state = copy.deepcopy(optimizer.state_dict())
     state["state"][0]["preconditioner.scale"] = "much"
-    with pytest.raises(ValueError, match=r"OneNumber does not take the state's entries.*scale"):
+    with pytest.raises(ValueError, match=r"OneNumber cannot load the state's entries.*scale"):
         optimizer.load_state_dict(state)
     assert optimizer.preconditioner.scale == 2.0

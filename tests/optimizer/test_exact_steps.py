@@ -284,12 +284,12 @@ def concave(model: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 REFUSED = {
-    "hessian": ({"curvature": "hessian"}, {}, None, "take curvature"),
-    "curvature_batches": ({}, {"batches": [0], "curvature_batches": [0]}, None, "leave these out"),
+    "hessian": ({"curvature": "hessian"}, {}, None, "use curvature"),
+    "curvature_batches": ({}, {"batches": [0], "curvature_batches": [0]}, None, "leave them out"),
     "remainder": ({}, {}, bypassing, "bypasses the outputs"),
     "not convex": ({}, {}, concave, "not\\s+convex"),
-    "bfloat16": ({}, {}, torch.bfloat16, "less than 32 bits"),
-    "float16": ({}, {}, torch.float16, "less than 32 bits"),
+    "bfloat16": ({}, {}, torch.bfloat16, "fewer than 32 bits"),
+    "float16": ({}, {}, torch.float16, "fewer than 32 bits"),
 }
 
 

@@ -42,14 +42,14 @@ def spoilt(state):
 @pytest.mark.parametrize(
     ("change", "options", "says"),
     [
-        (renamed, {}, r"param_groups\[0\] has no entry 'cg_tol'"),
-        (reshaped, {}, r"'cg_iterate' of parameter 0 has shape \(4, 3\).*\(5, 3\)"),
-        (repaired, {}, r"'preconditioner.s' of parameter 3 has shape \(2, 9\)"),
-        (regrouped, {}, r"hold \[5\] parameters, this optimizer's \[6\]"),
+        (renamed, {}, r"param_groups\[0\] must have the entry 'cg_tol'"),
+        (reshaped, {}, r"'cg_iterate' of parameter 0 must have .* shape \(5, 3\), got \(4, 3\)"),
+        (repaired, {}, r"'preconditioner.s' of parameter 3 must have .*, got \(2, 9\)"),
+        (regrouped, {}, r"hold \[6\] parameters, got \[5\]"),
         (spoilt, {}, "cg_max_iter must be at least 1"),
-        (None, {"curvature": "hessian"}, "curvature is 'ggn', this optimizer's 'hessian'"),
-        (None, {"preconditioner": "none"}, "preconditioner is 'LBFGSPreconditioner'"),
-        (None, {"history_size": 6}, "history_size is 4, this optimizer's 6"),
+        (None, {"curvature": "hessian"}, "curvature must be this optimizer's 'hessian', got 'ggn'"),
+        (None, {"preconditioner": "none"}, "preconditioner must be .*, got 'LBFGSPreconditioner'"),
+        (None, {"history_size": 6}, "history_size must be this optimizer's 6, got 4"),
     ],
 )
 def test_a_state_that_does_not_fit_is_named(change, options, says):

@@ -158,3 +158,20 @@ def test_another_weight_decay_is_taken_up_between_measurements():
         preconditioner.observe(1, truth[0], truth[0])
         preconditioner.end()
     assert len(curvature.salts) == 1
+
+
+def test_a_measurement_that_is_not_finite_changes_nothing_that_is_known():
+    curvature, preconditioner = Measured(), KroneckerPreconditioner()
+    preconditioner.begin(0.1, curvature)
+    preconditioner.end()
+    before = preconditioner.state_dict()
+    curvature.factors = lambda salt: [
+        LayerFactors(0, 1, torch.full((3, 3), float("nan")).double(), factors(1)[1])
+    ]
+    preconditioner._known = preconditioner._known._replace(age=1000)  # it is time to measure
+    assert preconditioner.wants_layers
+    preconditioner.begin(0.1, curvature)
+    after = preconditioner.state_dict()
+    assert torch.equal(after["factor0"], before["factor0"])
+    assert torch.equal(after["factor1"], before["factor1"])
+    assert matrix(preconditioner).isfinite().all()

@@ -51,6 +51,14 @@ def test_pairs_of_any_length_give_the_inverse(length, curvature, based, moved):
         assert_close(got.double() * curvature / size, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("damping", [1e-10, 1e10, 1e25])
+def test_a_lambda_far_above_the_curvature_of_pairs_whose_squares_vanish(damping):
+    A, steps, r = problem()
+    expected = inverse(A * 1e-30, steps, torch.float64, damping, None)(r)
+    found = inverse(A * 1e-30, steps, torch.float32, damping, None)(r.float())
+    assert_close(found.double() * damping, expected * damping, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("bad", [0.0, float("inf"), float("nan")])
 def test_a_pair_of_no_use_is_left_out(bad):
     A, steps, r = problem()

@@ -77,30 +77,35 @@ def test_head_of_a_smaller_batch_is_all_of_it():
 
 ROWS = torch.zeros(4, 3)
 WRONG = {
-    "no tensor": ({"a": 1}, 2, ValueError, "the batch (dict) holds no tensor with a leading"),
-    "scalars": ((torch.tensor(1.0),), 2, ValueError, "holds no tensor with a leading dimension"),
-    "no cases": (torch.zeros(0, 3), 2, ValueError, "the batch (Tensor) holds no cases"),
+    "no tensor": ({"a": 1}, 2, ValueError, "got a dict with no tensor with a leading"),
+    "scalars": ((torch.tensor(1.0),), 2, ValueError, "got a tuple with no tensor with a leading"),
+    "no cases": (torch.zeros(0, 3), 2, ValueError, "got a Tensor with no cases"),
     "lengths": (
         {"x": ROWS, "y": [torch.zeros(5)]},
         2,
         ValueError,
-        "batch['x'] has shape (4, 3) and batch['y'][0] has shape (5,); move what is not per",
+        "got shape (4, 3) for batch['x'] and (5,) for batch['y'][0]. Move what is not per",
     ),
-    "zero": (ROWS, 0, ValueError, "size must be at least 1 case, but is 0"),
-    "negative": (ROWS, -1, ValueError, "size must be at least 1 case, but is -1"),
-    "fraction": (ROWS, 2.0, TypeError, "size must be an int, the most cases in a piece, but is 2"),
+    "zero": (ROWS, 0, ValueError, "size must be at least 1 case, got 0"),
+    "negative": (ROWS, -1, ValueError, "size must be at least 1 case, got -1"),
+    "fraction": (
+        ROWS,
+        2.0,
+        TypeError,
+        "size must be an int, the largest number of cases in a piece, got 2",
+    ),
     "truth": (ROWS, True, TypeError, "size must be an int"),
     "unregistered": (
         (ROWS, Unregistered(ROWS)),
         2,
         TypeError,
-        "batch[1] is a Unregistered that holds tensors",
+        "got a Unregistered that holds tensors",
     ),
     "user dict": (
         collections.UserDict(x=ROWS),
         2,
         TypeError,
-        "batch is a UserDict that holds tensors",
+        "got a UserDict that holds tensors",
     ),
 }
 
@@ -120,5 +125,5 @@ def test_a_class_without_named_children_is_still_cut_and_named():
 
     pytree.register_pytree_node(Box, lambda box: (list(box.inside), None), lambda x, _: Box(*x))
     assert head(Box(ROWS, ROWS), 1).inside[1].shape == (1, 3)
-    with pytest.raises(ValueError, match=r"leaf 1 of the batch has shape \(5,\)"):
+    with pytest.raises(ValueError, match=r"\(5,\) for leaf 1 of the batch"):
         head(Box(ROWS, torch.zeros(5)), 1)

@@ -217,7 +217,7 @@ def test_a_sampler_in_the_place_of_sampler_is_refused(which, stateful):
     before = sampler.state_dict()
     loader = loaders(module)[which](sampler)
     for use in (lambda: next(iter(loader)), lambda: len(loader)):
-        with pytest.raises(TypeError, match="batch_sampler=: DataLoader"):
+        with pytest.raises(TypeError, match=r"batch_sampler=.*Write DataLoader"):
             use()
     assert sampler.state_dict() == before
 
@@ -254,7 +254,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(name, value):
     batches = iter(sampler)
     next(batches)
     before, rest = sampler.state_dict(), list(copy.deepcopy(batches))
-    with pytest.raises(ValueError, match=f"state entry '{name}' is .*, but this sampler has"):
+    with pytest.raises(ValueError, match=f"state entry '{name}' must be .*this sampler has"):
         sampler.load_state_dict(SAVED.state_dict() | {name: value})
     assert sampler.state_dict() == before
     assert list(batches) == rest
@@ -263,10 +263,10 @@ def test_a_damaged_state_is_refused_and_changes_nothing(name, value):
 def test_entries_too_many_or_too_few():
     sampler, state = sampler_of(grow_every="step"), SAVED.state_dict()
     before = sampler.state_dict()
-    with pytest.raises(ValueError, match=r"no GrowingBatchSampler saves: \['model'\]"):
+    with pytest.raises(ValueError, match=r"a GrowingBatchSampler saves, got \['model'\]"):
         sampler.load_state_dict(state | {"model": {}})
     for name in state:
-        with pytest.raises(ValueError, match=f"state entry '{name}' is missing, but this sampler"):
+        with pytest.raises(ValueError, match=f"state entry '{name}' must be .*, got missing"):
             sampler.load_state_dict({k: v for k, v in state.items() if k != name})
     assert sampler.state_dict() == before
     sampler.load_state_dict(state)

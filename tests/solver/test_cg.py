@@ -363,3 +363,19 @@ def test_negative_curvature_along_the_gradient_goes_as_far_as_its_mirror_image()
     result = conjugate_gradients(lambda v: -2 * v, g)
     assert_close(result.last.vector, -g / 2)
     assert result.last.value == pytest.approx((-0.75 * g @ g).item())
+
+
+def test_where_nothing_was_solved_the_step_goes_down_under_any_preconditioner():
+    """Products are not finite, and the preconditioner points uphill."""
+    g = normal(3, 5)
+    result = conjugate_gradients(lambda v: v * float("nan"), g, preconditioner=lambda r: -r)
+    assert result.last.slope < 0
+    assert_same(result.last.vector / result.last.vector.norm(), -g / g.norm())
+
+
+def test_the_residual_ends_at_a_hundred_units_of_rounding():
+    A, g = _with_eigenvalues(4, torch.linspace(1, 2, 30)), normal(5, 30)
+    result = conjugate_gradients(lambda v: A @ v, g, tol=0.0)
+    assert result.stop is Stop.RESIDUAL
+    residual = torch.linalg.vector_norm(A @ result.last.vector + g)
+    assert residual <= 150 * 2.0**-52 * torch.linalg.vector_norm(g)

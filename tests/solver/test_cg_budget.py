@@ -5,6 +5,8 @@ from factor_runs import batch_of, network
 from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
+from torch_hf.preconditioner.simple import NoPreconditioner
+from torch_hf.solver.cg_budget import max_iterations
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -33,3 +35,9 @@ class TestHowFarCGGoes:
         for new_data in (True, False):
             found = self.reports(new_data, cg_max_iter=5, cg_tol=0.0)
             assert [r.cg_iterations for r in found] == [5] * 4
+
+    def test_what_was_earned_ends_at_the_number_on_data_that_stay(self):
+        found = [
+            max_iterations(NoPreconditioner(), False, b) for b in (1.0, 2.0, 12.0, 16.0, 256.0)
+        ]
+        assert found == [20, 40, 240, 250, 250]

@@ -208,8 +208,8 @@ def test_rows_that_are_not_finite_end_in_an_error():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"residual": torch.ones(4)}, r"residual must be of shape \(3,\)"),
-        ({"rest": torch.ones(3)}, r"rest must be of shape \(4,\)"),
+        ({"residual": torch.ones(4)}, r"residual must have shape \(3,\)"),
+        ({"rest": torch.ones(3)}, r"rest must have shape \(4,\)"),
         ({"decay": -1.0}, "decay must not be negative"),
         ({"scale": torch.tensor([1.0, 0.0, 1.0, 1.0])}, "scale must be positive"),
     ],
@@ -221,10 +221,10 @@ def test_wrong_arguments(arguments, message):
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
 def test_wrong_damping(damping):
-    with pytest.raises(ValueError, match="damping must be a number that is not negative"):
+    with pytest.raises(ValueError, match="damping must be a finite number of at least 0"):
         ExactSolver(torch.ones(3, 4), torch.ones(3)).step(damping)
 
 
 def test_no_minimum():
-    with pytest.raises(ValueError, match="the quadratic has no minimum"):
+    with pytest.raises(ValueError, match="The quadratic has no minimum"):
         ExactSolver(torch.ones(3, 4), rest=torch.ones(4)).step(0.0)

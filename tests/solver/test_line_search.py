@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from torch_hf.solver.cg import Iterate
-from torch_hf.solver.line_search import armijo, backtrack, search
+from torch_hf.solver.line_search import armijo, backtrack, same_loss, scaled, search
+from torch_hf.solver.negative_curvature import Escape
 
 NAN, INF = math.nan, math.inf
 NUMBERS = st.floats(-100, 100)
@@ -183,6 +184,7 @@ def test_a_search_tells_why_it_stays():
     for move in (_search([1.0, 2.0]), _search([-1.0, -2.0], slopes=[-1.0, 0.0])):
         assert (move.direction, move.length, move.loss) == (None, 0.0, 0.0)
         assert move.reason
+        assert not move.converged
     assert _search([1.0, 2.0]).ratio == pytest.approx(-2.0)
     assert math.isnan(_search([-1.0, -2.0], slopes=[-1.0, 0.0]).ratio)
 
@@ -206,3 +208,81 @@ def test_a_search_never_raises_the_loss(points, start_loss):
     move = _search(losses, slopes, start_loss=start_loss)
     assert move.loss <= start_loss
     assert (move.direction is None) == (move.length == 0.0)
+
+
+# What rounding and noise say
+
+
+def test_the_search_ends_where_the_next_length_promises_less_than_can_be_seen():
+    tried = Line(lambda t: 1.0)
+    step = armijo(
+        tried, torch.ones(1), start_loss=0.0, slope=-1.0, length=1.0, first_loss=1.0, least=0.9
+    )
+    assert (step.length, step.loss, tried.lengths) == (0.0, 0.0, [])  # 0.8 is less than 0.9
+
+
+def test_a_quadratic_that_gains_little_is_tried_where_its_slope_promises_more():
+    iterate = Iterate(1, -1e-4, -1.0, torch.ones(1))
+    move = search(lambda d, t: -t + 0.9999 * t**2, [iterate], 1.0, 0.0, 0.0, least=1e-3)
+    assert (move.converged, move.length) == (False, pytest.approx(0.8))
+
+
+def test_a_small_rise_at_every_length_is_noise():
+    iterate = Iterate(1, -0.5e-11, -1e-11, torch.ones(1, dtype=torch.float64))
+    move = search(lambda d, t: 1.0 + 1e-9, [iterate], 1.0, 1.0, 0.0)
+    assert move.converged and move.direction is None
+    assert move.noise == pytest.approx(1e-9, rel=1e-6, abs=0)
+    assert move.doubt == pytest.approx(1e-9 / 0.5e-11, rel=1e-3)
+
+
+def test_a_large_rise_at_every_length_is_no_noise():
+    iterate = Iterate(1, -0.5e-11, -1e-11, torch.ones(1, dtype=torch.float64))
+    move = search(lambda d, t: 1.0 + 1e-4, [iterate], 1.0, 1.0, 0.0)
+    assert (move.converged, move.noise) == (False, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("other", "dtype", "same"),
+    [
+        (1.0 + 1e-4, torch.float32, True),  # as kernels that add up in another order may be off
+        (1.0 + 1e-3, torch.float32, False),
+        (1.0 + 1e-9, torch.float64, True),
+        (1.0 + 1e-7, torch.float64, False),
+        (NAN, torch.float32, False),
+    ],
+)
+def test_losses_of_two_runs_may_differ_by_half_of_the_digits(other, dtype, same):
+    assert same_loss(1.0, other, dtype) is same
+    assert same_loss(other, 1.0, dtype) is same
+
+
+# Rates of groups, and negative curvature
+
+
+def test_the_iterate_under_rates_of_groups_has_the_quadratic_of_its_end():
+    generator = torch.Generator().manual_seed(0)
+    root, g, d = torch.randn(3, 4, 4, dtype=torch.float64, generator=generator)
+    A, g, rates = root @ root.T, g[0], torch.tensor([1.0, 0.5, 0.25, 1.0], dtype=torch.float64)
+    d = -torch.linalg.solve(A, g)
+    (iterate,), length = scaled([Iterate(3, 0.0, -1.0, d)], rates, g, lambda v: A @ v)
+    end = rates * d
+    assert length == 1.0 and torch.equal(iterate.vector, end)
+    assert iterate.slope == pytest.approx((g @ end).item())
+    assert iterate.value == pytest.approx((g @ end + end @ A @ end / 2).item())
+
+
+def _escaping(losses, length=1.0):
+    """Along a line from 1, which 1, 2, 4 ... of slope -1 each can be added to."""
+    part = Escape(-1.0, torch.ones(1))
+    iterate = Iterate(1, -0.5, -1.0, torch.ones(1), part)
+    return search(lambda d, t: losses[t * d.item()], [iterate], length, 0.0, 0.0)
+
+
+def test_a_step_goes_further_while_the_loss_falls_by_more_than_the_whole_slope():
+    move = _escaping({1: -1.5, 2: -3.0, 4: -3.5, 8: -9.0})  # at 4 the slope says -4
+    assert (move.direction.item(), move.loss) == (4.0, -3.5)
+
+
+def test_a_step_that_was_shortened_goes_no_further():
+    move = _escaping({1: 1.0, 0.8: -0.9, 2: -3.0})
+    assert (move.direction.item(), move.length, move.loss) == (1.0, 0.8, -0.9)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from torch_hf.report import Stop
 from torch_hf.solver.cg import Iterate, conjugate_gradients
 from torch_hf.solver.line_search import go_further, search
-from torch_hf.solver.negative_curvature import Escape, directions_kept
+from torch_hf.solver.negative_curvature import Escape, Subspace, directions_kept
 
 SPECTRA = {
     "all negative": [-3.0, -2.0, -1.0, -0.5],
@@ -144,3 +144,39 @@ def test_it_does_not_go_on_where_the_slope_is_not_kept():
     direction, loss = go_further(_loss_along(100.0, tried), chosen, 1.0, 0.0, -0.9)
     assert (tried, loss) == ([], -0.9)
     assert direction is step
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_model_of_the_whole_space_has_the_size_of_each_curvature(name):
+    H, damping = _symmetric(SPECTRA[name]), 0.3
+    g = _normal(1, len(H))
+    A = H + damping * torch.eye(len(H))
+    space = Subspace(damping, len(H))
+    for e in torch.eye(len(H), dtype=torch.float64):
+        space.remember(e, A @ e)
+    space.settle(g, A @ g)
+    theta, Q = torch.linalg.eigh(H)
+    truth = -0.5 * ((Q.T @ g).square() / (theta.abs() + damping)).sum()
+    assert space.model(g) == pytest.approx(float(truth))
+
+
+def test_the_space_grows_along_the_preconditioned_product():
+    H, solve = _symmetric(SPECTRA["mixed"]), _symmetric([0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 4.0], 1)
+    v = _normal(2, 7)
+    space = Subspace(0.0, 3)
+    space.remember(v, H @ v)
+    space.settle(v, H @ v)
+    assert space.size == 1
+    assert space.extend(lambda u: H @ u, lambda r: solve @ r)
+    unit = v / v.norm()
+    outside = H @ unit - unit * (unit @ H @ unit)
+    new = solve @ outside
+    new = new - unit * (unit @ new)
+    assert abs(float(space.along(new)[1])) == pytest.approx(float(new.norm()))
+
+
+@pytest.mark.parametrize(("curvature", "negative"), [(-0.02, True), (-0.005, False), (0.1, False)])
+def test_curvature_far_below_lambda_is_not_called_negative(curvature, negative):
+    damping, square = 2.0, 3.0
+    found = Subspace(damping, 4).is_negative((2.0 * curvature + damping) * square, square)
+    assert found is negative

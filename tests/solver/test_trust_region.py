@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from torch_hf.solver.cg import Iterate
-from torch_hf.solver.trust_region import initial_damping, next_damping, predict, reduction_ratio
+from torch_hf.solver.trust_region import (
+    initial_damping,
+    next_damping,
+    predict,
+    reduction_ratio,
+    resolution,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -83,4 +89,35 @@ def test_the_prediction_is_the_quadratic_without_damping_where_the_step_ends(len
     step = length * d
     assert predicted == pytest.approx((g @ step + step @ G @ step / 2).item())
     # Below it, adding lambda to the curvature along d changes no bit.
-    assert 0 < floor == pytest.approx(2.0**-52 * (d @ A @ d / (d @ d)).item())
+    assert 0 < floor == pytest.approx(2.0**-52 * (d @ A @ d / (d @ d)).item(), rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "accepted", "doubt", "damping"),
+    [
+        (0.2, True, 0.1, 6.0),  # rounding may have put it below 1/4 ...
+        (0.2, True, 0.01, 9.0),
+        (0.8, True, 0.1, 6.0),  # ... or above 3/4
+        (0.8, True, 0.01, 4.0),
+        (0.0, False, 0.3, 6.0),  # a rejection that may be rounding
+        (0.2, False, 0.1, 9.0),
+    ],
+)
+def test_a_ratio_in_doubt_keeps_lambda(ratio, accepted, doubt, damping):
+    found = next_damping(6.0, ratio, accepted, 0.0, doubt=doubt)
+    assert found == pytest.approx(damping)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "doubt", "damping"),
+    [(1.05, 0.0, 1.5), (0.95, 0.0, 1.5), (1.2, 0.0, 4.0), (0.8, 0.0, 4.0), (1.05, 0.1, 4.0)],
+)
+def test_lambda_falls_fast_where_the_quadratic_is_right_within_a_tenth(ratio, doubt, damping):
+    found = next_damping(6.0, ratio, True, 0.0, easy=True, doubt=doubt)
+    assert found == pytest.approx(damping)
+
+
+def test_the_least_change_that_says_something_is_four_units_of_rounding_or_the_noise():
+    assert resolution(-2.0, torch.float32) == 4 * 2.0**-23 * 2.0
+    assert resolution(2.0, torch.float32, noise=1e-3) == 1e-3
+    assert resolution(2.0, torch.float32, noise=1e-9) == 4 * 2.0**-23 * 2.0

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from torch_hf.capture.capture import Capture
 from torch_hf.loss.ggn_split import split_by_calls
-from torch_hf.statistics.gradient_moments import squared_gradients
+from torch_hf.statistics.gradient_moments import _balanced_signs, squared_gradients
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -206,3 +206,10 @@ def test_gradient_variance_of_a_single_case_is_zero():
         trainable(problem.model),
     )
     assert objective.gradient_variance(objective.evaluate()) == 0.0
+
+
+@pytest.mark.parametrize("cases", [2, 3, 5, 8])
+def test_balanced_signs_have_the_sum_0_and_the_squares_of_signs(cases):
+    signs = _balanced_signs(cases, torch.zeros(1, dtype=torch.float64))
+    assert signs.sum().item() == pytest.approx(0.0, abs=1e-12)
+    assert signs.square().sum().item() == pytest.approx(cases)

@@ -139,7 +139,7 @@ def _field(node: Any, name: str, optional: bool = False) -> Any:
     if found is _MISSING or (found is None and not optional):
         raise UnreadableFieldError(
             f"The node {node.name()} of autograd's graph must have the field {name}, got none in "
-            f"torch {torch.__version__}. Take an older torch or a newer torch_hf."
+            f"torch {torch.__version__}. Use an older torch or a newer torch_hf."
         )
     return found
 

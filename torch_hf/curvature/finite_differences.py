@@ -86,8 +86,9 @@ class CentralDifference:
         dtypes = [p.dtype for p in params]
         if any(d not in (torch.float32, torch.float64) for d in dtypes):
             raise RuntimeError(
-                "Finite differences need parameters in float32 or float64; in half precision they "
-                "are lost in rounding. Keep the parameters in float32."
+                "Finite differences need parameters in float32 or float64, got "
+                f"{', '.join(sorted({str(d) for d in dtypes}))}. Rounding in half precision hides "
+                "the differences. Keep the parameters in float32."
             )
         self.rounding = max(torch.finfo(d).eps for d in dtypes)
         self.unit = self.rounding ** (1 / 3)
@@ -168,11 +169,11 @@ class CentralDifference:
 
     def _refusal(self, error: float) -> str:
         device = self.values[0].device
-        settings = "; ".join(lowered(device)) or "none that torch tells of"
+        settings = "; ".join(lowered(device)) or "none that torch reports"
         return (
-            f"Finite differences are wrong by about {error:.0%} here: the closure computes in less "
-            f"precision than its tensors have ({self.values[0].dtype}). Compute the network's "
-            "outputs without autocast, half-precision or quantized layers: with "
+            f"Finite differences are wrong by about {error:.0%} here: the closure computes in "
+            f"lower precision than its tensors have ({self.values[0].dtype}). Compute the "
+            "network's outputs without autocast, half-precision or quantized layers: with "
             f'torch.autocast("{device.type}", enabled=False): ... Settings that lower precision: '
             f"{settings}."
         )
@@ -212,15 +213,15 @@ class DifferenceGaussNewton:
     ) -> None:
         if split.remainders:
             raise RuntimeError(
-                "A term of the loss bypasses the outputs, and finite differences cannot take its "
-                "Hessian."
+                "A term of the loss bypasses the outputs, and finite differences cannot compute "
+                "its Hessian. For an L2 penalty on parameters, use weight_decay."
             )
         self.loss_terms = split.loss_terms
         self.outputs = [z for loss_term in self.loss_terms for z in loss_term.outputs]
         if any(z.dtype not in (torch.float32, torch.float64) for z in self.outputs):
             raise RuntimeError(
-                "Finite differences need outputs in float32 or float64, and computed in it: leave "
-                "autocast out around the network."
+                "Finite differences need outputs that are computed in float32 or float64, got "
+                "lower precision. Disable autocast around the network."
             )
         self.vector = vector
         self.scale = scale

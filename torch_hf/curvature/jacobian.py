@@ -101,9 +101,9 @@ def jacobian_root(split: Split, params: Sequence[Tensor], chunk: int = CHUNK) ->
     """
     if split.remainders:
         raise RuntimeError(
-            "A term of the loss bypasses the network's outputs, so that its curvature is no square "
-            "of a Jacobian. Return the outputs of that term too, or take conjugate gradients, "
-            'which need no Jacobian: solver="cg".'
+            "A term of the loss bypasses the network's outputs, so its curvature is not the "
+            'square of a Jacobian. Return the outputs of that term too, or use solver="cg", which '
+            "needs no Jacobian."
         )
     columns = _Columns(params)
     diagonal: Tensor | None = None

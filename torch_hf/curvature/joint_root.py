@@ -35,15 +35,15 @@ def why_no_root(operator: ObjectiveOperator) -> str:
     """Why an operator's matrix has no root that could be written down; empty where it has one."""
     objective = operator.objective
     if operator.curvature != "ggn":
-        return 'the curvature is the Hessian; take curvature="ggn"'
+        return 'the curvature is the Hessian; use curvature="ggn"'
     if objective.reducer.group is not None or objective.vector.sums:
-        return "the data lie on several ranks, which exact solves do not join yet"
+        return "the data lie on several ranks, and exact solves do not support that yet"
     if objective.own_curvature_batches:
-        return "products are taken on curvature_batches; leave these out"
+        return "products are taken on curvature_batches; leave them out"
     if operator.engine == DIFFERENCES:
         return "an operation has no second derivative; see torch_hf.diagnose"
     if any(p.dtype not in (torch.float32, torch.float64) for p in objective.vector.params):
-        return "the parameters are of less than 32 bits"
+        return "the parameters have fewer than 32 bits"
     return ""
 
 

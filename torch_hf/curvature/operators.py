@@ -192,8 +192,9 @@ class ObjectiveOperator(SymmetricOperator):
     ) -> None:
         if here is None and objective.own_curvature_batches:
             raise RuntimeError(
-                "An operator on curvature_batches needs the evaluation whose cases they stand for. "
-                "Make it with ObjectiveOperator(objective, curvature, here=objective.evaluate())."
+                "here must be an evaluation of the objective for an operator on "
+                "curvature_batches, got None. Make the operator with ObjectiveOperator(objective, "
+                "curvature, here=objective.evaluate())."
             )
         self.objective = objective
         self.vector = objective.vector
@@ -305,9 +306,9 @@ class ObjectiveOperator(SymmetricOperator):
         """Complains of a use after :meth:`release`."""
         if self._released:
             raise RuntimeError(
-                "This curvature operator was released, and its graph with it, so that trial "
-                "values could be placed into the parameters. Take its products before release(), "
-                "or make a new operator where the parameters are now."
+                "This curvature operator was released and gives no more products: its graph is "
+                "gone, and the parameters may have changed. Take products before release(), or "
+                "make a new operator at the current parameters."
             )
 
     def _build(self, i: int, graph: Graph) -> LocalProduct:

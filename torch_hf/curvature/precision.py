@@ -26,8 +26,8 @@ _USERS: dict[str, Any] = {"cudnn.conv": _ConvNd, "cudnn.rnn": nn.RNNBase}
 
 TF32_IS_ON = (
     "Steps are taken under TF32 ({settings}), which rounds the factors of products to 10 bits. On "
-    "ill-conditioned problems a run then stalls where float32 goes on. If the loss stops early, "
-    "write 'ieee' in its place; if it does not, leave this as it is."
+    "ill-conditioned problems a run can stall where float32 would go on. If the loss stops early, "
+    "set these to 'ieee'. Otherwise leave them as they are."
 )
 
 

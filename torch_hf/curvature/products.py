@@ -105,7 +105,7 @@ class BatchHessian:
         if not self.slopes:
             raise RuntimeError(
                 "The loss is linear in the parameters, so its Hessian is zero and there is no "
-                "curvature to use. Take a first-order optimizer, or a loss with curvature."
+                "curvature to use. Use a first-order optimizer, or a loss with curvature."
             )
 
     def check_symmetric(self, outputs: Sequence[Any]) -> None:

@@ -39,10 +39,10 @@ class LostPartError(RuntimeError):
 def cut(names: Sequence[str]) -> str:
     """What to say where autograd lost a part of a product."""
     return (
-        f"Autograd cannot differentiate twice: the backward of {_and(names)} computes on data that "
-        "autograd does not see (detached, in NumPy or in a kernel), so that products would lack a "
-        'part. Take engine="finite_differences" or "auto", write that backward with torch\'s '
-        "functions on ctx.saved_tensors and the gradient it is given, or mark it with "
+        f"Autograd cannot differentiate twice: the backward of {_and(names)} uses data that "
+        "autograd does not track (detached, in NumPy or in a kernel). Products would lack a part "
+        'of the curvature. Use engine="auto" or "finite_differences". Or write that backward with '
+        "torch functions of ctx.saved_tensors and the incoming gradient, or mark it with "
         "torch.autograd.function.once_differentiable."
     )
 
@@ -51,8 +51,8 @@ def no_derivative(names: Sequence[str]) -> str:
     """What to say where a backward is no derivative."""
     return (
         f"The backward of {_and(names)} must be the derivative of its forward where products are "
-        "taken by finite differences, but the two disagree. Write that backward with torch's "
-        "functions, so that autograd can differentiate it, or take a first-order optimizer."
+        "taken by finite differences, but the two disagree. Write that backward with torch "
+        "functions, so that autograd can differentiate it, or use a first-order optimizer."
     )
 
 
@@ -60,9 +60,9 @@ def cut_loss(names: Sequence[str]) -> str:
     """What to say where autograd lost a part of the loss's own Hessian."""
     return (
         f"The loss's second derivative in the outputs goes through {_and(names)}, whose backward "
-        "computes on data that autograd does not see, so that curvature would be wrong. Write the "
-        'loss with torch\'s functions (F.cross_entropy, ...), or take curvature="hessian", which '
-        "takes its products by finite differences here."
+        "uses data that autograd does not track. The curvature would be wrong. Write the loss "
+        'with torch functions (F.cross_entropy, ...), or use curvature="hessian", which takes its '
+        "products by finite differences here."
     )
 
 

@@ -139,14 +139,16 @@ def diagnose(
     if closure is None:
         if not isinstance(model, nn.Module):
             raise TypeError(
-                "diagnose() needs a module and what it takes, diagnose(model, x), or a closure "
-                "and its parameters, diagnose(closure=closure, params=model.parameters()); got "
+                "diagnose() needs a module and its inputs, diagnose(model, x), or a closure and "
+                "its parameters, diagnose(closure=closure, params=model.parameters()), got "
                 f"{type(model).__name__}."
             )
         params = model.parameters()
         run: Callable[[], Any] = lambda: _energy(model(*example_inputs))  # noqa: E731
     elif params is None:
-        raise TypeError("diagnose(closure=...) needs the parameters too: params=model.parameters()")
+        raise TypeError(
+            "diagnose(closure=...) needs params too, got None. Pass params=model.parameters()."
+        )
     else:
         run = closure
     vector = ParameterVector([p for p in params if p.requires_grad])
@@ -228,8 +230,9 @@ def _energy(outputs: Any) -> Tensor:
     found = [z for z in tree_leaves(outputs) if isinstance(z, Tensor) and z.requires_grad]
     if not found:
         raise TypeError(
-            "The model's outputs hold no tensor that depends on its parameters: unfreeze it with "
-            "model.requires_grad_(True), or give a closure: diagnose(closure=..., params=...)."
+            "The model's outputs must hold a tensor that depends on its parameters, got none. "
+            "Unfreeze the model with model.requires_grad_(True), or pass a closure: "
+            "diagnose(closure=..., params=...)."
         )
     terms = [z.square().sum() for z in found]
     total = terms[0]

@@ -30,8 +30,8 @@ def parameter_vector(params: Sequence[Tensor]) -> ParameterVector:
     sharded = [is_fully_sharded(p) for p in params]
     if any(sharded) and not all(sharded):
         raise ValueError(
-            "Some parameters are sharded (DTensor) and others are not. Call fully_shard(model) on "
-            "the whole model, so that all of its parameters are sharded."
+            "Either all parameters must be sharded (DTensor) or none, got some of each. Call "
+            "fully_shard(model) on the whole model."
         )
     return FullyShardedVector(params) if any(sharded) else ParameterVector(params)
 
@@ -52,8 +52,9 @@ class FullyShardedVector(ParameterVector):
         mesh = params[0].device_mesh
         if any(p.device_mesh != mesh for p in params) or mesh.ndim != 1:
             raise ValueError(
-                "Fully sharded parameters are expected on one device mesh of one dimension. Call "
-                'fully_shard(model, mesh=init_device_mesh("cuda", (ranks,))).'
+                "Fully sharded parameters must be on one device mesh of one dimension, got "
+                "several meshes or dimensions. Call fully_shard(model, "
+                'mesh=init_device_mesh("cuda", (ranks,))).'
             )
         self.group = mesh.get_group()
         self.ranks, self.rank = mesh.size(), mesh.get_local_rank()
@@ -84,10 +85,9 @@ class FullyShardedVector(ParameterVector):
         own = {id(p) for p in self.params}
         if reaches({z.grad_fn for z in outputs} - {None}, own):
             raise RuntimeError(
-                "The loss depends on DTensor parameters directly: through tensor parallelism, "
-                "or a penalty on them in the closure. Only modules under fully_shard are "
-                "supported, their parameters used in forward alone; for an L2 penalty take "
-                "weight_decay."
+                "The loss must depend on DTensor parameters only through the forward of modules "
+                "under fully_shard, got a direct dependence. Tensor parallelism, or a penalty on "
+                "parameters in the closure, causes this. For an L2 penalty, use weight_decay."
             )
         self.checked = True
 
@@ -124,8 +124,9 @@ class FullyShardedVector(ParameterVector):
             own = piece
         if own.shape[lead:] != p.to_local().shape:
             raise ValueError(
-                "The state's vectors are sharded over another number of ranks. Save whole tensors "
-                "(full_tensor(), or StateDictOptions(full_state_dict=True)) to load them here."
+                "The state's vectors must be whole, or sharded over the same number of ranks as "
+                "here, got another sharding. Save whole tensors: full_tensor(), or "
+                "StateDictOptions(full_state_dict=True)."
             )
         return own
 

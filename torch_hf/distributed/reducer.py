@@ -166,8 +166,8 @@ class Reducer:
             raise own
         told = "; ".join(f"rank {r} raised {text}" for r, text in enumerate(reports) if text)
         raise PeerError(
-            f"The step failed on another rank: {told}. No rank has taken it, parameters and state "
-            "are as before the call on all of them. Mend what that rank met, or catch the error on "
+            f"The step failed on another rank: {told}. No rank has taken the step, and parameters "
+            "and state are unchanged on all of them. Fix the error on that rank, or catch it on "
             "every rank and go on with the next batch."
         )
 
@@ -182,10 +182,10 @@ class Reducer:
     def _lost(self, what: str, error: Exception) -> str:
         return (
             f"A collective of {what} failed on rank {self.rank} of {self.ranks} "
-            f"({str(error).splitlines()[0]}): another rank has ended, hangs, or raised where the "
-            "others wait inside a module that itself communicates (DistributedDataParallel with "
-            "buffers, fully_shard), which ends in the process group's time-out. That rank's log "
-            "says why. The step was not taken; start the job again from its last checkpoint."
+            f"({str(error).splitlines()[0]}). Another rank has ended, hangs, or raised an error "
+            "inside a module that communicates (DistributedDataParallel with buffers, "
+            "fully_shard). The log of that rank gives the cause. The step was not taken. Start "
+            "the job again from its last checkpoint."
         )
 
 
@@ -201,8 +201,8 @@ def check_group(group: Any) -> None:
         return
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"process_group must be a torch.distributed process group this rank is in, or None, "
-            f"got {group!r}. Call torch.distributed.init_process_group() first and pass "
+            "process_group must be None or a torch.distributed process group that includes this "
+            f"rank, got {group!r}. Call torch.distributed.init_process_group() first. Pass "
             "torch.distributed.group.WORLD, or a group of new_group() on its own ranks only."
         )
 
@@ -215,6 +215,6 @@ def unreduced(modules: Iterable[Any]) -> str:
         return ""
     return (
         "The closure calls a DistributedDataParallel module, but the optimizer was made without "
-        "process_group, so that each rank would take a step of its own: HFOptimizer adds up over "
-        "ranks by itself. Pass process_group=torch.distributed.group.WORLD."
+        "process_group, so each rank would take its own step. Pass "
+        "process_group=torch.distributed.group.WORLD: HFOptimizer sums over ranks itself."
     )

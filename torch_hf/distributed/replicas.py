@@ -55,9 +55,9 @@ def check_replicas(optimizer: Any) -> None:
     first = [names[int((rows[r] != rows[0]).any(1).nonzero()[0])] for r in ranks]
     told = "; ".join(f"rank {r} differs in {name}" for r, name in zip(ranks, first, strict=True))
     raise RuntimeError(
-        f"The ranks' replicas are not the same: {told} (compared with rank 0, the first difference "
-        "of each). Begin with the same values on all ranks, change parameters on all or none, and "
-        "load the same checkpoint; to go on, broadcast rank 0's parameters and state_dict()."
+        f"The ranks' replicas must be the same, got differences from rank 0: {told} (the first of "
+        "each rank). Start all ranks from the same values, change parameters on all or none, and "
+        "load the same checkpoint. To go on, broadcast rank 0's parameters and state_dict()."
     )
 
 

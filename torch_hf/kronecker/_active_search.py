@@ -59,17 +59,16 @@ class NeuronSearch:
         if not isinstance(geometry, Points):
             if search == "tree":
                 raise RuntimeError(
-                    "A tree must have the products with each point, but these points lie in a "
-                    'grid of two tables and keep none. Use search="scan", or make the layer with '
-                    'gram="rows".'
+                    "A tree needs the products with each point, but points in a grid of two "
+                    'tables keep none. Use search="scan", or make the layer with gram="rows".'
                 )
             return scan(span.read(weights, samples, geometry), threshold)
         scale = span.mixing[0][0]
         served = span.velocity is None and scale > 0.0
         if search == "tree" and not served:
             raise RuntimeError(
-                "A tree cannot serve a layer with momentum, which moves every neuron at every "
-                'step. Use search="scan", or momentum=0.'
+                'search="tree" must be used without momentum, which moves every neuron at every '
+                'step, got a layer with momentum. Use search="scan", or momentum=0.'
             )
         if search == "auto":
             search = self._faster(span, weights, geometry, samples, threshold) if served else "scan"

@@ -38,8 +38,8 @@ def check_arguments(
     """
     if not isinstance(factors, KroneckerFactors):
         raise TypeError(
-            f"factors must be KroneckerFactors, got {type(factors).__name__}. Make them of the "
-            "factors' matrices: KroneckerLinear(KroneckerFactors(A, B), out_features)."
+            f"factors must be KroneckerFactors, got {type(factors).__name__}. Build them from the "
+            "matrices: KroneckerLinear(KroneckerFactors(A, B), out_features)."
         )
     _checks.count("out_features", out_features, low=1, hint="It is the number of neurons.")
     _checks.number("std", std, low=0.0, hint="std=1.0 is usual with points of length 1.")
@@ -52,7 +52,7 @@ def check_arguments(
     if tuple(init.shape) != shape or not init.is_floating_point():
         raise ValueError(
             f"Initial weights must be floating-point of shape (out_features, d) = {shape}, got "
-            f"{init.dtype} of {tuple(init.shape)}."
+            f'{init.dtype} of shape {tuple(init.shape)}. Pass init of that shape, or init="auto".'
         )
     check_finite("init", init)
 
@@ -79,7 +79,7 @@ def grid_of(factors: KroneckerFactors, neurons: int, gram: str) -> Grid | None:
     found = find(factors, neurons, any_size=gram == "grid")
     if found is None and gram == "grid":
         raise ValueError(
-            'gram="grid" must have one term of factors whose rows repeat, got points that fill no '
+            'gram="grid" needs one term of factors whose rows repeat, got points that fill no '
             'grid of two tables. Make pairs with KroneckerFactors.from_pairs, or use gram="auto".'
         )
     return found

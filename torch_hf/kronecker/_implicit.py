@@ -164,13 +164,13 @@ class ImplicitWeights(nn.Module):
         _checks.number("weight", weight, low=0.0, high=1.0, hint="weight=0.01 averages over 100.")
         if not isinstance(other, ImplicitWeights):
             raise TypeError(
-                f"other must be a KroneckerLinear, got {type(other).__name__}. Give a copy of this "
+                f"other must be a KroneckerLinear, got {type(other).__name__}. Pass a copy of this "
                 "layer, made by copy.deepcopy(layer)."
             )
         if other.products.shape != self.products.shape or not self._starts_as(other):
             raise ValueError(
                 "other must be a layer of the same size, on the same data, with the same initial "
-                "weights, got another one. Make it by copy.deepcopy(layer)."
+                "weights, got a different one. Make it with copy.deepcopy(layer)."
             )
         self.settle()
         other.settle()
@@ -207,14 +207,14 @@ class ImplicitWeights(nn.Module):
         if gradient is None or not gradient.is_sparse:
             raise RuntimeError(
                 "The gradient of a KroneckerLinear's coefficients must be the sparse one that "
-                "backward() leaves; something has replaced it. Scale the loss instead."
+                "backward() leaves, got another. Scale the loss instead of the gradient."
             )
         if gradient._nnz() and _state_of(gradient) != self._gradient_seen:
             raise RuntimeError(
-                "The gradient of a KroneckerLinear's coefficients must stay as backward() left it, "
-                "but something has changed it. It holds ∂L/∂z, whose norm is not that of the "
-                "weights' gradient, so clip with KroneckerSGD(..., max_norm=...) instead of "
-                "clip_grad_norm_, and scale the loss instead of the gradient."
+                "The gradient of a KroneckerLinear's coefficients must stay as backward() left "
+                "it, got a changed one. It holds ∂L/∂z, whose norm is not that of the weights' "
+                "gradient. Clip with KroneckerSGD(..., max_norm=...) instead of clip_grad_norm_, "
+                "and scale the loss instead of the gradient."
             )
         return entries_of(gradient, self.coefficients.dtype)
 
@@ -314,12 +314,12 @@ class ImplicitWeights(nn.Module):
     def _check_untouched(self) -> None:
         if self.coefficients._version != self._version:
             raise RuntimeError(
-                "Something else than KroneckerSGD has changed the coefficients of a "
-                "KroneckerLinear, so its correlations no longer belong to them. Train it with "
+                "The coefficients of a KroneckerLinear must be changed by KroneckerSGD alone, got "
+                "a change by something else, so its correlations no longer match. Train it with "
                 "torch_hf.kronecker.KroneckerSGD, and load values with load_state_dict(). "
-                "DistributedDataParallel and AveragedModel write them too: leave the layer out of "
-                "the first and give KroneckerSGD the process_group, and average with "
-                "KroneckerLinear.lerp_()."
+                "DistributedDataParallel and AveragedModel also change coefficients. Leave the "
+                "layer out of DistributedDataParallel and pass process_group to KroneckerSGD. "
+                "Average with KroneckerLinear.lerp_()."
             )
 
     # --- that nothing is lost when they are saved, moved or copied --------------------------
@@ -345,9 +345,9 @@ class ImplicitWeights(nn.Module):
         saved = state_dict.get(prefix + "fingerprint")
         if saved is not None and not same(saved, self.fingerprint):
             raise ValueError(
-                "The saved KroneckerLinear belongs to other data: the points' factors, their order "
-                "or their normalisation differ. Make the layer with the very factors, in the same "
-                "order, then load."
+                "The saved KroneckerLinear must belong to the same data, got one with other "
+                "factors, another order of points or another normalisation. Make the layer from "
+                "the same factors in the same order, then load."
             )
         products = state_dict.get(prefix + "products")
         if products is not None and products.dim() != self.products.dim():

@@ -185,8 +185,8 @@ class Start(nn.Module):
         """The initial correlations with the data."""
         if self.values is None:
             raise RuntimeError(
-                "This needs the initial correlations, but the layer was made with "
-                "keep_initial=False. Make it with keep_initial=True, n m numbers more."
+                "The layer must keep its initial correlations for this, got keep_initial=False. "
+                "Make it with keep_initial=True, which keeps n m more numbers."
             )
         return self.values
 

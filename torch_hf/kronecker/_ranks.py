@@ -39,9 +39,9 @@ class Ranks:
                 torch.tensor(row, dtype=torch.float64), first, rtol=1e-5, atol=1e-5
             ):
                 raise RuntimeError(
-                    f"All ranks must start with the same weights and data, got others on rank "
-                    f"{rank} than on rank 0. Call torch.manual_seed with one number on all ranks "
-                    "before the model is made, or load one state dict on all."
+                    "All ranks must start with the same weights and data, got different ones on "
+                    f"ranks 0 and {rank}. Call torch.manual_seed with the same number on all ranks "
+                    "before making the model, or load one state dict on all ranks."
                 )
 
     def mean(self, params: Sequence[Tensor], found: dict[Tensor, Any]) -> dict[Tensor, Any]:

@@ -134,9 +134,9 @@ def unit_scale(terms: tuple[Term, ...], normalize: bool) -> Tensor | None:
     zero = ~((squares > 0) & torch.isfinite(squares))
     if zero.any():
         raise ValueError(
-            f"{int(zero.sum())} points cannot be scaled to length 1, the first is point "
-            f"{int(zero.nonzero()[0])}: they are zero, or their length over- or underflows. Leave "
-            "them out, scale the factors, or use constant=True."
+            "Points must have a positive, finite length with normalize=True, got "
+            f"{int(zero.sum())} that have not, the first of them point {int(zero.nonzero()[0])}. "
+            "Leave them out, scale the factors, or use constant=True."
         )
     return squares.rsqrt()
 

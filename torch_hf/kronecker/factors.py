@@ -12,7 +12,7 @@ from torch_hf.kronecker import _memory, _terms
 from torch_hf.kronecker._checks import Rows, as_indices, check_matrices
 from torch_hf.kronecker._terms import Factor, Term
 
-_FEWER_ROWS = 'Take fewer rows at a time; a KroneckerLinear does with gram="rows".'
+_FEWER_ROWS = 'Use fewer rows at a time; a KroneckerLinear does so with gram="rows".'
 
 #: Coordinates taken at a time.
 _COLUMNS = 2048
@@ -115,8 +115,8 @@ class KroneckerFactors:
         ]
         if len(places[0]) != len(places[1]):
             raise ValueError(
-                f"rows and cols must be equally long, one entry a pair; got {len(places[0])} and "
-                f"{len(places[1])}."
+                "rows and cols must have the same length, one entry per pair, got "
+                f"{len(places[0])} and {len(places[1])}."
             )
         pair = (Factor(A, places[0]), Factor(B, places[1]))
         terms = _terms.with_constant((pair,), constant)
@@ -138,16 +138,23 @@ class KroneckerFactors:
         """
         for term in terms:
             if not isinstance(term, KroneckerFactors):
-                raise TypeError(f"sum_of takes KroneckerFactors, got {type(term).__name__}.")
+                raise TypeError(
+                    f"The terms of sum_of must be KroneckerFactors, got {type(term).__name__}. "
+                    "Build them with KroneckerFactors(A, B)."
+                )
             if term._scale is not None:
-                raise ValueError("A term is normalised already. Normalise the sum instead.")
+                raise ValueError(
+                    "The terms of sum_of must not be normalised, got one that is. Normalise the "
+                    "sum instead: sum_of(..., normalize=True)."
+                )
             if (len(term), term.widths) != (len(terms[0]), terms[0].widths):
                 raise ValueError(
-                    "All terms must have as many points and factors of the same widths; got "
-                    f"{len(terms[0])} points of {terms[0].widths} and {len(term)} of {term.widths}."
+                    "The terms of sum_of must have the same number of points and the same widths, "
+                    f"got {len(terms[0])} points of {terms[0].widths} and {len(term)} of "
+                    f"{term.widths}."
                 )
         if not terms:
-            raise ValueError("sum_of needs at least one term.")
+            raise ValueError("sum_of must have at least one term, got none. Pass KroneckerFactors.")
         all_terms = tuple(t for term in terms for t in term._terms)
         return _made(all_terms, _terms.unit_scale(all_terms, normalize))
 

@@ -98,7 +98,8 @@ class KroneckerSGD(torch.optim.Optimizer):
             raise TypeError(_no_option(next(iter(others))))
         if isinstance(params, torch.nn.Module):
             raise TypeError(
-                "KroneckerSGD takes parameters: KroneckerSGD(model.parameters(), lr=…)."
+                "params must be parameters, got a module. Write "
+                "KroneckerSGD(model.parameters(), lr=…)."
             )
         defaults = {
             "lr": lr,
@@ -115,9 +116,9 @@ class KroneckerSGD(torch.optim.Optimizer):
         super().__init__(params, defaults)
         if not self._layers():
             raise ValueError(
-                "None of these parameters belongs to a KroneckerLinear. For other models use "
-                "torch.optim.SGD; for this one, pass the parameters of the model that holds the "
-                "layer: KroneckerSGD(model.parameters(), lr=…)."
+                "The parameters must include those of a KroneckerLinear, got none of them. For "
+                "other models use torch.optim.SGD. For this one, pass the parameters of the model "
+                "that holds the layer: KroneckerSGD(model.parameters(), lr=…)."
             )
         self.register_state_dict_pre_hook(_settle_first)
         self._ranks = Ranks(process_group, self._layers()[0].products.device)
@@ -323,7 +324,10 @@ def _check_options(group: dict[str, Any]) -> None:
     for name in ("nesterov", "maximize"):
         _checks.flag(name, group[name])
     if group["nesterov"] and not (group["momentum"] and not group["dampening"]):
-        raise ValueError("nesterov=True needs momentum > 0 and dampening=0.")
+        raise ValueError(
+            f"nesterov=True needs momentum > 0 and dampening=0, got momentum={group['momentum']} "
+            f"and dampening={group['dampening']}."
+        )
     if group["max_norm"] is not None:
         _checks.number("max_norm", group["max_norm"], low=0.0, hint="max_norm=None is no limit.")
     if group["defer"] is not None:
@@ -335,8 +339,8 @@ def _check_options(group: dict[str, Any]) -> None:
 def _no_option(name: str) -> str:
     if name in ("betas", "eps", "amsgrad", "alpha", "rho", "lr_decay", "centered", "etas"):
         return (
-            f"KroneckerSGD has no option {name!r}: rules that scale each entry of the gradient by "
-            "itself, as Adam and RMSprop do, lead out of the span of the inputs and need the "
+            f"KroneckerSGD has no option {name!r}. Rules that scale each entry of the gradient "
+            "separately, such as Adam and RMSprop, leave the span of the inputs and need the "
             "weights. Use lr, momentum and weight_decay, or a dense layer with that optimizer."
         )
     return (

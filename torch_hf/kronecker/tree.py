@@ -52,7 +52,11 @@ class CorrelationTree:
     def __init__(self, correlations: Tensor, branching: int = 8) -> None:
         _checks.count("branching", branching, low=2, hint="branching=8 is usual.")
         if not isinstance(correlations, Tensor) or correlations.dim() != 2:
-            raise TypeError("correlations must be a tensor (neurons, points).")
+            raise TypeError(
+                "correlations must be a tensor of shape (neurons, points), got "
+                f"{type(correlations).__name__} of shape "
+                f"{tuple(getattr(correlations, 'shape', ()))}."
+            )
         if 0 in correlations.shape:
             raise ValueError(
                 f"correlations must not be empty, got shape {tuple(correlations.shape)}."

@@ -109,8 +109,8 @@ def shares_of(counts: Sequence[Cases], name: str) -> list[float]:
         return [1.0] * len(counts)
     if not _comparable(counts):
         raise ValueError(
-            f"The losses of several {name} are averaged by number of cases, but the terms of "
-            "this loss have no number of cases in common. Return the weight of each batch "
+            "The terms of the loss must have a number of cases in common, by which the losses of "
+            f"several {name} are averaged, got different numbers. Return the weight of each batch "
             "with its loss: `return loss, outputs, cases`."
         )
     return [c.denominators[0] for c in counts]

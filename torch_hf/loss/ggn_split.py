@@ -32,18 +32,18 @@ EXPLICIT_FORM = """return the network's outputs beside the loss:
         loss = my_loss(outputs, y)          # convex in the outputs
         return loss, outputs
 
-or take the whole Hessian: HFOptimizer(params, curvature="hessian")."""
+or use the full Hessian: HFOptimizer(params, curvature="hessian")."""
 
 
 NO_CURVATURE = (
-    "has no curvature: it is linear in pieces, its second derivative is 0, and neither naming the "
-    "outputs nor the Hessian changes that. Take a smooth loss (F.huber_loss or F.smooth_l1_loss "
-    "for absolute values, quantiles and percentages, F.soft_margin_loss or the squared hinge for "
-    "the hinge), or a first-order optimizer such as torch.optim.Adam."
+    "has no curvature: it is piecewise linear, so its second derivative is 0. Neither naming the "
+    "outputs nor using the Hessian changes that. Use a smooth loss: F.huber_loss or "
+    "F.smooth_l1_loss for absolute values, quantiles and percentages; F.soft_margin_loss or the "
+    "squared hinge for the hinge. Or use a first-order optimizer such as torch.optim.Adam."
 )
 OUTSIDE_VMAP = (
-    "Call the model inside and take the loss outside: outputs = torch.func.vmap(model)(x); "
-    "loss = criterion(outputs, y)."
+    "Call the model inside vmap and compute the loss outside: outputs = "
+    "torch.func.vmap(model)(x); loss = criterion(outputs, y)."
 )
 
 
@@ -150,7 +150,7 @@ def split_by_outputs(
         if hits and bypass:
             raise RuntimeError(
                 "A term of the loss depends on parameters both through the outputs that the "
-                "closure returned and past them, so it is no function of the outputs alone. "
+                "closure returned and directly, so it is not a function of the outputs alone. "
                 "Return as outputs all tensors through which the parameters enter that term."
             )
         connected = connected or hits
@@ -158,10 +158,9 @@ def split_by_outputs(
             remainders.append(term)
     if not connected:
         raise RuntimeError(
-            "The outputs that the closure returned are not connected to its loss: the loss must "
-            "be computed from the very tensors returned, as in "
-            "`outputs = model(x); return criterion(outputs, y), outputs` (no detach, no second "
-            "call of the model)."
+            "The outputs that the closure returned are not connected to its loss. Return the same "
+            "tensors that the loss is computed from: `outputs = model(x); return "
+            "criterion(outputs, y), outputs`. Do not detach them or call the model a second time."
         )
     if len(outputs) > 1:
         _check_separate(outputs)
@@ -205,9 +204,9 @@ def _check_separate(outputs: tuple[Tensor, ...]) -> None:
         others = {edge_of(o) for j, o in enumerate(outputs) if j != i}
         if edge_of(z) in others or touches(edge_of(z)[0], others):
             raise RuntimeError(
-                f"Output {i} that the closure returned is computed from another of the outputs, "
-                "so the loss would be counted twice. Return only the tensors that the loss "
-                "function itself takes."
+                f"Output {i} that the closure returned is computed from another of the outputs, so "
+                "the loss would be counted twice. Return only the tensors that the loss function "
+                "itself takes."
             )
 
 
@@ -220,9 +219,9 @@ def _no_split(
     refused = record.refused
     if refused == {"gaussian_nll_loss"}:
         cause = (
-            "gaussian_nll_loss is not convex in its variance, which depends on the parameters too. "
-            'Take the whole Hessian, HFOptimizer(params, curvature="hessian"), or detach it: '
-            "var.detach()."
+            "gaussian_nll_loss is not convex in its variance, which depends on the parameters "
+            'too. Use the full Hessian, HFOptimizer(params, curvature="hessian"), or detach the '
+            "variance: var.detach()."
         )
     elif refused:
         cause = (
@@ -231,32 +230,29 @@ def _no_split(
         )
     elif flat & {"nll_loss", "kl_div"}:
         cause = (
-            f"{_and(flat)} is linear in the log-probabilities it was given, and the log_softmax "
-            "that made them was not seen. Use F.cross_entropy or F.log_softmax on the logits, or "
-            f"{EXPLICIT_FORM}"
+            f"{_and(flat)} is linear in its log-probabilities, and no log_softmax that made them "
+            f"was found. Use F.cross_entropy or F.log_softmax on the logits, or {EXPLICIT_FORM}"
         )
     elif (flat and not ends) or linear:
         cause = f"{_and(flat) or 'a loss that is linear in the outputs'} {NO_CURVATURE}"
     elif concave:
         cause = (
-            f"{_and(ends)} has a negative weight, and is concave. Minimise it with the sign "
-            "changed, "
-            'or take the whole Hessian: HFOptimizer(params, curvature="hessian").'
+            f"{_and(ends)} has a negative weight, so it is concave. Minimise it with the opposite "
+            'sign, or use the full Hessian: HFOptimizer(params, curvature="hessian").'
         )
     elif record.in_vmap:
         cause = f"it was computed inside torch.func.vmap. {OUTSIDE_VMAP}"
     elif penalty:
         cause = (
-            "the only term whose convex form was found is a penalty on the parameters themselves; "
-            f"the rest comes from {_and(ends)}, and was not proved convex in the network's "
-            f"outputs. To say where the network ends, {EXPLICIT_FORM}"
+            "the only convex term that was found is a penalty on the parameters themselves. The "
+            f"rest comes from {_and(ends)} and could not be proved convex in the network's "
+            f"outputs. To mark where the network ends, {EXPLICIT_FORM}"
         )
     else:
         cause = (
-            f"it comes from {_and(ends) or 'something else'}, and is no sum of torch's loss "
-            "functions that are convex in their input (F.cross_entropy, F.mse_loss, ...) and of "
-            "others that are proved convex. To say where the network ends, "
-            f"{EXPLICIT_FORM}"
+            f"it comes from {_and(ends) or 'something else'}. It is not a sum of torch's convex "
+            "loss functions (F.cross_entropy, F.mse_loss, ...) and of terms that can be proved "
+            f"convex. To mark where the network ends, {EXPLICIT_FORM}"
         )
     return f"No Gauss-Newton split of this loss was found: {cause}"
 

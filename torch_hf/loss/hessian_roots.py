@@ -333,14 +333,14 @@ def _by_case(entries: Tensor) -> Tensor:
 
 _NOT_CONVEX = (
     "A term of the loss is not convex in the network's outputs, so its Gauss-Newton matrix has no "
-    'real root to factorise. Take conjugate gradients, which need none: solver="cg".'
+    'real square root. Use solver="cg", which needs none.'
 )
 _TOO_LARGE = (
-    "The Hessian of a term of the loss couples {numbers} outputs over cases, and a root is taken "
-    'of {most} at the most. Take conjugate gradients, which need none: solver="cg".'
+    "The Hessian of a term of the loss couples {numbers} outputs across cases, and its root is "
+    'computed for at most {most}. Use solver="cg", which needs no root.'
 )
 _TOO_COARSE = (
-    "A term of the loss is computed from outputs of type {dtype}, too coarse to find a root of its "
-    "Hessian. Write the loss of outputs.float(), or take conjugate gradients, which need no root: "
-    'solver="cg".'
+    "A term of the loss is computed from outputs of type {dtype}, whose precision is too low for "
+    'a root of its Hessian. Compute the loss from outputs.float(), or use solver="cg", which '
+    "needs no root."
 )

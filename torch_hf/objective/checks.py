@@ -28,7 +28,10 @@ def listed(name: str, batches: Any) -> list[Any]:
         )
     found = list(batches)
     if not found:
-        raise ValueError(f"{name} is empty: give at least one batch, {name}=[batch].")
+        raise ValueError(
+            f"{name} must hold at least one batch, got none. Pass {name}=[batch]; an iterator must "
+            "be new for each step."
+        )
     return found
 
 
@@ -36,9 +39,9 @@ def no_closure(params: Sequence[Tensor], rates: Sequence[float]) -> None:
     """A step without a closure is for making state: nothing could move in it."""
     if any(rates) or any(p.grad is not None and torch.any(p.grad) for p in params):
         raise RuntimeError(
-            "HFOptimizer.step() needs a closure that computes the loss, since it evaluates "
-            "the loss several times a step: optimizer.step(closure), as torch.optim.LBFGS. Where "
-            "a framework calls step() for you, docs/frameworks.md has the lines to add."
+            "HFOptimizer.step() needs a closure that computes the loss, got none. It evaluates "
+            "the loss several times per step. Call optimizer.step(closure), as with "
+            "torch.optim.LBFGS. Where a framework calls step() for you, see docs/frameworks.md."
         )
 
 
@@ -46,8 +49,8 @@ def closure(value: Any) -> None:
     """Something to call."""
     if not callable(value):
         raise TypeError(
-            f"step() expects a closure that computes the loss, got a {type(value).__name__}. "
-            "Write def closure(): ...; return loss, and call optimizer.step(closure)."
+            f"step() needs a closure that computes the loss, got {type(value).__name__}. Write def "
+            "closure(): ...; return loss, and call optimizer.step(closure)."
         )
 
 
@@ -61,11 +64,12 @@ def accumulated(waiting: Sequence[Tensor], left: Sequence[Any]) -> None:
     ours = {id(g) for ref in left if (g := ref()) is not None}
     if any(id(g) not in ours and torch.any(g) for g in waiting):
         raise RuntimeError(
-            "There are gradients from a backward() outside of the closure, and the closure did "
-            "not clear them. They are no part of the step, so gradients cannot be accumulated "
-            "over batches. Hand the batches to one step, optimizer.step(closure, batches=[...]), "
-            "or take larger batches (accumulate_grad_batches=1 in Lightning); or begin the "
-            "closure with optimizer.zero_grad() if these gradients are of no use."
+            "Gradients must come from the closure alone, got some from a backward() outside of "
+            "the closure that the closure did not clear. The step would ignore them, so it cannot "
+            "accumulate gradients over batches. Pass the batches to one step, "
+            "optimizer.step(closure, batches=[...]), or use larger batches "
+            "(accumulate_grad_batches=1 in Lightning). If you do not need these gradients, begin "
+            "the closure with optimizer.zero_grad()."
         )
 
 
@@ -76,11 +80,10 @@ def accumulates(batches: Any) -> None:
     steps = sys.modules["accelerate.state"].GradientState().num_steps
     if steps > 1:
         raise RuntimeError(
-            f"Accelerate was asked to accumulate gradients over {steps} batches, but "
-            "it calls the closure for the last of them only. Leave gradient_accumulation_steps "
-            "at 1 and hand the batches to one step: "
-            "optimizer.optimizer.step(closure, batches=[...]), or step(closure, batches=[batch]) "
-            "of an optimizer that Accelerate did not prepare."
+            f"Accelerate must not accumulate gradients, got {steps} batches per step: it calls the "
+            "closure for the last of them only. Leave gradient_accumulation_steps at 1 and pass "
+            "the batches to one step: optimizer.optimizer.step(closure, batches=[...]). With an "
+            "optimizer that Accelerate did not prepare, call step(closure, batches=[batch])."
         )
 
 
@@ -95,13 +98,15 @@ def takes_batch(closure: Callable[..., Any], batch: bool) -> None:
     except TypeError:
         if batch:
             message = (
-                "The closure does not take exactly one argument, but with `batches` it is called "
-                "with one batch at a time. Write def closure(batch): ... and use that batch."
+                "The closure must take one argument with `batches`, got one that does not: it is "
+                "called with one batch at a time. Write def closure(batch): ... and use that "
+                "batch."
             )
         else:
             message = (
-                "The closure requires an argument, but without `batches` it is called with none. "
-                "Write def closure(): ..., or pass optimizer.step(closure, batches=[batch])."
+                "The closure must take no argument without `batches`, got one that requires an "
+                "argument. Write def closure(): ..., or call optimizer.step(closure, "
+                "batches=[batch])."
             )
         raise TypeError(message) from None
 
@@ -124,27 +129,26 @@ def scalar(loss: Any) -> Tensor:
 def returned(value: Any) -> tuple[Any, tuple[Tensor, ...], float | None]:
     """What a closure returned, as (loss, outputs, cases)."""
     if value is None:
-        raise TypeError(
-            "The closure returned None, but the loss was expected. End it with `return loss`."
-        )
+        raise TypeError("The closure must return the loss, got None. End it with `return loss`.")
     if not isinstance(value, (tuple, list)):
         return value, (), None
     if len(value) not in (2, 3):
         raise TypeError(
-            f"The closure returned a {type(value).__name__} of {len(value)}. Return the loss, "
-            "`return loss`, or with the network's outputs, `return loss, outputs` or "
-            "`return loss, outputs, cases`."
+            "The closure must return the loss, or a tuple of two or three, got a "
+            f"{type(value).__name__} of {len(value)}. Write `return loss`, or with the network's "
+            "outputs, `return loss, outputs` or `return loss, outputs, cases`."
         )
     outputs = (value[1],) if isinstance(value[1], Tensor) else value[1]
     if not isinstance(outputs, (tuple, list)) or not all(isinstance(z, Tensor) for z in outputs):
         raise TypeError(
-            "The closure returned (loss, outputs) where outputs is neither a tensor nor a tuple "
-            "of tensors. Return the tensors that the loss was computed from."
+            "The closure's outputs must be a tensor or a tuple of tensors, got "
+            f"{type(value[1]).__name__}. Return the tensors that the loss was computed from."
         )
     if torch.is_grad_enabled() and not any(z.requires_grad for z in outputs):
         raise RuntimeError(
-            "The outputs that the closure returned are not connected to the loss: none requires "
-            "a gradient. Return the very tensors that the loss was computed from, not detached."
+            "The outputs that the closure returned must be connected to the loss, got none that "
+            "requires a gradient. Return the same tensors that the loss was computed from, not "
+            "detached."
         )
     return value[0], tuple(outputs), None if len(value) == 2 else _cases(value[2])
 
@@ -180,8 +184,9 @@ def gradients(found: Sequence[Tensor | None]) -> None:
     """Some parameter has a gradient, and none a sparse one."""
     if all(g is None for g in found):
         raise RuntimeError(
-            "The closure's loss does not depend on any parameter of this optimizer. Give it "
-            "those of the model that the closure calls: HFOptimizer(model.parameters())."
+            "The closure's loss must depend on a parameter of this optimizer, got one that "
+            "depends on none. Pass the parameters of the model that the closure calls: "
+            "HFOptimizer(model.parameters())."
         )
     if any(g is not None and g.is_sparse for g in found):
         raise RuntimeError(
@@ -194,7 +199,7 @@ def same_terms(found: Sequence[float]) -> None:
     """All ranks average the terms of their losses alike."""
     if any(not math.isclose(x, found[0], rel_tol=1e-6) for x in found):
         raise ValueError(
-            "The losses of several ranks are averaged by number of cases, but the terms of this "
-            "loss have no number of cases in common over the ranks. Return the weight of each "
-            "batch with its loss: `return loss, outputs, cases`."
+            "The terms of the loss must have a number of cases in common on all ranks, by which "
+            "their losses are averaged, got different numbers. Return the weight of each batch "
+            "with its loss: `return loss, outputs, cases`."
         )

@@ -84,7 +84,7 @@ class ClosureRuns:
         returned, outputs, cases = checks.returned(record.returned)
         if not loss.requires_grad:
             raise RuntimeError(
-                "The closure's loss is a constant: it is not connected to any parameter. Compute "
+                "The closure's loss must be connected to the parameters, got a constant. Compute "
                 "it from the model's output without detach(), item() or torch.no_grad()."
             )
         self._say_compiled()

@@ -62,8 +62,9 @@ class Objective:
         self.own_curvature_batches = curvature_batches is not None
         if self.own_curvature_batches and batches is None:
             raise ValueError(
-                "curvature_batches was given without batches. Pass both, and a closure that "
-                "takes one batch: step(closure, batches=[batch], curvature_batches=[part])."
+                "curvature_batches must come with batches, got batches=None. Pass both, and a "
+                "closure that takes one batch: step(closure, batches=[batch], "
+                "curvature_batches=[part])."
             )
         checks.takes_batch(closure, batches is not None)
         self.reducer = reducer
@@ -116,7 +117,9 @@ class Objective:
         if found.counts[0].adds or self._alone():
             divisor = 1.0
         elif divisor <= 0:
-            raise ValueError("The batches hold no case at all. Leave out empty batches.")
+            raise ValueError(
+                "The batches must hold at least one case, got none. Leave out empty batches."
+            )
         checks.same_terms([row[3] for row in table if row[2]])
         if divisor != 1.0:
             loss, flat = loss / divisor, flat.div_(divisor)
@@ -311,7 +314,10 @@ class Objective:
         cases, divisor = self.reducer.numbers([own, sum(shares)])
         assert counts is not None
         if divisor <= 0:
-            raise ValueError("The curvature_batches hold no case at all. Leave out empty batches.")
+            raise ValueError(
+                "The curvature_batches must hold at least one case, got none. Leave out empty "
+                "batches."
+            )
         if not counts[0].adds:
             return [x / divisor for x in shares], cases or 1.0
         if self.own_curvature_batches:

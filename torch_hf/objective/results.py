@@ -95,8 +95,8 @@ class Evaluation:
         """
         if self._gradient is None:
             raise RuntimeError(
-                "This evaluation's gradient was handed over to .grad. Read it before "
-                "hand_over_gradients(), or evaluate the objective again."
+                "This evaluation's gradient was handed over to .grad and cannot be read here. "
+                "Read it before hand_over_gradients(), or evaluate the objective again."
             )
         return self._gradient
 

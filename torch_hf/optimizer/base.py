@@ -205,8 +205,8 @@ class FlatStateOptimizer(Optimizer):
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
             name = type(self.preconditioner).__name__
             raise ValueError(
-                f"The preconditioner {name} does not take the state's entries "
-                f"{sorted(found.entries)}: {error}. Load another checkpoint, or begin with a new "
+                f"The preconditioner {name} cannot load the state's entries "
+                f"{sorted(found.entries)}: {error}. Load another checkpoint, or start with a new "
                 "optimizer."
             ) from error
         self._start, self._norms = found.start, found.norms

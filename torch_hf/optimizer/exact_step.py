@@ -84,7 +84,7 @@ def solves_exactly(
         if wanted == EXACT:
             why = why or "a term of the loss bypasses the outputs, or has no curvature in them"
             raise RuntimeError(
-                f'solver="exact" needs the Jacobian, which is not to be had here: {why}. Or take '
+                f'solver="exact" needs the Jacobian, which is not available here: {why}. Or use '
                 'solver="auto".'
             )
         return False
@@ -94,7 +94,7 @@ def solves_exactly(
         if needed > memory_of(operator.objective.vector.device):
             raise RuntimeError(
                 f'solver="exact" needs {needed:.3g} bytes for {size.rows} rows of {size.params} '
-                'parameters, more than this machine has. Take solver="auto", or fewer cases.'
+                'parameters, more than this machine has. Use solver="auto", or fewer cases.'
             )
         return True
     if not data_stay and not (many_rows_do and size.rows >= size.params and _squares_of(operator)):

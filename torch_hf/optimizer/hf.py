@@ -324,8 +324,8 @@ class HFOptimizer(FlatStateOptimizer):
         wanted = options["solver"]
         if wanted == "exact" and any(g["lr"] != 1.0 for g in self.param_groups):
             raise RuntimeError(
-                'solver="exact" takes the length of its steps from the loss, and lr must be 1, got '
-                f'{[g["lr"] for g in self.param_groups]}. Leave lr out, or take solver="cg".'
+                'lr must be 1 with solver="exact", which takes the step\'s length from the loss, '
+                f'got {[g["lr"] for g in self.param_groups]}. Remove lr, or use solver="cg".'
             )
         if wanted == "auto" and not plain:
             return None
@@ -345,9 +345,10 @@ class HFOptimizer(FlatStateOptimizer):
         found = exact_step(objective, here, curvature, state, norms, first, timer, forced)
         if found is None and forced:
             raise RuntimeError(
-                'solver="exact" needs a root of the loss\'s Hessian, but a term of the loss is not '
-                "convex in its outputs, couples too many of them, or is computed in half precision "
-                '(then write it of outputs.float()). Take solver="auto".'
+                'solver="exact" needs a square root of the loss\'s Hessian and found none. A term '
+                "of the loss is not convex in its outputs, couples too many of them, or is "
+                "computed in half precision. In half precision, compute the loss from "
+                'outputs.float(); otherwise use solver="auto".'
             )
         return found
 

@@ -245,16 +245,16 @@ def check_state(
     sizes, own = [len(g["params"]) for g in given], [len(g["params"]) for g in groups]
     if sizes != own:
         raise ValueError(
-            f"The state's param_groups hold {sizes} parameters, this optimizer's {own}. Make the "
-            "optimizer from the same parameters in the same groups as when the state was saved."
+            f"The state's param_groups must hold {own} parameters, got {sizes}. Make the optimizer "
+            "from the same parameters in the same groups as when the state was saved."
         )
     for i, group in enumerate(given):
         for name in _ALWAYS_WRITTEN:
             if name not in group:
                 raise ValueError(
-                    f"The state's param_groups[{i}] has no entry {name!r}: it was saved by another "
-                    "optimizer, or by another version of torch_hf. Begin with a new optimizer; the "
-                    "model's weights are enough."
+                    f"The state's param_groups[{i}] must have the entry {name!r}, got none: it was "
+                    "saved by another optimizer or another version of torch_hf. Start with a new "
+                    "optimizer; the model's weights are enough."
                 )
         try:
             _checks.options(group)
@@ -264,8 +264,9 @@ def check_state(
         others = [g[name] for g in given if not _equal(g[name], defaults[name])]
         if others:
             raise ValueError(
-                f"The state's {name} is {others[0]!r}, this optimizer's {defaults[name]!r}. "
-                "Make the optimizer with the options that it had when the state was saved."
+                f"The state's {name} must be this optimizer's {defaults[name]!r}, got "
+                f"{others[0]!r}. Make the optimizer with the options that it had when the state "
+                "was saved."
             )
     params = [p for g in groups for p in g["params"]]
     for i, p in zip([i for g in given for i in g["params"]], params, strict=True):
@@ -278,9 +279,9 @@ def check_state(
             lead = len(shape) - p.ndim
             if lead != (key not in VECTORS) or shape[lead:] != tuple(p.shape):
                 raise ValueError(
-                    f"The state's entry {key!r} of parameter {i} has shape {shape}, but the "
-                    f"parameter has shape {tuple(p.shape)}. Load it into the model that it was "
-                    "saved with, or begin with a new optimizer."
+                    f"The state's entry {key!r} of parameter {i} must have the parameter's shape "
+                    f"{tuple(p.shape)}, got {shape}. Load it into the model that it was saved "
+                    "with, or start with a new optimizer."
                 )
 
 

@@ -6,36 +6,38 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-_NO_SCHEDULE = "The step's length comes of the curvature, so HFOptimizer has none. Leave it out."
+_NO_SCHEDULE = "The curvature sets the length of a step. Remove this option."
 _KERNELS = (
-    "It chooses between kernels of an update entry by entry, and HFOptimizer's time goes into "
-    "products with the curvature. Leave it out."
+    "It selects kernels for entrywise updates, but HFOptimizer spends its time in products with "
+    "the curvature. Remove this option."
 )
 _IN_THE_LOOP = (
-    "A step of HFOptimizer is one outer iteration, and when to end is up to your loop. Leave it "
-    "out, and look at optimizer.last_report."
+    "A step of HFOptimizer is one outer iteration, and your loop decides when to stop. Remove "
+    "this option, and check optimizer.last_report."
 )
 #: Options of torch's optimizers that HFOptimizer does not have, and what to do instead.
 _FOREIGN = {
-    "differentiable": "A step cannot be differentiated through. Leave it out; for a loop that "
-    "needs it, take torch.optim.SGD(differentiable=True).",
+    "differentiable": "A step cannot be differentiated. Remove this option, or use "
+    "torch.optim.SGD(differentiable=True).",
     "foreach": _KERNELS,
     "fused": _KERNELS,
-    "capturable": "A step decides by numbers how many products it takes, so it cannot be "
-    "recorded in a CUDA graph. Leave it out.",
-    "max_iter": "It bounds L-BFGS's iterations in a step; a step of HFOptimizer is one. Leave it "
-    "out and take more steps, or write cg_max_iter to bound the CG iterations of a step.",
-    "max_eval": "The search over a step's trial points ends by itself. Leave it out.",
+    "capturable": "The number of products in a step depends on computed values, so a step cannot "
+    "be recorded in a CUDA graph. Remove this option.",
+    "max_iter": "It limits the L-BFGS iterations of one step, but a step of HFOptimizer is one "
+    "iteration. Remove this option and take more steps, or set cg_max_iter to limit the CG "
+    "iterations of a step.",
+    "max_eval": "The line search limits its own evaluations. Remove this option.",
     "tolerance_grad": _IN_THE_LOOP.removesuffix(".") + ".gradient_norm.",
     "tolerance_change": _IN_THE_LOOP.removesuffix(".") + ".new_loss.",
-    "line_search_fn": "HFOptimizer always searches along its direction. Leave it out.",
-    "betas": "HFOptimizer keeps no averages of gradients. Leave it out.",
-    "momentum": "HFOptimizer has none; what it keeps of the last step is cg_decay times its "
-    "direction, where CG starts. Leave it out.",
+    "line_search_fn": "HFOptimizer always uses a line search. Remove this option.",
+    "betas": "HFOptimizer keeps no averages of gradients. Remove this option.",
+    "momentum": "HFOptimizer has no momentum. Instead, CG starts from cg_decay times the last "
+    "solution (warm start). Remove this option.",
     "dampening": _NO_SCHEDULE,
     "nesterov": _NO_SCHEDULE,
     "amsgrad": _NO_SCHEDULE,
-    "eps": "HFOptimizer divides by no average. Leave it out; damping is what keeps a step small.",
+    "eps": "HFOptimizer does not divide by an average. Remove this option; damping keeps steps "
+    "small.",
 }
 
 

@@ -45,7 +45,10 @@ def plot_training(
     """
     rows = training_panels(csv_path, score)
     if not rows:
-        raise ValueError(f"{csv_path} has none of the columns that plot_training draws")
+        raise ValueError(
+            f"{csv_path} must have a column that plot_training draws, got none. Log the run with "
+            "CSVLogger."
+        )
     figure = _figure(9.6, 3.1 * len(rows) + 0.3 * bool(title))
     if title:
         figure.suptitle(title, fontsize=12)
@@ -80,7 +83,10 @@ def plot_comparison(
     """
     panel = comparison_panel(csv_paths, column)
     if not panel.curves:
-        raise ValueError(f"no run has values in column {column!r}; runs: {list(csv_paths)}")
+        raise ValueError(
+            f"At least one run must have values in column {column!r}, got none in "
+            f"{list(csv_paths)}. Choose a column of these files."
+        )
     figure = _figure(6.0, 3.8)
     _draw(figure.add_subplot(), panel)
     if title:
@@ -136,7 +142,9 @@ def _figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install torch_hf[plot]") from error
+        raise ImportError(
+            "Plots need matplotlib. Install it: pip install torch_hf[plot]"
+        ) from error
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)  # pyplot, and with it a window system, stays out of it

@@ -164,7 +164,9 @@ def _seconds_panel(columns: dict[str, list[float]]) -> Panel:
 def _read(path: str | os.PathLike[str]) -> dict[str, list[float]]:
     columns = read_csv(path)
     if not columns or not next(iter(columns.values())):
-        raise ValueError(f"{path} has no rows; expected a CSV file written by CSVLogger")
+        raise ValueError(
+            f"{path} must be a CSV file written by CSVLogger, got no rows. Log at least one step."
+        )
     return columns
 
 

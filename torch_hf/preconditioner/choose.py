@@ -33,13 +33,13 @@ def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Prec
         if choice not in makers:
             raise ValueError(
                 f"preconditioner must be one of {', '.join(makers)}, or an object such as "
-                f"LBFGSPreconditioner(history_size=32); got {choice!r}."
+                f"LBFGSPreconditioner(history_size=32), got {choice!r}."
             )
         return makers[choice]()
     if isinstance(choice, type) or not isinstance(choice, Preconditioner):
         raise TypeError(
-            "preconditioner must be a name or have the methods of "
-            "torch_hf.preconditioner.lbfgs.Preconditioner (begin, apply, observe, end, abandon, "
-            f"state_dict, load_state_dict) and wants_layers; got {choice!r}."
+            "preconditioner must be a name, or an object with wants_layers and the methods of "
+            "torch_hf.preconditioner.Preconditioner (begin, apply, observe, end, abandon, "
+            f"state_dict, load_state_dict), got {choice!r}."
         )
     return choice

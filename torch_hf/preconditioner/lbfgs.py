@@ -52,11 +52,11 @@ class LBFGSPreconditioner:
     def __init__(self, history_size: int = 4, base: str = "identity") -> None:
         if not isinstance(history_size, int) or history_size < 2 or history_size % 2:
             raise ValueError(
-                f"history_size must be an even number of at least 2, got {history_size!r}. "
-                'For CG without pairs take preconditioner="none" or "diagonal".'
+                f"history_size must be an even number of at least 2, got {history_size!r}. For CG "
+                'without pairs use preconditioner="none" or "diagonal".'
             )
         if base not in BASES:
-            raise ValueError(f"base must be one of {', '.join(BASES)}; got {base!r}.")
+            raise ValueError(f"base must be one of {', '.join(BASES)}, got {base!r}.")
         self.history_size = history_size
         self.base = base
         self._base = BASES[base]()

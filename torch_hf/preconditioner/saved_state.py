@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-_HINT = "The state is damaged: load another checkpoint, or begin with a new optimizer."
+_HINT = "The state is damaged: load another checkpoint, or start with a new optimizer."
 #: What rounding may leave between the two triangles of a symmetric matrix, in units of its largest.
 _ASYMMETRY = 1e-2
 #: No count is larger.
@@ -137,5 +137,6 @@ def _all_there(state: Mapping[str, Any], prefix: str, names: Sequence[str]) -> N
     for name in names:
         if name not in state:
             raise ValueError(
-                f"The state has no entry {prefix + name!r}, but others that go with it. {_HINT}"
+                f"The state must have the entry {prefix + name!r} beside those that belong to "
+                f"it, got none. {_HINT}"
             )

@@ -70,9 +70,11 @@ def head(batch: Batch, size: int) -> Batch:
 
 def _open(batch: Batch, size: int) -> tuple[list[Any], pytree.TreeSpec, int]:
     if not isinstance(size, int) or isinstance(size, bool):
-        raise TypeError(f"size must be an int, the most cases in a piece, but is {size!r}")
+        raise TypeError(
+            f"size must be an int, the largest number of cases in a piece, got {size!r}."
+        )
     if size < 1:
-        raise ValueError(f"size must be at least 1 case, but is {size}")
+        raise ValueError(f"size must be at least 1 case, got {size}.")
     leaves, spec = pytree.tree_flatten(batch)
     cases, first = None, 0
     for index, leaf in enumerate(leaves):
@@ -82,16 +84,17 @@ def _open(batch: Batch, size: int) -> tuple[list[Any], pytree.TreeSpec, int]:
             cases, first = len(leaf), index
         elif leaf.dim() and len(leaf) != cases:
             raise ValueError(
-                "all tensors of a batch must share their leading dimension, the cases, but "
-                f"{_where(batch, first)} has shape {tuple(leaves[first].shape)} and "
-                f"{_where(batch, index)} has shape {tuple(leaf.shape)}; move what is not per "
-                "case out of the batch, or give it a leading dimension of cases"
+                "All tensors of a batch must have the same leading dimension (the cases), got "
+                f"shape {tuple(leaves[first].shape)} for {_where(batch, first)} and "
+                f"{tuple(leaf.shape)} for {_where(batch, index)}. Move what is not per case out of "
+                "the batch, or give it a leading dimension of cases."
             )
     if not cases:
         what = "no cases" if cases == 0 else "no tensor with a leading dimension of cases"
         raise ValueError(
-            f"the batch ({type(batch).__name__}) holds {what}, so it cannot be cut; "
-            "expected a tensor or tuples, lists and dicts of tensors"
+            "The batch must hold a tensor with a leading dimension of cases, got a "
+            f"{type(batch).__name__} with {what}. Pass a tensor, or tuples, lists and dicts of "
+            "tensors."
         )
     return leaves, spec, cases
 
@@ -105,9 +108,9 @@ def _refuse_hidden_tensors(batch: Any, index: int, leaf: Any) -> None:
     children = leaf if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
     if any(isinstance(child, Tensor) for child in dict(children).values()):
         raise TypeError(
-            f"{_where(batch, index)} is a {type(leaf).__name__} that holds tensors, but its "
-            "structure is not known to torch.utils._pytree, so they would not be cut; make it a "
-            "dict, or register the class (register_dataclass for a dataclass)"
+            f"{_where(batch, index)} must be a tensor or a container that torch.utils._pytree "
+            f"knows, got a {type(leaf).__name__} that holds tensors, which would not be cut. Make "
+            "it a dict, or register the class (register_dataclass for a dataclass)."
         )
 
 

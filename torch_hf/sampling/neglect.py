@@ -15,14 +15,14 @@ from torch.utils.data import BatchSampler
 DRAWN_AHEAD, MANY_BATCHES = 16, 100
 
 NO_SET_EPOCH = (
-    "The batches of this GrowingBatchSampler grow from epoch to epoch, but an epoch begins again "
-    "without a call of set_epoch, so they do not grow. Call sampler.set_epoch(epoch) before each "
-    'epoch, or let them grow with grow_every="step".'
+    "The batches of this GrowingBatchSampler grow with the epoch, but a new epoch began without a "
+    "call of set_epoch, so they do not grow. Call sampler.set_epoch(epoch) before each epoch, or "
+    'use grow_every="step".'
 )
 NO_UPDATE = (
-    "The batches of this GrowingBatchSampler grow as its rule {rule} reads from reports, but it is "
-    "given none, so they do not grow. Call sampler.update(optimizer.last_report) after each step, "
-    "or take a rule that needs no report: growth=1.2."
+    "The growth rule {rule} of this GrowingBatchSampler reads step reports, but it was given "
+    "none, so the batches do not grow. Call sampler.update(optimizer.last_report) after each "
+    "step, or use a rule that needs no report: growth=1.2."
 )
 
 
@@ -90,7 +90,7 @@ def refuse_as_sampler(sampler: Any) -> None:
     cuts = isinstance(caller, (BatchSampler, Iterator))
     if cuts and vars(caller).get("sampler") is sampler and "batch_sampler" not in vars(caller):
         raise TypeError(
-            "A GrowingBatchSampler yields whole batches, but it was passed as sampler=, whose "
-            "entries are put together to batches once more. Pass it as batch_sampler=: "
-            "DataLoader(dataset, batch_sampler=sampler)."
+            "A GrowingBatchSampler must be passed as batch_sampler=, got it as sampler=, which "
+            "would put its batches together once more. Write DataLoader(dataset, "
+            "batch_sampler=sampler)."
         )

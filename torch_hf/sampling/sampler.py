@@ -73,9 +73,12 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
         rank: int | None = None,
     ) -> None:
         if (num_replicas is None) != (rank is None):
-            raise ValueError(f"give num_replicas and rank, or neither: {num_replicas=}, {rank=}")
+            raise ValueError(
+                f"num_replicas and rank must be given together, got {num_replicas=}, {rank=}. Pass "
+                "both or neither."
+            )
         if grow_every not in ("epoch", "step"):
-            raise ValueError(f"grow_every must be 'epoch' or 'step', but is {grow_every!r}")
+            raise ValueError(f"grow_every must be 'epoch' or 'step', got {grow_every!r}.")
         cases = len(data_source) if isinstance(data_source, Sized) else data_source
         by_step, ranks = grow_every == "step", 1 if num_replicas is None else num_replicas
         cap = cases if max_batch_size is None else max_batch_size
@@ -141,7 +144,10 @@ class GrowingBatchSampler(torch.utils.data.Sampler[list[int]]):
     def update(self, report: StepReport) -> None:
         """Take note of one step: a batch is consumed, and the growth rule reads the report."""
         if not isinstance(report, StepReport):
-            raise TypeError(f"update takes optimizer.last_report after a step, not {report!r}")
+            raise TypeError(
+                f"report must be a StepReport, got {report!r}. Call "
+                "sampler.update(optimizer.last_report) after a step."
+            )
         self._neglect.update.hear()
         wanted = float(min(self.growth.measured(report, self.measured), self.max_batch_size))
         self.measured = max(self.measured, wanted)

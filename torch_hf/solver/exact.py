@@ -86,13 +86,13 @@ class ExactSolver:
         self.squares = _vector("scale", rows.new_ones(p) if scale is None else scale, p, rows) ** 2
         if bool((self.decay < 0).any()):
             raise ValueError(
-                f"decay must not be negative, got {float(self.decay.min())}: such a quadratic may "
-                "have no minimum. Clamp it at 0."
+                f"decay must not be negative, got {float(self.decay.min())}. A quadratic with "
+                "negative decay may have no minimum. Clamp it at 0."
             )
         if not bool((self.squares > 0).all()):
             raise ValueError(
-                "scale must be positive, got an entry of 0 or nan, which lambda would leave "
-                "undamped. Add a small multiple of its maximum."
+                "scale must be positive, got an entry of 0 or nan, whose parameter would have no "
+                "damping. Add a small multiple of the maximum of scale."
             )
         self.in_rows = m < p
         self.factorizations = 0
@@ -127,7 +127,7 @@ class ExactSolver:
     ) -> Tensor:
         """As :meth:`solve`, in float64; without refinement as right as Cholesky is."""
         if not damping >= 0 or math.isinf(damping):
-            raise ValueError(f"damping must be a number that is not negative, got {damping}.")
+            raise ValueError(f"damping must be a finite number of at least 0, got {damping}.")
         m, p = self.rows.shape
         r = _vector("residual", residual, m, self.rows)
         s = _vector("rest", rest, p, self.rows)
@@ -229,7 +229,7 @@ class ExactSolver:
             if not math.isfinite(more):
                 raise ValueError(
                     "The Jacobian's rows must be finite, got nan or inf among them. Check the "
-                    "closure for a division by zero or the root of 0."
+                    "closure for a division by zero or the square root of 0."
                 )
             matrix.diagonal().add_(more)
             raised += more
@@ -254,8 +254,9 @@ class ExactSolver:
         started = bool(s.any())
         if started and least == 0.0:
             raise ValueError(
-                "damping must be positive where the gradient has a part outside of R's rows and "
-                f"some parameters no decay, got {least}: the quadratic has no minimum."
+                "damping must be positive where the gradient has a part outside the row space of "
+                f"R and some parameters have no decay, got {least}. The quadratic has no minimum "
+                "then."
             )
         start = -weights / least * s if started else torch.zeros_like(s)
         dual = torch.zeros_like(r)
@@ -373,7 +374,7 @@ def _vector(name: str, given: Tensor | None, size: int, like: Tensor) -> Tensor:
         return torch.zeros(size, dtype=torch.float64, device=like.device)
     if given.shape != (size,):
         raise ValueError(
-            f"{name} must be of shape ({size},) to go with rows of shape {tuple(like.shape)}, got "
+            f"{name} must have shape ({size},) to match rows of shape {tuple(like.shape)}, got "
             f"{tuple(given.shape)}. Flatten it in the order of the rows and columns."
         )
     return given.detach().to(like.device, torch.float64)

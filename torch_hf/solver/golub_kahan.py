@@ -109,15 +109,15 @@ class GolubKahan:
         given = residual if residual is not None else rest
         if given is None:
             raise ValueError(
-                "residual or rest must be given, got neither: without a gradient there is no step. "
-                "Pass rest=gradient."
+                "residual or rest must be given, got neither. Without a gradient there is no "
+                "step. Pass rest=gradient."
             )
         like = given.new_zeros(size)
         spread = like + decay
         if not bool((spread >= 0).all()):
             raise ValueError(
-                f"decay must not be negative, got {float(spread.min())}: such a quadratic may "
-                "have no minimum. Clamp it at 0."
+                f"decay must not be negative, got {float(spread.min())}. A quadratic with negative "
+                "decay may have no minimum. Clamp it at 0."
             )
         rooted = spread.sqrt()
         self.max_pairs = max_pairs
@@ -340,7 +340,7 @@ class GolubKahan:
     def _solution(self, damping: float) -> Tensor:
         """The coefficients of the minimum in the basis."""
         if not damping >= 0 or math.isinf(damping):
-            raise ValueError(f"damping must be a number that is not negative, got {damping}.")
+            raise ValueError(f"damping must be a finite number of at least 0, got {damping}.")
         if not self.pairs:
             return torch.zeros(0, dtype=torch.float64)
         left, values, right = self._decomposed()

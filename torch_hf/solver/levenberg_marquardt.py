@@ -49,7 +49,7 @@ NEAR_MEDIAN = 10.0
 NORM_MEMORY = 0.6
 #: Said where no lambda lowers the loss.
 STUCK = "no lambda gives a step that lowers the loss"
-CONVERGED = "converged: what the quadratic still predicts is below the rounding of the loss"
+CONVERGED = "converged: the predicted decrease is below the rounding of the loss"
 
 #: Loss at ``theta + d``, and the residual there where the rows of R have one.
 Evaluate = Callable[[Tensor], tuple[float, Tensor | None]]

@@ -18,7 +18,7 @@ SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
 #: A step goes at most 2 to this times as far along negative curvature as its size says.
 MAX_DOUBLINGS = 30
 #: Said where rounding hides what is left to gain.
-CONVERGED = "converged: what the quadratic still predicts is below the rounding of the loss"
+CONVERGED = "converged: the predicted decrease is below the rounding of the loss"
 
 #: The loss at ``theta + length * direction``.
 LossAlong = Callable[[Tensor, float], float]
@@ -90,7 +90,7 @@ def search(
     if length == 0.0:
         return SearchResult(None, 0.0, start_loss, reason="lr is 0")
     if not candidates[-1].slope < 0:
-        return SearchResult(None, 0.0, start_loss, reason="CG found no direction of descent")
+        return SearchResult(None, 0.0, start_loss, reason="CG found no descent direction")
     predicted, floor = predict(candidates[-1], length, damping, space)
     if -least < predicted < 0 and -least < length * candidates[-1].slope:
         return SearchResult(None, 0.0, start_loss, floor=floor, reason=CONVERGED, converged=True)
@@ -125,7 +125,7 @@ def search(
     if step.length == 0.0:
         if abs(predicted) <= noise:
             return found._replace(reason=CONVERGED, converged=True)
-        return found._replace(reason="no decrease of the loss at any length along the direction")
+        return found._replace(reason="the line search found no decrease of the loss")
     if step.length != length:
         reason = f"line search shortened the step to {step.length / length:.3g} of its length"
         return found._replace(reason=reason)
