@@ -63,7 +63,7 @@ bench-report: $(VENV)/.with-benchmarks ## put the races' tables into docs/benchm
 figures: ## put the figures of benchmarks/results into README and docs
 	$(PYTHON) benchmarks/figures.py
 
-paper: $(VENV)/.with-benchmarks ## reproduce the paper on the Curves autoencoder, about 20 minutes
+paper: $(VENV)/.with-benchmarks ## reproduce the paper on the Curves autoencoder, about 10 minutes
 	$(BIN)/python benchmarks/race.py --tasks curves --optimizers hf-plain hf-pairs hf-growing hf-both hf --budget 45 --seeds 2 --clock cpu
 
 swap: $(VENV)/.with-examples ## print one call of L-BFGS beside steps of ours, about 6 minutes

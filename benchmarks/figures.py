@@ -124,17 +124,16 @@ def swap() -> str:
     return table(header, rows)
 
 
-def paper() -> str:
-    """The ablations on speech: the end, and when plain HF's end was reached."""
-    content = load("race-speech-cpu")
+def paper(record: str, train: str) -> str:
+    """The ablations: the end, and when plain HF's end was reached."""
     rows = []
-    for row in content["summary"]:
+    for row in load(record)["summary"]:
         if row["optimizer"] in ("hf-plain", "hf-pairs", "hf-growing", "hf-both", "hf"):
             reached = row["seconds_to_end_of"]["hf-plain"]
             when = "not reached" if reached is None else f"{reached:.1f}"
-            shown = [number(row[key]) for key in ("train_loss", "test_error")]
+            shown = [f"{row[key]:.3g}" for key in (train, "test_error")]
             rows.append([f"`{row['optimizer']}`", *shown, when])
-    header = ["", "training loss", "test error", "seconds to the end of `hf-plain`"]
+    header = ["", train.replace("_", " "), "test error", "seconds to the end of `hf-plain`"]
     return table(header, rows)
 
 
@@ -220,7 +219,8 @@ MAKERS: dict[str, Callable[[], str]] = {
     "products": products,
     "step-time": step_time,
     "step-memory": step_memory,
-    "paper-speech": paper,
+    "paper-curves": lambda: paper("race-curves-cpu-seconds", "train_error"),
+    "paper-speech": lambda: paper("race-speech-cpu", "train_loss"),
     "pairs": pairs,
     **{name: (lambda r=record: dense(*r)) for name, record in DENSE.items()},
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..style import OTHERS, OURS, VARIANTS
+from .contenders import split_name
 from .record import Record, median, summary, value_at
 from .runner import SHARES, Run
 
@@ -151,8 +152,8 @@ def plot(record: Record, path: Path) -> None:
 
 
 def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and line of each optimizer; ours have one colour, in every plot."""
-    ours = [name for name in names if name.startswith("hf")]
+    """Colour and line of each optimizer; ours, with any options, has one colour in every plot."""
+    ours = [name for name in names if split_name(name)[0] == "hf"]
     others = [name for name in names if name not in ours]
     looks: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(sorted(ours, key=lambda name: name != "hf")):

@@ -20,7 +20,7 @@ from torch_hf.vector import ParameterVector
 MIN_PAIR_ITERATIONS = 11
 #: Else the factors are measured every third step; the weight of earlier measurements in the mean.
 MEASURE_EVERY, HISTORY_WEIGHT = 3, 0.8
-#: The part of the mean curvature that damps the factors: it holds what a sample cannot know.
+#: The part of the mean curvature that damps the factors, in directions that a sample misses.
 MEAN_CURVATURE_SHARE = 0.5
 #: Factors are inverted anew when their damping has changed by this factor.
 REINVERT_RATIO = 2.0

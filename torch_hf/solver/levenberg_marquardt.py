@@ -184,7 +184,7 @@ class DampingSearch:
         return self._up(trial)
 
     def _without_curvature(self) -> float:
-        """Lambda where R is 0: that of a step which promises half of the loss."""
+        """Lambda where R is 0: that of a step which predicts a fall by half of the loss."""
         slope = self.solver.gradient().square() / self.solver.squares
         return float(slope.sum()) / abs(self.loss or 1.0) or 1.0
 
@@ -249,7 +249,7 @@ class DampingSearch:
     # --- one lambda ---
 
     def _try(self, damping: float) -> _Trial:
-        """The step of one lambda, corrected towards the residual that the model promised."""
+        """The step of one lambda, corrected towards the residual that the model predicted."""
         self.trials += 1
         solver = self.solver
         step = solver.solve_double(damping, solver.residual, solver.rest)
