@@ -229,7 +229,7 @@ MAKERS: dict[str, Callable[[], str]] = {
 def filled(text: str) -> str:
     """A page with its generated parts made anew."""
     return MARKED.sub(
-        lambda mark: f"<!-- generated: {mark[1]} -->\n{MAKERS[mark[1]]()}\n<!-- end -->", text
+        lambda mark: f"<!-- generated: {mark[1]} -->\n\n{MAKERS[mark[1]]()}\n\n<!-- end -->", text
     )
 
 
