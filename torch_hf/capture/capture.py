@@ -2,8 +2,8 @@
 
 A ``TorchFunctionMode`` sees every call of a torch function with its arguments, also
 from inside ``nn`` modules. That is enough to keep the graph of an unchanged L-BFGS
-closure alive, to find the network's outputs (the arguments of the loss functions), to
-see the inputs of linear layers, and to give convolutions a cheaper tangent.
+closure alive and to find the network's outputs, the arguments of the loss functions. It
+also shows the inputs of linear layers, and lets convolutions have a cheaper tangent.
 """
 
 from __future__ import annotations

@@ -74,9 +74,9 @@ class HFOptimizer(FlatStateOptimizer):
             that the scale of the loss does not matter.
         weight_decay: L2 penalty ``weight_decay/2 |theta|^2``, in loss, gradient and curvature.
         preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"kronecker"`` (factors of
-            the layers' blocks, Martens & Grosse 2015), ``"kronecker-lbfgs"`` (the pairs of long
-            runs on these), ``"diagonal"`` (Martens 2010, section 4.7), ``"none"``, or an object
-            with the methods of :class:`torch_hf.preconditioner.Preconditioner`.
+            the layers' blocks, Martens & Grosse 2015), ``"kronecker-lbfgs"`` (pairs of long solves
+            on these factors), ``"diagonal"`` (Martens 2010, section 4.7) or ``"none"``. Or an
+            object with the methods of :class:`torch_hf.preconditioner.Preconditioner`.
         history_size: M, how many pairs are kept, an even number.
         cg_max_iter: The most CG iterations. None is 250 on the data of the last step (Martens &
             Sutskever 2012), 3 on new data with Kronecker factors and 20 without. The data count as

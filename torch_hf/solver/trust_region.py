@@ -94,9 +94,9 @@ def predict(
 ) -> tuple[float, float]:
     """The change that the model predicts for ``length * d``, and the lambda lost in rounding.
 
-    The model is q without the damping term: lambda stands for what the model does not know,
-    and a ratio to the damped q lies above 1 wherever lambda is large, which lets lambda fall
-    while it still does the work (``docs/records/ratio-without-damping.md`` has the figures).
+    The model is q without the damping term. The ratio to the damped q lies above 1 wherever lambda
+    is large, so lambda would fall while it is still needed
+    (``docs/records/ratio-without-damping.md`` has the figures).
     """
     bend = chosen.value - chosen.slope  # 1/2 d^T (G + lambda I) d
     square = space.dot(chosen.vector, chosen.vector)
@@ -145,9 +145,9 @@ def next_damping(
         accepted: Whether the parameters moved.
         floor: The lambda that rounding swallows.
         thresholds: 1/4 and 3/4 (Martens 2010); higher on new data.
-        easy: CG ended by itself after a few iterations: lambda outweighs the curvature, and falls
-            by 4 where the ratio is within 1/10 of 1, or half of the way (in decades) to the
-            curvature seen, if that is more.
+        easy: CG stopped by itself after a few iterations, so lambda outweighs the curvature. Where
+            the ratio is within 1/10 of 1, it falls by 4, or halfway (in decades) to the curvature
+            seen, if that is more.
         curvature: The curvature seen, if it is known.
         doubt: By how much rounding of the loss may have changed the ratio.
 
