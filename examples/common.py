@@ -133,7 +133,7 @@ class Training:
         cases = len(self.task.train[0])
         with progress(self.args.epochs * cases) as bar:
             for epoch in range(self.args.epochs):
-                bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
+                bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
                 self.sampler.set_epoch(epoch)  # the batches of this epoch are larger
                 for batch, indices in enumerate(self.sampler, start=1):
                     postfix = self.step(indices)
