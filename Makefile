@@ -2,22 +2,27 @@
 # into one virtual environment, an extra of setup.cfg at a time.
 #   make train PYTHON=python3.12    another interpreter (3.10 or newer)
 #   make train VENV=/path/to/env    another place for the environment
+#   make train TORCH=cpu            torch without CUDA, from PyTorch's own index: 1.3 GB, not 6
 
 PYTHON ?= python3
 VENV ?= .venv
+TORCH ?=
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv train test test-all lint format docs dist bench bench-report bench-cg bench-products bench-step bench-kronecker bench-scaling clean
+.PHONY: help venv figures paper swap train test test-all lint format docs dist bench bench-report bench-cg bench-products bench-step bench-kronecker bench-scaling clean
 .SECONDARY:
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed 's/:.*## /\t/' | expand -t 18
+	@echo
+	@echo 'The first target sets up $(VENV). PyTorch from PyPI brings CUDA and takes about 6 GB;'
+	@echo 'with TORCH=cpu, from PyTorch'"'"'s own index, it takes about 1.3 GB.'
 
 venv: $(VENV)/.with-examples $(VENV)/.with-test $(VENV)/.with-dev ## set up .venv with all that examples, tests and lint need
 
-train: $(VENV)/.with-examples ## train a classifier of handwritten digits; table, CSV and plot in runs/digits
+train: $(VENV)/.with-train ## train a classifier of handwritten digits; table, CSV and plot in runs/digits
 	$(BIN)/python examples/digits.py
 
 # A worker a core, at most 8, each of one thread: small tensors on several wait for each other.
@@ -55,6 +60,15 @@ bench: $(VENV)/.with-benchmarks ## race all optimizers on equal wall-clock; TASK
 bench-report: $(VENV)/.with-benchmarks ## put the races' tables into docs/benchmarks.md, draw their plots anew
 	$(BIN)/python benchmarks/race.py --report --into docs/benchmarks.md
 
+figures: ## put the figures of benchmarks/results into README and docs
+	$(PYTHON) benchmarks/figures.py
+
+paper: $(VENV)/.with-benchmarks ## reproduce the paper on the Curves autoencoder, about 10 minutes
+	$(BIN)/python benchmarks/race.py --tasks curves --optimizers hf-plain hf-pairs hf-growing hf-both hf --budget 45 --seeds 2 --clock cpu
+
+swap: $(VENV)/.with-examples ## print one call of L-BFGS beside steps of ours, about 6 minutes
+	$(BIN)/python benchmarks/swap.py
+
 docs: $(VENV)/.with-docs ## build the documentation into build/docs, offline; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
@@ -88,7 +102,14 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.with-%: setup.cfg pyproject.toml | $(VENV)/.created
+# With TORCH=cpu torch and torchvision come from PyTorch's index of CPU builds, before the rest.
+$(VENV)/.with-torch: | $(VENV)/.created
+	@if [ "$(TORCH)" = cpu ]; then \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check torch torchvision --index-url https://download.pytorch.org/whl/cpu; \
+	fi
+	@touch $@
+
+$(VENV)/.with-%: setup.cfg pyproject.toml | $(VENV)/.with-torch
 	@echo "Installing the '$*' extra into $(VENV); the first time fetches PyTorch, about a minute."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$*]"
 	@touch $@

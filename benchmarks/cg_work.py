@@ -28,16 +28,17 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import torch_hf.optimizer.hf  # noqa: E402
 from benchmarks.common import (  # noqa: E402
-    RESULTS,
     environment,
     make_parser,
     parse,
     print_table,
+    results_folder,
     write_json,
 )
 from benchmarks.race.contenders import HF, OURS, Options  # noqa: E402
 from benchmarks.race.task import Missing, Setting  # noqa: E402
 from benchmarks.race.tasks import TASKS  # noqa: E402
+from benchmarks.style import OURS as COLOUR  # noqa: E402
 from torch_hf.solver.cg import CGResult, conjugate_gradients  # noqa: E402
 
 #: The method with pairs and growing batches; on full batches there is nothing to grow.
@@ -150,7 +151,7 @@ def text(number: float | None) -> str:
     return "" if number is None else "never" if math.isinf(number) else f"{number:.2f}"
 
 
-def plot(found: dict[str, Any]) -> Path:
+def plot(found: dict[str, Any], folder: Path) -> Path:
     """The quadratic over products: with pairs in units of without, quartiles and median."""
     import matplotlib
 
@@ -168,13 +169,13 @@ def plot(found: dict[str, Any]) -> Path:
             for k in range(3)
         )
         ax.axhline(1.0, color="0.4", linewidth=0.8)
-        ax.fill_between(x, low, high, alpha=0.25, color="#0072B2", label="middle half of the steps")
-        ax.plot(x, mid, color="#0072B2", label="median")
+        ax.fill_between(x, low, high, alpha=0.25, color=COLOUR, label="middle half of the steps")
+        ax.plot(x, mid, color=COLOUR, label="median")
         ax.set(xscale="log", title=name, xlabel="products in the solve")
-    axes[0][0].set_ylabel("q with pairs over q without")
+    axes[0][0].set_ylabel("decrease with pairs over without\n(above 1: pairs are better)")
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
-    path = RESULTS / "cg-work-cpu.png"
+    path = folder / "cg-work-cpu.png"
     figure.savefig(path, dpi=120)
     return path
 
@@ -199,7 +200,7 @@ def main() -> None:
         return
     summaries = {name: entry["summary"] for name, entry in found.items()}
     print_table(
-        "q with pairs over q without, at equal products (medians; above 1 the pairs are deeper)",
+        "Decrease of q with pairs over without, at equal products (above 1: pairs are better)",
         ["task", "steps", *map(str, PRODUCTS)],
         [
             [n, str(s["steps"]), *(text(s["deeper"][p]) for p in PRODUCTS)]
@@ -208,7 +209,7 @@ def main() -> None:
     )
     columns = ["products_to_match", "seconds_to_match", "last_value", "whole_solve_seconds"]
     print_table(
-        "With pairs, in units of without: to the same value, and the whole solve",
+        "With pairs over without: to the same value, whole solve (below 1: pairs are better)",
         ["task", "iterations without", "with", *(c.replace("_", " ") for c in columns)],
         [
             [
@@ -224,8 +225,9 @@ def main() -> None:
         "cg-work",
         args.device,
         {"environment": environment(args.device, args.threads), "tasks": found},
+        args.record,
     )
-    print(f"plot in benchmarks/results/{plot(found).name}")
+    print(f"plot in {plot(found, results_folder(args.record))}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ from machine import processor, version
 from torch import Tensor, nn
 
 RESULTS = Path(__file__).parent / "results"
+#: Where figures go that are not to replace the record.
+ASIDE = Path("runs") / "bench"
+#: Longest line of a JSON file, where its entries can be divided.
+LINE = 400
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 PEERS = {"curvlinops": "curvlinops-for-pytorch", "backpack": "backpack-for-pytorch"}
 
@@ -103,6 +107,7 @@ def make_parser(doc: str, *, rounds: int) -> argparse.ArgumentParser:
     add("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, cuda:1, ...")
     add("--threads", type=int, default=2, help="of the host")
     add("--rounds", type=int, default=rounds, help="timings of each contender")
+    add_record(parser)
     return parser
 
 
@@ -174,8 +179,46 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
         print("  ".join(cells).rstrip())
 
 
-def write_json(name: str, device: torch.device, content: Mapping[str, Any]) -> None:
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{device.type}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"\nwritten to benchmarks/results/{path.name}")
+def add_record(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--record", action="store_true", help=f"replace the record; else figures go to {ASIDE}"
+    )
+
+
+def results_folder(record: bool) -> Path:
+    """The record's folder, or the one beside it; it exists."""
+    folder = RESULTS if record else ASIDE
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write_json(
+    name: str, device: torch.device, content: Mapping[str, Any], record: bool = False
+) -> None:
+    path = results_folder(record) / f"{name}-{device.type}.json"
+    path.write_text(laid_out(content) + "\n")
+    print(f"\nwritten to {path if not record else f'benchmarks/results/{path.name}'}")
+
+
+def laid_out(value: Any, indent: int = 0) -> str:
+    """JSON with a row a line where it fits, floats of six digits."""
+    text = json.dumps(rounded(value))
+    if not isinstance(value, (dict, list)) or len(text) + indent <= LINE:
+        return text
+    pad = " " * (indent + 1)
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {laid_out(v, indent + 1)}" for key, v in value.items()]
+    else:
+        items = [laid_out(v, indent + 1) for v in value]
+    brackets = "{}" if isinstance(value, dict) else "[]"
+    inside = f",\n{pad}".join(items)
+    return f"{brackets[0]}\n{pad}{inside}\n{' ' * indent}{brackets[1]}"
+
+
+def rounded(value: Any) -> Any:
+    """The same with floats of six digits."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(v) for v in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value

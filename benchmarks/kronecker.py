@@ -26,7 +26,15 @@ from typing import Any
 
 import kronecker_pairs
 import torch
-from common import RESULTS, environment, interleaved, make_parser, parse, print_table, write_json
+from common import (
+    environment,
+    interleaved,
+    make_parser,
+    parse,
+    print_table,
+    results_folder,
+    write_json,
+)
 from kronecker_report import (
     AT_ONCE,
     BILINEAR,
@@ -286,8 +294,8 @@ def main() -> None:
     if not args.quick:
         content = {"environment": about, "rounds": args.rounds, "cases": results, "flat": flat}
         content["pairs"] = pairs
-        write_json("kronecker", args.device, content)
-        plot(results, RESULTS / f"kronecker-{args.device.type}.png")
+        write_json("kronecker", args.device, content, args.record)
+        plot(results, results_folder(args.record) / f"kronecker-{args.device.type}.png")
 
 
 if __name__ == "__main__":

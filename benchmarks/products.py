@@ -125,7 +125,7 @@ def main() -> None:
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
     print(f"ratio: median over {args.rounds} interleaved rounds; difference: from {REFERENCE}")
     content = {"environment": about, "rounds": args.rounds, "tasks": results}
-    write_json("products", args.device, content)
+    write_json("products", args.device, content, args.record)
 
 
 if __name__ == "__main__":

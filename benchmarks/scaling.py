@@ -23,7 +23,7 @@ from typing import Any
 
 import scaling_ranks
 import torch
-from common import RESULTS, environment, write_json
+from common import RESULTS, add_record, environment, results_folder, write_json
 from scaling_model import (
     FLOAT,
     KINDS,
@@ -173,6 +173,7 @@ def main() -> None:
     add("--again", action="store_true", help="tables and plot from the measurements in results/")
     add("--overlap", action="store_true", help="measure the overlap alone; nothing is written")
     add("--quick", action="store_true", help="small sizes, to see that it runs; nothing is written")
+    add_record(parser)
     for field in dataclasses.fields(Hardware):
         add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     for field in dataclasses.fields(Work):
@@ -211,8 +212,8 @@ def run(args: Row, gpu: Hardware, work: Work) -> None:
     content: Row = {"environment": about, **found, "fits": errors}
     content |= {"hardware": dataclasses.asdict(gpu), "work": dataclasses.asdict(work)}
     content |= {"predicted": predicted, "turning_points": turning}
-    write_json("scaling", torch.device("cpu"), content)
-    report.plot(content, RESULTS / "scaling-cpu.png")
+    write_json("scaling", torch.device("cpu"), content, args["record"])
+    report.plot(content, results_folder(args["record"]) / "scaling-cpu.png")
 
 
 def cores() -> int:

@@ -229,7 +229,7 @@ def main() -> None:
     about = environment(args.device, args.threads)
     print("\n" + ", ".join(f"{key} {value}" for key, value in about.items()))
     content = {"environment": about, "batch": BATCH, "time": timed, "memory": found}
-    write_json("step", args.device, content)
+    write_json("step", args.device, content, args.record)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, environment, make_parser, parse, print_table, write_json
+from common import environment, make_parser, parse, print_table, results_folder, write_json
 from style import OTHERS, OURS
 from torch import Tensor, nn
 
@@ -112,7 +113,7 @@ def hf(steps: int) -> list[dict[str, float]]:
     return problem.curve
 
 
-def plot(curves: dict[str, list[dict[str, float]]]) -> None:
+def plot(curves: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Loss against CPU seconds, both logarithmic."""
     import matplotlib
 
@@ -129,7 +130,7 @@ def plot(curves: dict[str, list[dict[str, float]]]) -> None:
     axes.set_title("Poisson's equation by its residual, 337 parameters, float64", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(RESULTS / "swap-cpu.png", dpi=130)
+    figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
@@ -147,10 +148,10 @@ def main() -> None:
         ["optimizer", *columns],
         [[name, *(f"{end[key]:.3g}" for key in columns)] for name, end in ends.items()],
     )
-    plot(curves)
+    plot(curves, results_folder(args.record) / "swap-cpu.png")
     content = {"environment": environment(args.device, args.threads), "ends": ends}
     kept = {name: thinned(curve) for name, curve in curves.items()}
-    write_json("swap", args.device, {**content, "curves": kept})
+    write_json("swap", args.device, {**content, "curves": kept}, args.record)
 
 
 def thinned(curve: list[dict[str, float]]) -> dict[str, list[float]]:

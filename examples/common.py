@@ -7,6 +7,7 @@ take one as well, so a single loop trains with any of the four.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -130,9 +131,9 @@ class Training:
     def run(self) -> None:
         """Train until the epochs, the steps or the seconds are used up."""
         cases = len(self.task.train[0])
-        with tqdm(total=self.args.epochs * cases, unit=" cases", unit_scale=True) as bar:
+        with progress(self.args.epochs * cases) as bar:
             for epoch in range(self.args.epochs):
-                bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}")
+                bar.set_description(f"epoch {epoch + 1}/{self.args.epochs}", refresh=False)
                 self.sampler.set_epoch(epoch)  # the batches of this epoch are larger
                 for batch, indices in enumerate(self.sampler, start=1):
                     postfix = self.step(indices)
@@ -253,6 +254,13 @@ def make_sampler(task: Task, args: argparse.Namespace) -> GrowingBatchSampler:
         drop_last=True,  # a short batch at the end would make a noisy step
         seed=args.seed,
     )
+
+
+def progress(cases: int) -> tqdm:
+    """A progress bar; where its output is a file or a pipe, a plain line every ten seconds."""
+    shown = sys.stderr.isatty()
+    plain = {} if shown else {"ascii": True, "mininterval": 10.0, "ncols": 100}
+    return tqdm(total=cases, unit=" cases", unit_scale=True, **plain)
 
 
 def table_row(

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-import torchvision
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 Batch = tuple[Tensor, Tensor]
 
@@ -43,6 +41,7 @@ def load_digits(args: argparse.Namespace) -> tuple[Batch, Batch]:
 
 def load_mnist(args: argparse.Namespace) -> tuple[Batch, Batch]:
     """MNIST from torchvision's files: pixels in [0, 1] of shape (cases, 1, 28, 28), and labels."""
+    import torchvision
 
     def part(train: bool) -> Batch:
         data = torchvision.datasets.MNIST(args.data_root, train, download=args.download)
@@ -60,6 +59,8 @@ def load_cifar10(args: argparse.Namespace) -> tuple[Batch, Batch]:
     for root in (args.data_root, args.data_root / "cifar10"):
         if (root / "train").is_dir() and (root / "test").is_dir():
             return _image_folder(root / "train", args), _image_folder(root / "test", args)
+
+    import torchvision
 
     def part(train: bool) -> Batch:
         data = torchvision.datasets.CIFAR10(args.data_root, train, download=args.download)
@@ -92,6 +93,9 @@ def _load(
 
 
 def _image_folder(folder: Path, args: argparse.Namespace) -> Batch:
+    import torchvision
+    from torchvision.transforms.functional import pil_to_tensor
+
     try:
         images = torchvision.datasets.ImageFolder(str(folder))
     except FileNotFoundError as error:  # no folders in it, or none with images

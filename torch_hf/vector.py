@@ -1,4 +1,4 @@
-"""A parameter list as one flat vector; the only room that knows the list."""
+"""A parameter list as one flat vector; no other module knows the list."""
 
 from __future__ import annotations
 
@@ -130,10 +130,10 @@ class ParameterVector:
 
     @contextmanager
     def lent(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """The parameters hold other tensors' values inside; a kept graph is none the wiser.
+        """The parameters hold other tensors' values inside; a kept graph stays valid.
 
-        Neither storage nor version of a parameter changes, so that a graph which saved it is
-        good again afterwards, but must not be used inside.
+        Neither storage nor version of a parameter changes. So a graph that saved it can be used
+        again afterwards, but not inside.
         """
         self._homes = [p.data for p in self.params]
         try:

@@ -14,20 +14,25 @@ from .contenders import ON_FULL_BATCH, OURS, split_name
 from .peers import PEERS
 from .rates import PART, PATH, Rates, search
 from .record import Record, session
-from .report import as_markdown, as_text, placed, plot
+from .report import as_markdown, as_text, placed, plot, write_csv
 from .runner import Training, run, take_turns, warm_up
 from .schedule import fitting, search_length
 from .task import Missing, RaceTask, Setting
 from .tasks import TASKS
 
 RESULTS = Path(__file__).parents[1] / "results"
+#: Where races go that are not to replace the record.
+ASIDE = Path("runs") / "bench"
 #: The literal baseline with its gradient over all cases is slow; it runs where it is named.
 USUAL = [name for name in [*OURS, *PEERS] if name != "hf-kingsbury"]
 #: Peers that make no sense where a step sees a part of the data.
 ON_FULL_BATCH_ALONE = ["adam-lbfgs", *(name for name, spec in PEERS.items() if spec.dense)]
 
 #: Arguments that say where things lie, or what is in the record anyway.
-ELSEWHERE = ("data_root", "download", "output", "rates", "resume", "search_budget")
+ELSEWHERE = (
+    *("data_root", "download", "output", "rates", "resume", "search_budget"),
+    *("record", "csv"),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -69,7 +74,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="optimizers of a seed take turns of so many seconds, all in memory at once",
     )
-    add("--output", type=Path, default=RESULTS, help="folder of JSON files and plots")
+    add(
+        "--output",
+        type=Path,
+        help=f"folder of JSON files and plots, if not {ASIDE}; a report reads benchmarks/results",
+    )
+    add("--record", action="store_true", help="write into benchmarks/results: replace the record")
     add("--resume", action="store_true", help="keep the runs that are there, add what is missing")
     add(
         "--hf",
@@ -85,6 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--report", action="store_true", help="race nobody; Markdown tables of what is there, plots"
     )
+    add("--csv", type=Path, metavar="FOLDER", help="race nobody; curves of what is there, as CSV")
     add("--into", type=Path, metavar="FILE", help="put the tables into this file's marked place")
     return parser
 
@@ -101,6 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if torch.device(args.device).type != "cpu":
             parser.error(f"--clock cpu does not see what {args.device} does; take --clock wall")
         args.threads = 1
+    searched_aside = not args.record and args.output is None and args.rates == PATH
+    if args.output is None:
+        args.output = RESULTS if args.record or args.report or args.csv else ASIDE
+    args.searched = args.output / "rates.json" if searched_aside else None
+    if args.csv:
+        export(args)
+        return
     if args.report:
         report(args)
         return
@@ -177,11 +195,22 @@ def report(args: argparse.Namespace) -> None:
         args.into.write_text(placed(args.into.read_text(), text))
 
 
+def export(args: argparse.Namespace) -> None:
+    """A CSV file a task, a row a point of a curve."""
+    args.csv.mkdir(parents=True, exist_ok=True)
+    for task_name in args.tasks:
+        record = Record(_path(args, task_name))
+        if record.runs:
+            path = args.csv / f"{record.path.stem}.csv"
+            write_csv(record, path)
+            print(path)
+
+
 def command(args: argparse.Namespace) -> str:
     """How to run it again; folders are left out, which differ from machine to machine."""
     parser, words = make_parser(), ["python benchmarks/race.py"]
     for key, value in vars(args).items():
-        if key in ELSEWHERE or value == parser.get_default(key):
+        if key in (*ELSEWHERE, "searched") or value == parser.get_default(key):
             continue
         words.append(f"--{key.replace('_', '-')}")
         if value is not True:
@@ -190,7 +219,7 @@ def command(args: argparse.Namespace) -> str:
 
 
 def _fitting(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> float:
-    rates, setting = Rates(args.rates), _setting(args)
+    rates, setting = Rates(args.rates, args.searched), _setting(args)
     searches = sum(
         search_length(PEERS[peer])
         for peer in _searched(names)
@@ -225,7 +254,7 @@ def _names(args: argparse.Namespace) -> dict[str, str]:
 def _find_rates(
     task: RaceTask, names: dict[str, str], budget: float, args: argparse.Namespace
 ) -> dict[str, Any]:
-    rates, found = Rates(args.rates), {}
+    rates, found = Rates(args.rates, args.searched), {}
     for peer in _searched(names):
         seconds = args.search_budget or budget / PART
         known = None if args.search else rates.get(_setting(args), task.name, peer, seconds)

@@ -30,10 +30,16 @@ FINAL = 3
 
 
 class Rates:
-    """What was found so far, by kind of device and size, task and peer."""
+    """What was found so far, by kind of device and size, task and peer.
 
-    def __init__(self, path: Path = PATH) -> None:
-        self.path = path
+    Args:
+        path: The file.
+        aside: Where what is found from now on is kept, if not in that file.
+    """
+
+    def __init__(self, path: Path = PATH, aside: Path | None = None) -> None:
+        self.path = aside or path
+        self.sources = [path, aside] if aside else [path]
         self.found: dict[str, Any] = {}
         self._read()
 
@@ -46,11 +52,16 @@ class Rates:
         """Keep a search's result, on disk too (a search may be cut short)."""
         self._read()  # another search may have written since
         self.found.setdefault(setting.kind, {}).setdefault(task, {})[peer] = entry
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(json.dumps(self.found, indent=1, sort_keys=True) + "\n")
 
     def _read(self) -> None:
-        if self.path.is_file():
-            self.found = json.loads(self.path.read_text())
+        for source in self.sources:
+            if not source.is_file():
+                continue
+            for kind, tasks in json.loads(source.read_text()).items():
+                for task, peers in tasks.items():
+                    self.found.setdefault(kind, {}).setdefault(task, {}).update(peers)
 
 
 def search(

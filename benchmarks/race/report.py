@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import bisect
+import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .record import Record, median, summary
+from ..style import OTHERS, OURS, VARIANTS
+from .contenders import split_name
+from .record import Record, median, summary, value_at
 from .runner import SHARES, Run
 
 MARKS = ("<!-- tables of the race: begin -->\n", "<!-- tables of the race: end -->")
@@ -78,6 +80,19 @@ def as_markdown(record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_csv(record: Record, path: Path) -> None:
+    """A row a point of a curve: optimizer, seed, budget, and the curve's columns."""
+    columns = list(dict.fromkeys(key for run in record.runs for key in run["curve"]))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["optimizer", "seed", "budget", *columns])
+        for run in record.runs:
+            curve = run["curve"]
+            for i in range(len(curve.get("seconds", []))):
+                cells = [curve[key][i] if key in curve else None for key in columns]
+                writer.writerow([run["optimizer"], run["seed"], run["budget"], *cells])
+
+
 def measured(record: Record) -> str:
     """On what, and by which commands, the runs of the table were made."""
     shown = (run for name in record.optimizers for run in record.of(name))
@@ -108,27 +123,60 @@ def title(record: Record) -> str:
 
 
 def plot(record: Record, path: Path) -> None:
-    """The training metric against seconds, both logarithmic: medians with the seeds' range."""
+    """Training and test metric against seconds, all logarithmic: medians with the seeds' range."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    metric = record.about["train_metric"]
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    metrics = list(dict.fromkeys((record.about["train_metric"], record.about["test_metric"])))
+    figure, row = pyplot.subplots(
+        1, len(metrics), figsize=(5.4 * len(metrics), 4.2), layout="constrained", squeeze=False
+    )
+    looks = _looks(record.optimizers)
+    for axes, metric in zip(row[0], metrics, strict=True):
+        _draw(axes, record, metric, looks)
+    figure.suptitle(record.about["title"], fontsize=11)
+    seeds = max((len(record.of(name)) for name in record.optimizers), default=0)
+    figure.supxlabel(
+        f"lines: medians of {seeds} seed{'s' * (seeds != 1)}; bands: their range; dotted: parts of "
+        "the budget at which the table looks",
+        fontsize=8,
+    )
+    handles, labels = row[0][0].get_legend_handles_labels()
+    if handles:  # nobody may have been able to run
+        figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour and line of each optimizer; ours, with any options, has one colour in every plot."""
+    ours = [name for name in names if split_name(name)[0] == "hf"]
+    others = [name for name in names if name not in ours]
+    looks: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(sorted(ours, key=lambda name: name != "hf")):
+        width = 2.4 if i == 0 else 1.5
+        style = VARIANTS[i % len(VARIANTS)]
+        looks[name] = {"color": OURS, "linewidth": width, "linestyle": style, "zorder": 3}
+    for i, name in enumerate(others):
+        style = VARIANTS[i // len(OTHERS) % len(VARIANTS)]
+        looks[name] = {"color": OTHERS[i % len(OTHERS)], "linewidth": 1.2, "linestyle": style}
+    return looks
+
+
+def _draw(axes: Any, record: Record, metric: str, looks: dict[str, dict[str, Any]]) -> None:
     # the scales first: limits set on a linear axis would be wrong for a logarithmic one
     axes.set(xscale="log", yscale="log", xlabel=_clock(record), ylabel=_words(metric))
-    colours = pyplot.get_cmap("tab20").colors
     grid = [record.budget * 0.01 ** (1 - i / 60) for i in range(61)]
-    for i, name in enumerate(record.optimizers):
+    for name, look in looks.items():
         curves = [values for run in record.of(name) if (values := resampled(run, metric, grid))]
         if not curves:
             continue
         middle, low, high = ([f(v) for v in zip(*curves, strict=True)] for f in (_middle, min, max))
-        ours = name.startswith("hf")
-        style = {"color": colours[i % 20], "linewidth": 2.2 if ours else 1.2}
-        axes.plot(grid, middle, linestyle="-" if ours else "--", label=name, **style)
-        axes.fill_between(grid, low, high, color=colours[i % 20], alpha=0.12, linewidth=0)
+        axes.plot(grid, middle, label="ours" if name == "hf" else name, **look)
+        axes.fill_between(grid, low, high, color=look["color"], alpha=0.12, linewidth=0)
     for share, part in SHARES.items():
         axes.axvline(part * record.budget, color="black", linestyle=":", linewidth=0.8)
         place, style = (part * record.budget, 0.98), {"fontsize": 8, "va": "top"}
@@ -137,13 +185,7 @@ def plot(record: Record, path: Path) -> None:
     if start and start[0]:
         axes.autoscale_view()
         axes.set_ylim(top=2 * start[0])  # what diverged would leave no room for the others
-    axes.set_title(record.about["title"])
     axes.grid(alpha=0.3)
-    if axes.lines:  # nobody may have been able to run
-        figure.legend(fontsize=8, loc="outside right upper")  # a dozen would hide lines
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _clock(record: Record) -> str:
@@ -151,12 +193,10 @@ def _clock(record: Record) -> str:
 
 
 def resampled(run: Run, metric: str, grid: Sequence[float]) -> list[float]:
-    """The metric last measured at each time, NaN before the first and where it is no number."""
-    seconds, values = run["curve"].get("seconds", []), run["curve"].get(metric, [])
-    if not seconds:
+    """The metric at each time, between two points on a line in its logarithm; NaN where unknown."""
+    if not run["curve"].get("seconds", []) or metric not in run["curve"]:
         return []
-    places = [bisect.bisect_right(seconds, t) - 1 for t in grid]
-    found = [values[place] if place >= 0 else None for place in places]
+    found = [value_at(run, metric, t) for t in grid]
     return [math.nan if value is None else value for value in found]
 
 

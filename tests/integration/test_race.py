@@ -211,6 +211,39 @@ def test_race_leaves_record_table_and_plot(race, tmp_path, capsys, monkeypatch):
     assert "| hf | 2 |" in text and "old" not in text
 
 
+def test_a_race_leaves_the_record_alone_unless_told(race, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    record = tmp_path / "record"
+    monkeypatch.setattr(race.cli, "RESULTS", record)
+    short = ["--tasks", "regression", "--optimizers", "hf", "--seeds", "1", "--budget", "0.05"]
+    race.cli.main([*short, "--threads", "1"])
+    aside = tmp_path / "runs" / "bench" / "race-regression-cpu.json"
+    assert aside.is_file() and not record.exists()
+    race.cli.main([*short, "--threads", "1", "--record"])
+    assert (record / aside.name).is_file()
+    assert "--record" not in (record / aside.name).read_text()
+    race.cli.main(["--tasks", "regression", "--output", str(aside.parent), "--csv", "tables"])
+    header, *rows = (tmp_path / "tables" / "race-regression-cpu.csv").read_text().splitlines()
+    assert header.startswith("optimizer,seed,budget,seconds,steps,train_loss")
+    assert len(rows) == len(json.loads(aside.read_text())["runs"][0]["curve"]["seconds"])
+    assert rows[0].startswith("hf,0,0.05,")
+
+
+def test_rates_found_aside_leave_the_file_alone(race, tmp_path):
+    known, aside = tmp_path / "known.json", tmp_path / "new" / "rates.json"
+    setting = race.task.Setting()
+    entry = {"options": {"lr": 0.1}, "seconds_each": 1.0}
+    race.rates.Rates(known).put(setting, "regression", "adam", entry)
+    before = known.read_bytes()
+    both = race.rates.Rates(known, aside)
+    both.put(setting, "regression", "sgd", entry | {"options": {"lr": 0.2}})
+    again = race.rates.Rates(known, aside)
+    assert again.get(setting, "regression", "adam", 1.0) == {"lr": 0.1}
+    assert again.get(setting, "regression", "sgd", 1.0) == {"lr": 0.2}
+    assert known.read_bytes() == before
+
+
 def test_resume_adds_only_what_is_missing(race, tmp_path, monkeypatch):
     made = []
 

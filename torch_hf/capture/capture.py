@@ -2,8 +2,8 @@
 
 A ``TorchFunctionMode`` sees every call of a torch function with its arguments, also
 from inside ``nn`` modules. That is enough to keep the graph of an unchanged L-BFGS
-closure alive, to find the network's outputs (the arguments of the loss functions), to
-see the inputs of linear layers, and to give convolutions a cheaper tangent.
+closure alive and to find the network's outputs, the arguments of the loss functions. It
+also shows the inputs of linear layers, and lets convolutions have a cheaper tangent.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Record:
     returned: Any = None
     held: list[Tensor] = field(default_factory=list)
     calls: dict[Any, Call] = field(default_factory=dict)
-    refused: set[str] = field(default_factory=set)  # losses of which a constant is none
+    refused: set[str] = field(default_factory=set)  # losses that are not a constant here
     layers: list[Layer] = field(default_factory=list)
     places: dict[Edge, Tensor] = field(default_factory=dict)  # where the network may end
     constants: dict[Any, Any] = field(default_factory=dict)  # by node: what it adds
@@ -357,7 +357,7 @@ def unwrapped(z: Any) -> Any:
 
 
 def as_layer(name: str, args: Any, kwargs: Any, result: Tensor) -> Layer | None:
-    """The call as a layer; None for a convolution of volumes, or padded by a word."""
+    """The call as a layer; None for a 3-d convolution or ``padding="same"``."""
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     layer = Layer(given["input"], result, given["weight"], given.get("bias"))
     if name == "linear":

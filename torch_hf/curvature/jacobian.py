@@ -1,17 +1,17 @@
 """The root of the Gauss-Newton matrix: R = S J with ``R^T R = G``, a row for each case and output.
 
 J is the Jacobian of the network's outputs in the parameters, S a root of the loss's Hessian in the
-outputs (:mod:`torch_hf.loss.hessian_roots`). Where autograd's graph is one of operations whose
-gradients by case are known, one backward pass gives a row for every case at once: an operation
-that a parameter enters, ``a W^T`` say, is told the gradient b of its result, and the products
-``b_n a_n^T`` of the cases n, which autograd would add up, are kept apart. It is the graph of the
-closure's own run, so a parameter may be used any number of times, also in what
-``torch.autograd.grad`` added to the graph from inside the closure.
+outputs (:mod:`torch_hf.loss.hessian_roots`). Where the gradients by case of all operations in
+autograd's graph are known, one backward pass gives a row for every case at once. Take an operation
+that a parameter enters, such as ``a W^T``, and the gradient b of its result. Autograd would add up
+the products ``b_n a_n^T`` of the cases n; here they are kept apart. The graph is that of the
+closure's own run. So a parameter may be used any number of times, also in what
+``torch.autograd.grad`` added to the graph inside the closure.
 
-That this is right rests on the cases' not being mixed and on the first dimension's counting them
-everywhere. Neither is believed: the rows are multiplied by one random vector and compared with
-autograd's own product, and where they differ, or where an operation is unknown, rows come from
-batched backward passes, which are right for any graph.
+This is correct if cases are not mixed and the first dimension counts them everywhere. Both are
+checked: the rows are multiplied by one random vector and compared with autograd's own product.
+Where they differ, or an operation is unknown, rows come from batched backward passes, which are
+correct for any graph.
 
 Memory: M P numbers for R, with M rows (cases times outputs; for cross-entropy times classes less
 one) and P parameters, and during a pass at most N P more, with N cases.
@@ -231,8 +231,8 @@ def _ways_to_count(
 ) -> Iterator[tuple[int, Tensor | None]]:
     """How many cases the network may have seen, and which of them the loss term looks at.
 
-    The loss may count finer, if it takes each position of a sequence for a case, or take a part of
-    the cases alone, as a loss on the boundary does of points that went through the network in one.
+    The loss may count more cases, if each position of a sequence is one to it. Or it may use a part
+    of the cases, as a loss on the boundary does where all points went through the network at once.
     """
     seen = math.gcd(*(use.leading for use in uses))
     whole = {math.gcd(root.cases, seen), math.gcd(root.cases, *(use.first for use in uses))}

@@ -1,9 +1,9 @@
 """Where parameters enter autograd's graph, and their gradients there case by case.
 
 The graph is walked from the outputs down. A value that was computed from parameters alone (a
-transpose, a weight norm) is a weight; an operation that takes a weight and something else is a
-use, and for the operations of ``RULES`` the gradient of the weight is known as a sum over the rows
-of its result, so that it can be kept apart by case.
+transpose, a weight norm) is a weight. An operation that takes a weight and something else is a use.
+For the operations of ``RULES`` the gradient of the weight is a sum over the rows of the result, so
+it can be kept apart by case.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Collectives of a step: sums over ranks that carry word of a rank that failed."""
+"""Collectives of a step: sums over ranks, which also tell all ranks of a failure on one."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Points that lie in the grid of two tables: steps that do not grow with their number.
 
-With ``x_i = s_i u_r ⊗ v_c``, r and c the rows that point i takes of two tables of a and b rows,
-the coefficients of a neuron are a matrix Y ``(a, b)``, and its products with all points of the
-grid are ``K_L Y K_R``. Only ``K_L Y`` is kept. A gradient g of point (r, c) adds ``K_L[:, r] g``
-to its column c, and the product with point (r, c) is its row r times ``K_R[:, c]``: a + b
-multiply-adds a sample and neuron, instead of n. This is the vec trick of Kronecker kernel methods
-(Airola & Pahikkala, arXiv 1601.01507), taken one sample at a time.
+Two tables have a and b rows, and point i is ``x_i = s_i u_r ⊗ v_c`` with a row r of the first and a
+row c of the second. Then the coefficients of a neuron are a matrix Y ``(a, b)``, and its products
+with all points of the grid are ``K_L Y K_R``. Only ``K_L Y`` is kept. A gradient g of point (r, c)
+adds ``K_L[:, r] g`` to its column c. The product with point (r, c) is its row r times
+``K_R[:, c]``: a + b multiply-adds a sample and neuron, instead of n. This is the vec trick of
+Kronecker kernel methods (Airola & Pahikkala, arXiv 1601.01507), taken one sample at a time.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ _COLUMNS = 2048
 class KroneckerFactors:
     """Data points ``x_i = a_i ⊗ b_i ⊗ ...`` of dimension d, kept as their factors.
 
-    The inner product of two Kronecker products is the product of the factors' inner products, so
-    that a Gram block of r by c points costs ``r * c * (p + q + ...)`` multiply-adds, whatever
-    ``d = p * q * ...`` is. The ordering is that of :func:`torch.kron`.
+    The inner product of two Kronecker products is the product of the factors' inner products. So a
+    Gram block of r by c points costs ``r * c * (p + q + ...)`` multiply-adds, independent of
+    ``d = p * q * ...``. The ordering is that of :func:`torch.kron`.
 
     Args:
         *factors: Matrices ``(n, p)``, ``(n, q)``, ...; row i of each belongs to point i. Of one

@@ -33,9 +33,9 @@ class ActiveNeurons(NamedTuple):
 class KroneckerLinear(ImplicitWeights):
     """``⟨w_r, x_i⟩`` for m neurons and n data points, without the weights ``(m, d)``.
 
-    SGD moves weights only in the span of the data, ``w_r = α w_r(0) + Σ_i C_ir x_i``, so the
+    SGD moves weights only in the span of the data, ``w_r = α w_r(0) + Σ_i C_ir x_i``. So the
     layer keeps C ``(n, m)`` and the correlations ``⟨w_r, x_i⟩`` ``(m, n)`` of all neurons with
-    all points, after arXiv 2305.08001. Time and memory of a step do not depend on d; they grow with
+    all points (arXiv 2305.08001). Time and memory of a step do not depend on d; they grow with
     n instead. Train it with :class:`KroneckerSGD`, which is exact SGD on the weights; other
     optimizers are refused.
 

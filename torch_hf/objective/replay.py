@@ -179,9 +179,9 @@ def untraced(hook: Any) -> Any:
 class Replay:
     """Runs a closure again with the random numbers and the buffers that its first run saw.
 
-    The first run goes on as it would anyway and leaves its marks: generators move
-    on, running statistics count the batch. Every later run starts from the same
-    noise and the same buffers, and what it changes is put back.
+    The first run has its usual effects: generators advance, running statistics count the batch.
+    Every later run starts from the same noise and the same buffers, and what it changes is
+    undone.
 
     Args:
         device: The parameters'.

@@ -59,10 +59,10 @@ class HFOptimizer(FlatStateOptimizer):
     """Hessian-free optimization with an implicit L-BFGS preconditioner (arXiv 1309.1508).
 
     Each step minimises the quadratic ``q(d) = g^T d + 1/2 d^T (G + lambda I) d``. Conjugate
-    gradients only multiply G, the Gauss-Newton matrix or the Hessian of the closure's loss; the
-    step walks back over their iterates while the loss falls, and searches along the best. On data
-    that stay, and where it takes fewer operations, the quadratic is solved exactly from the
-    Jacobian instead, for several lambda, and the true loss decides. On batches that change most
+    gradients only multiply G, the Gauss-Newton matrix or the Hessian of the closure's loss. The
+    step walks back over their iterates while the loss falls, and searches along the best one. On
+    the data of the last step, where it takes fewer operations, the quadratic is solved exactly from
+    the Jacobian, for several lambda; the true loss decides among them. On batches that change most
     steps are light: one gradient, preconditioned by Kronecker factors (``solver``).
 
     Args:
@@ -76,25 +76,26 @@ class HFOptimizer(FlatStateOptimizer):
             that the scale of the loss does not matter.
         weight_decay: L2 penalty ``weight_decay/2 |theta|^2``, in loss, gradient and curvature.
         preconditioner: ``"lbfgs"`` (CG's own pairs of the last step), ``"kronecker"`` (factors of
-            the layers' blocks, Martens & Grosse 2015), ``"kronecker-lbfgs"`` (the pairs of long
-            runs on these), ``"diagonal"`` (Martens 2010, section 4.7), ``"none"``, or an object
-            with the methods of :class:`torch_hf.preconditioner.Preconditioner`.
+            the layers' blocks, Martens & Grosse 2015), ``"kronecker-lbfgs"`` (pairs of long solves
+            on these factors), ``"diagonal"`` (Martens 2010, section 4.7) or ``"none"``. Or an
+            object with the methods of :class:`torch_hf.preconditioner.Preconditioner`.
         history_size: M, how many pairs are kept, an even number.
-        cg_max_iter: The most CG iterations. None is 250 (Martens & Sutskever 2012) where the loss
-            begins where the last step left it, on as many cases (so the data are the same), few
-            on new data, where CG would fit the sample: 3 on a Kronecker base, else 20.
-        cg_tol: Relative progress per iteration at which CG stops (Martens 2010, section 4.4, with
-            5e-4, which solves further than a step earns); 0 leaves only the residual test.
+        cg_max_iter: The most CG iterations. None is 250 on the data of the last step (Martens &
+            Sutskever 2012), 3 on new data with Kronecker factors and 20 without. The data count as
+            the same where the loss starts at its last value on as many cases.
+        cg_tol: Relative progress per iteration at which CG stops (Martens 2010, section 4.4, has
+            5e-4; longer solves cost more than they gain); 0 leaves only the residual test.
         cg_decay: beta, the factor on the last step's CG solution where the next CG starts (Martens
-            2010, section 4.8); 0 starts at zero. None is 0.9, less after a step that kept less than
-            3/4 of its promise, 0 for few iterations on new data without ``curvature_batches``.
+            2010, section 4.8); 0 starts at zero. None is 0.9, less after a step with a
+            reduction ratio below 3/4, and 0 for short solves on new data without
+            ``curvature_batches``.
         maximize: Maximise the closure's objective.
         process_group: A ``torch.distributed`` group over which loss, gradient and products are
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
         solver: ``"cg"``, ``"exact"`` (Levenberg-Marquardt by Cholesky from the Jacobian, several
-            lambda a step), or ``"auto"``: exact on data that stay where it takes fewer operations,
-            light on batches that change, under the default preconditioner; ``report.solver`` says
-            which it was.
+            lambda a step), or ``"auto"``. Auto is exact on the data of the last step where that
+            takes fewer operations, with ``lr=1``, and light on batches that change; both with the
+            default preconditioner. ``report.solver`` says which it was.
         shard_state: Cuts CG's vectors and the L-BFGS pairs over the ranks of ``process_group``.
             Then every rank must call ``state_dict`` (``docs/distributed.md``).
 

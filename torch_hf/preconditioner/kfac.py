@@ -20,7 +20,7 @@ from torch_hf.vector import ParameterVector
 MIN_PAIR_ITERATIONS = 11
 #: Else the factors are measured every third step; the weight of earlier measurements in the mean.
 MEASURE_EVERY, HISTORY_WEIGHT = 3, 0.8
-#: The part of the mean curvature that damps the factors: it holds what a sample cannot know.
+#: The part of the mean curvature that damps the factors, in directions that a sample misses.
 MEAN_CURVATURE_SHARE = 0.5
 #: Steps by the factors alone measure them after 1, 1, 2, 4, 8 steps and later after so many. They
 #: damp them by so many mean curvatures: without products and trial losses they see a small sample's

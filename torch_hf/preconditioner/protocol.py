@@ -31,11 +31,11 @@ class Curvature(Protocol):
 class Preconditioner(Protocol):
     """What :class:`~torch_hf.HFOptimizer` asks of a preconditioner; bring your own.
 
-    Where ``wants_layers`` is true, the uses of linear layers and convolutions are recorded in the
-    step's first run of the closure, and ``begin`` may ask the curvature for its ``diagonal`` or
-    ``factors``. One step calls ``begin``, then ``apply`` and ``observe`` in each iteration of CG,
-    then ``end`` if the step was decided or ``abandon`` if it failed, which takes back what the
-    others did.
+    Where ``wants_layers`` is true, the step's first run of the closure records the uses of linear
+    layers and convolutions. Then ``begin`` may ask the curvature for its ``diagonal`` or
+    ``factors``; it may always ask for products. One step calls ``begin``, then ``apply`` and
+    ``observe`` in each iteration of CG. At the end it calls ``end`` if the step was decided, or
+    ``abandon`` if it failed, which undoes what the others did.
     """
 
     @property

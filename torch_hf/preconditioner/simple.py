@@ -14,7 +14,7 @@ class NoPreconditioner:
     """Plain CG."""
 
     wants_layers = False
-    space: Space = LOCAL  # entry by entry: it matters not where the vectors live
+    space: Space = LOCAL  # works on single entries, so on vectors of any space
 
     def begin(self, damping: float, curvature: Curvature) -> None:
         """Nothing to prepare."""

@@ -75,11 +75,12 @@ def _times_power_of_two(x: float, exponent: int) -> float:
 
 @dataclass(frozen=True)
 class RatioGrowth(Growth):
-    """Grow as far as steps fall short of what their quadratic promised.
+    """Grow faster where steps gain less than their quadratic predicted.
 
     A step asks for ``1 + least + rate * (1 - rho)`` times the size, rho its ``reduction_ratio``
-    within [0, 1], 0 where there is none. Meant for ``grow_every="step"`` and products on a part
-    of each batch: then rho sees how little that part knows of the rest. It costs nothing.
+    within [0, 1], and 0 where there is none. Use it with ``grow_every="step"`` and products on a
+    part of each batch: rho is then low where that part represents the batch poorly. It costs
+    nothing.
 
     Example:
         >>> from torch_hf import GrowingBatchSampler

@@ -1,4 +1,4 @@
-"""How many iterations CG may make, on data that stay and on new data."""
+"""How many iterations CG may make: on the data of the last step, and on new data."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 from torch_hf.preconditioner.protocol import Preconditioner
 
-#: Most iterations of CG: on the data of the step before; on new data, with a base that knows the
-#: layers and without.
+#: Most iterations of CG: on the data of the last step; on new data with Kronecker factors; on new
+#: data without them.
 MAX_ITER_SAME_DATA, MAX_ITER_WITH_FACTORS, MAX_ITER_WITHOUT_FACTORS = 250, 3, 20
 #: By how many units of rounding the loss at the same parameters and data may differ.
 SAME_LOSS_ULPS = 10

@@ -5,10 +5,10 @@ gives the products ``R v`` and ``R^T u``. k pairs of them build orthonormal ``v_
 span the very space in which k iterations of conjugate gradients move, and a bidiagonal matrix B
 with ``R V = U B``. The minimum over that space, for any lambda, is that of a problem of k unknowns.
 
-In floating point conjugate gradients lose the orthogonality as soon as large eigenvalues have
-converged, and find them again and again; where the spectrum falls by many decades a thousand
-iterations do not reach what a hundred reorthogonalised pairs do. Differences from the textbook form
-(Golub & Kahan 1965; LSQR, Paige & Saunders 1982):
+In floating point, conjugate gradients lose orthogonality as soon as large eigenvalues have
+converged, and find them again repeatedly. Where the spectrum falls by many decades, a thousand
+iterations are less accurate than a hundred reorthogonalised pairs. Differences from the textbook
+form (Golub & Kahan 1965; LSQR, Paige & Saunders 1982):
 
 - The v are reorthogonalised, the u are not, and of the u one alone is kept: orthogonality of one
   side carries over to the other (Simon & Zha 2000, "Low-rank matrix approximation using the Lanczos
@@ -16,9 +16,10 @@ iterations do not reach what a hundred reorthogonalised pairs do. Differences fr
 - Weight decay is further rows ``sqrt(decay)`` of R, so that it is exact.
 - Where the gradient is ``R^T r``, the run starts from r, which keeps twice the digits: R is nowhere
   squared. Of any other gradient it starts from the gradient itself (upper bidiagonal form).
-- How far the minimum over the space is above the minimum is bounded at no cost: the value over the
-  space is a Gauss-Radau quadrature of the true one with a node at 0, an upper bound, and the Gauss
-  quadrature is a lower bound (Golub & Meurant 2010, "Matrices, Moments and Quadrature", chapter 6).
+- The gap between the minimum over the space and the true minimum is bounded at no cost. The value
+  over the space is a Gauss-Radau quadrature of the true one with a node at 0, an upper bound. The
+  Gauss quadrature is a lower bound (Golub & Meurant 2010, "Matrices, Moments and Quadrature",
+  chapter 6).
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Levenberg-Marquardt steps from an exact solver: several lambda at one Jacobian, by true losses.
 
-Of the lambda tried, the least is taken whose reduction ratio is still at least 1/10: full steps at
-a low ratio get further than short ones that the model predicts well. Each trial step is corrected
-before it is judged: along a curved valley the residual at the step's end differs from the one that
-the linear model promised, and a further solve with the same factor takes the difference back (a
-chord correction; Transtrum & Sethna 2012's geodesic acceleration is half of the first one).
+The least lambda tried whose reduction ratio is at least 1/10 is taken: full steps at a low ratio
+get further than short ones that the model predicts well. Each trial step is corrected before it is
+judged. Along a curved valley the residual at the step's end differs from the one that the linear
+model predicted. A further solve with the same factor removes the difference (a chord correction;
+Transtrum & Sethna 2012's geodesic acceleration is half of the first one).
 
-Lambda stands for ``lambda D^2``, D from the norms of the Jacobian's columns: their fourth root of
-squares near the median, so that parameters of like scale are damped alike, and Marquardt's full
-scaling far from it, so that the units of single parameters do not matter.
+The damping is ``lambda D^2``, with D from the norms of the Jacobian's columns. Near their median it
+is the square root of the norm, so parameters of similar scale are damped alike. Far from it, it is
+the norm itself (Marquardt's scaling), so the units of single parameters do not matter.
 
 ``docs/records/exact-lambda.md`` has the experiments that chose rule and constants.
 """
@@ -184,7 +184,7 @@ class DampingSearch:
         return self._up(trial)
 
     def _without_curvature(self) -> float:
-        """Lambda where R is 0: that of a step which promises half of the loss."""
+        """Lambda where R is 0: that of a step which predicts a fall by half of the loss."""
         slope = self.solver.gradient().square() / self.solver.squares
         return float(slope.sum()) / abs(self.loss or 1.0) or 1.0
 
@@ -249,7 +249,7 @@ class DampingSearch:
     # --- one lambda ---
 
     def _try(self, damping: float) -> _Trial:
-        """The step of one lambda, corrected towards the residual that the model promised."""
+        """The step of one lambda, corrected towards the residual that the model predicted."""
         self.trials += 1
         solver = self.solver
         step = solver.solve_double(damping, solver.residual, solver.rest)

@@ -19,9 +19,10 @@ INITIAL_DAMPING = 1.0
 #: Martens 2010, section 4.1 (after Levenberg-Marquardt): the factor, and the thresholds on rho.
 DAMPING_FACTOR = 1.5
 THRESHOLDS_ON_SAME_DATA = 0.25, 0.75
-#: A sample flatters the step that was fitted to it: on new data more is asked of it.
+#: The ratio on a sample is biased upwards for the step fitted to it, so thresholds are higher.
 THRESHOLDS_ON_NEW_DATA = 0.5, 0.9
-#: Where CG ends by itself after so few iterations lambda rules: it falls by this factor.
+#: Where CG stops by itself within so few iterations, lambda outweighs the curvature and falls by
+#: this factor.
 EASY_FACTOR, EASY_ITERATIONS = 4.0, 20
 #: Where the loss falls by so much of what the quadratic predicted, no earlier iterate is tried, and
 #: the next solve starts from the whole ``WARM_START_FACTOR``.
@@ -30,7 +31,7 @@ TRUSTED_RATIO = 0.75
 ABSURD_RATIO = 10.0
 #: What the next solve starts from of CG's last solution, where the ratio is trusted.
 WARM_START_FACTOR = 0.9
-#: So few iterations from a warm start are a momentum.
+#: From a warm start, so few iterations act as momentum.
 FEW_ITERATIONS = 3
 #: By how many units of rounding a loss may be off: it is a sum over cases in its own precision.
 LOSS_ULPS = 4.0
@@ -40,7 +41,7 @@ CEILING_POWER = 0.75
 
 
 def initial_damping(gradient: Tensor, product: Tensor, space: Space = LOCAL) -> float:
-    """The curvature along the gradient, ``g^T G g / g^T g``, so that the loss's scale is no matter.
+    """The curvature along the gradient, ``g^T G g / g^T g``, whatever the loss's scale.
 
     Args:
         gradient: g, of shape (P,).
@@ -93,9 +94,9 @@ def predict(
 ) -> tuple[float, float]:
     """The change that the model predicts for ``length * d``, and the lambda lost in rounding.
 
-    The model is q without the damping term: lambda stands for what the model does not know,
-    and a ratio to the damped q lies above 1 wherever lambda is large, which lets lambda fall
-    while it still does the work (``docs/records/ratio-without-damping.md`` has the figures).
+    The model is q without the damping term. The ratio to the damped q lies above 1 wherever lambda
+    is large, so lambda would fall while it is still needed
+    (``docs/records/ratio-without-damping.md`` has the figures).
     """
     bend = chosen.value - chosen.slope  # 1/2 d^T (G + lambda I) d
     square = space.dot(chosen.vector, chosen.vector)
@@ -144,9 +145,9 @@ def next_damping(
         accepted: Whether the parameters moved.
         floor: The lambda that rounding swallows.
         thresholds: 1/4 and 3/4 (Martens 2010); higher on new data.
-        easy: CG ended by itself after a few iterations: lambda outweighs the curvature, and falls
-            by 4 where the ratio is within 1/10 of 1, or half of the way (in decades) to the
-            curvature seen, if that is more.
+        easy: CG stopped by itself after a few iterations, so lambda outweighs the curvature. Where
+            the ratio is within 1/10 of 1, it falls by 4, or halfway (in decades) to the curvature
+            seen, if that is more.
         curvature: The curvature seen, if it is known.
         doubt: By how much rounding of the loss may have changed the ratio.
 
@@ -181,8 +182,8 @@ def warm_start_factor(ratio: float | None, max_iter: int, ratio_misses_noise: bo
     Args:
         ratio: Actual over predicted change in the last step, if there was one.
         max_iter: How many iterations CG may make.
-        ratio_misses_noise: Whether products are taken on the gradient's very cases, and these are
-            new: then the ratio does not see noise, and few iterations begin at zero.
+        ratio_misses_noise: Whether products use the same new cases as the gradient. The ratio then
+            does not see noise, and short solves start at zero.
 
     Example:
         >>> [warm_start_factor(ratio, 3, False) for ratio in (0.8, 0.375, -3.0)]
@@ -194,5 +195,5 @@ def warm_start_factor(ratio: float | None, max_iter: int, ratio_misses_noise: bo
         return 0.0
     if ratio is None:
         return WARM_START_FACTOR
-    kept = 0.0 if math.isnan(ratio) else max(ratio, 0.0)  # undefined: nothing was promised
+    kept = 0.0 if math.isnan(ratio) else max(ratio, 0.0)  # undefined: nothing was predicted
     return WARM_START_FACTOR * min(kept / TRUSTED_RATIO, 1.0)

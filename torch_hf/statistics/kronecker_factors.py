@@ -1,14 +1,14 @@
 """Kronecker factors of the curvature: each layer's block as ``A (x) S``, from one backward.
 
-A layer maps rows ``a`` to ``z = W a``; with delta the loss's gradients at z, its block of the
-Gauss-Newton matrix is near ``A (x) S``, A the mean of ``a a^T`` over rows and S the sum of
-``delta delta^T`` (Martens & Grosse 2015, "Optimizing neural networks with Kronecker-factored
-approximate curvature"; Grosse & Martens 2016 for convolutions, whose rows are patches; uses of one
-weight, as in a recurrent network, share a block). At the outputs delta starts from a root of the
-loss's Hessian times signs, so that its square has the curvature for its mean; the loss's own
-gradients in its place did far worse (``docs/records/kronecker-gradients.md``). A case's signs are
-those of its place among all cases (:mod:`torch_hf.statistics.case_signs`), so that grouping them
-does not matter.
+A layer maps rows ``a`` to ``z = W a``. Let delta be the loss's gradients at z. The layer's block of
+the Gauss-Newton matrix is approximately ``A (x) S``, with A the mean of ``a a^T`` over rows and S
+the sum of ``delta delta^T`` (Martens & Grosse 2015, "Optimizing neural networks with
+Kronecker-factored approximate curvature"; Grosse & Martens 2016 for convolutions, whose rows are
+patches; uses of one weight, as in a recurrent network, share a block). At the outputs delta starts
+from a root of the loss's Hessian times signs, so that its square has the curvature for its mean;
+the loss's own gradients in its place did far worse (``docs/records/kronecker-gradients.md``). A
+case's signs are those of its place among all cases (:mod:`torch_hf.statistics.case_signs`), so that
+grouping them does not matter.
 """
 
 from __future__ import annotations
