@@ -90,7 +90,7 @@ class Progress(NamedTuple):
         usual_loss: Where light steps began lately, a running mean; inf before there was one.
         scatter: Their mean squared deviation from it.
         light_start: The loss where the light steps since the last full one began; inf elsewhere.
-        light_rate: How much the last light steps lowered the loss per gradient, as a part of it; inf
+        light_start: The loss where the light steps since the last full one began; else inf.
             where there is nothing to compare.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
