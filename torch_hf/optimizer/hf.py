@@ -24,6 +24,7 @@ from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
 from torch_hf.optimizer.exact_step import ExactStep, exact_step, solves_exactly
+from torch_hf.optimizer.lanczos_step import lanczos_step, pairs_of_step
 from torch_hf.optimizer.outcome import StepDecision
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
@@ -33,7 +34,7 @@ from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.solver.cg import CGResult, conjugate_gradients
 from torch_hf.solver.cg_budget import is_same_data, max_iterations
-from torch_hf.solver.choose_solver import PRODUCTS_OF_SOLVE, SOLVERS
+from torch_hf.solver.choose_solver import EXACT, LANCZOS, PRODUCTS_OF_SOLVE, SOLVERS
 from torch_hf.solver.levenberg_marquardt import DampingState
 from torch_hf.solver.line_search import CONVERGED, SearchResult, repeats, scaled, search
 from torch_hf.solver.trust_region import (
@@ -322,32 +323,39 @@ class HFOptimizer(FlatStateOptimizer):
         options, progress = self.param_groups[0], self._progress.seeing(here.loss, same_data)
         plain = all(g["lr"] == 1.0 for g in self.param_groups) and self._chosen_solver_is_free()
         wanted = options["solver"]
-        if wanted == "exact" and any(g["lr"] != 1.0 for g in self.param_groups):
+        forced = wanted in (EXACT, LANCZOS)
+        if forced and any(g["lr"] != 1.0 for g in self.param_groups):
             raise RuntimeError(
-                'solver="exact" takes the length of its steps from the loss, and lr must be 1, got '
-                f'{[g["lr"] for g in self.param_groups]}. Leave lr out, or take solver="cg".'
+                f'solver="{wanted}" takes the length of its steps from the loss, and lr must be 1, '
+                f'got {[g["lr"] for g in self.param_groups]}. Leave lr out, or take solver="cg".'
             )
         if wanted == "auto" and not plain:
             return None
         most = max_iterations(self.preconditioner, same_data, progress.budget)
-        if not solves_exactly(
+        data_stay = same_data or progress.budget > 1.0
+        exactly = solves_exactly(
             curvature,
             wanted,
-            data_stay=same_data or progress.budget > 1.0,
+            data_stay=data_stay,
             many_rows_do=not progress.steps or progress.holds,
             batched=bool(progress.batched_rows),
             products=PRODUCTS_OF_SOLVE if same_data or progress.holds else most,
-        ):
+        )
+        pairs = 0 if exactly else pairs_of_step(curvature, wanted, data_stay=data_stay)
+        if not exactly and not pairs:
             return None
         state = DampingState(progress.exact_damping, progress.exact_wall, progress.exact_stuck_at)
         first = options["damping"] if not progress.steps else None
-        norms, forced = self._norms, wanted == "exact"
-        found = exact_step(objective, here, curvature, state, norms, first, timer, forced)
+        found = (
+            exact_step(objective, here, curvature, state, self._norms, first, timer, forced)
+            if exactly
+            else lanczos_step(objective, here, curvature, state, first, pairs, timer, forced)
+        )
         if found is None and forced:
             raise RuntimeError(
-                'solver="exact" needs a root of the loss\'s Hessian, but a term of the loss is not '
-                "convex in its outputs, couples too many of them, or is computed in half precision "
-                '(then write it of outputs.float()). Take solver="auto".'
+                f'solver="{wanted}" needs a root of the loss\'s Hessian, but a term of the loss is '
+                "not convex in its outputs, couples too many of them, or is computed in half "
+                'precision (then write it of outputs.float()). Take solver="auto".'
             )
         return found
 
@@ -430,13 +438,15 @@ class HFOptimizer(FlatStateOptimizer):
             self.preconditioner.end()
         progress = self._progress.seeing(here.loss, outcome.same_data)
         if outcome.exact is not None:
-            self._norms = outcome.exact.norms
-            state = outcome.exact.found.state
+            exact = outcome.exact
+            self._norms = self._norms if exact.norms is None else exact.norms
+            batched = progress.batched_rows if exact.batched is None else float(exact.batched)
+            state = exact.found.state
             progress = progress._replace(
                 exact_damping=state.damping,
                 exact_wall=state.hit_wall,
                 exact_stuck_at=state.stuck_at,
-                batched_rows=float(outcome.exact.batched),
+                batched_rows=batched,
             )
         if move.converged:
             progress = progress._replace(

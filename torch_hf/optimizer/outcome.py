@@ -12,7 +12,7 @@ from torch_hf.optimizer.exact_step import ExactStep
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
-from torch_hf.solver.choose_solver import CG, EXACT
+from torch_hf.solver.choose_solver import CG
 from torch_hf.solver.line_search import SearchResult
 from torch_hf.solver.trust_region import (
     EASY_ITERATIONS,
@@ -139,7 +139,7 @@ class StepDecision(NamedTuple):
             seconds=timer.seconds(),
             requests=requests,
             converged=self.move.converged,
-            solver=EXACT if self.exact is not None else CG if solution else "",
+            solver=self.exact.solver if self.exact is not None else CG if solution else "",
         )
 
     def _damping_used(self) -> float:
