@@ -231,18 +231,6 @@ class GolubKahan:
         slope = self._length * (moved[0] if self._from_rows else y[0])
         return float(0.5 * moved @ moved - slope)
 
-    def left(self, damping: float) -> float:
-        """What :meth:`gap` is a share of: falls to its minimum as the space grows.
-
-        Started from r, twice the damped ``1/2 |R d + r|^2 + ...`` at the step; else twice the fall
-        from d = 0, with a minus.
-        """
-        if self.exhausted or not self.pairs:
-            return 0.0
-        if self._from_rows:
-            return self._bound_of_rows(damping)[1]
-        return -self._bound_of_gradient(damping)[1]
-
     def gap(self, damping: float) -> float:
         """A bound on how far the step's damped quadratic is above its minimum, as a share.
 

@@ -15,8 +15,6 @@ from torch_hf.solver.golub_kahan import CHECK_EVERY, GolubKahan, Product
 
 #: What the step may leave of the damped model beyond its minimum, as a part of what must be left.
 TOLERANCE = 0.1
-#: The space also ends where so many further pairs lower what is left by less than this part.
-WINDOW, LEAST_PROGRESS = 10, 0.02
 
 
 class LanczosSolver:
@@ -57,17 +55,7 @@ class LanczosSolver:
 
     def minimum(self, damping: float) -> Tensor:
         """The step for a lambda, in the basis: solved as far as it earns its pairs."""
-        left: list[float] = []
-        while self.run.gap(damping) > TOLERANCE:
-            left.append(self.run.left(damping))
-            if len(left) * CHECK_EVERY > WINDOW:
-                before = left[-1 - WINDOW // CHECK_EVERY]
-                if before - left[-1] < LEAST_PROGRESS * abs(left[-1]):
-                    break
-            before_pairs = self.run.pairs
-            self.run.extend(CHECK_EVERY)
-            if self.run.pairs == before_pairs:
-                break
+        self.run.until(damping, TOLERANCE)
         return self.run.coordinates(damping)
 
     def direction(self, y: Tensor) -> Tensor:
