@@ -1,4 +1,4 @@
-"""Runs of ``solver="exact"`` and ``"lanczos"``: resuming, failing, converging, and what changes between steps."""
+"""Runs of ``solver="exact"`` and ``"lanczos"``: resuming, failing, converging, changing data."""
 
 import io
 import math

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from basics import assert_same, normal, trainable
+from basics import assert_same, normal
 from closures import network
 from problems import case_named, every_case
 from reference import flat
