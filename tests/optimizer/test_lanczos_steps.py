@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch_hf import HFOptimizer
 from torch_hf.optimizer import lanczos_step
 from torch_hf.solver import lanczos, levenberg_marquardt
-from torch_hf.solver.choose_solver import lanczos_bytes, pairs_that_fit
+from torch_hf.solver.choose_solver import lanczos_bytes
 
 
 @pytest.fixture
@@ -201,9 +201,9 @@ def test_options_of_conjugate_gradients_keep_them(option, monkeypatch):
         assert optimizer.last_report.solver == "cg"
 
 
-def test_auto_leaves_it_where_too_few_vectors_fit(monkeypatch):
+def test_auto_leaves_it_where_its_vectors_do_not_fit(monkeypatch):
     monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
-    monkeypatch.setattr(lanczos_step, "pairs_that_fit", lambda *a: 10)
+    monkeypatch.setattr(lanczos_step, "MOST_BYTES", 10_000)
     model, closure = wide()
     optimizer = HFOptimizer(model.parameters())
     for _ in range(3):
@@ -211,11 +211,42 @@ def test_auto_leaves_it_where_too_few_vectors_fit(monkeypatch):
         assert optimizer.last_report.solver == "cg"
 
 
-def test_the_pairs_that_fit_are_within_the_bytes():
-    for rows, params, item in [(1000, 10**5, 4), (10**6, 10**6, 8), (10, 10**8, 4)]:
-        pairs = pairs_that_fit(rows, params, item)
-        assert pairs == 0 or lanczos_bytes(rows, params, item, pairs) <= 2**30
-        assert pairs == 200 or lanczos_bytes(rows, params, item, pairs + 1) > 2**30
+def test_auto_leaves_it_for_classes_and_for_several_batches(monkeypatch):
+    monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
+    model, _ = wide()
+    classes = HFOptimizer(model.parameters())
+    several = HFOptimizer(model.parameters())
+    for _ in range(3):
+        classes.step(lambda: F.cross_entropy(model(X), (Y[:, 0] > 0).long()))
+        assert classes.last_report.solver == "cg"
+    for _ in range(3):
+        several.step(
+            lambda part: F.mse_loss(model(X[part]), Y[part]), batches=[slice(0, 3), slice(3, 7)]
+        )
+        assert several.last_report.solver == "cg"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_basis_and_the_vectors_are_within_the_formula(dtype, monkeypatch):
+    """What the bidiagonalisation itself holds at its end: the basis, and vectors of both sides."""
+    runs = []
+
+    class Watched(lanczos_step.GolubKahan):
+        def __init__(self, *args: object, **options: object) -> None:
+            super().__init__(*args, **options)
+            runs.append(self)
+
+    monkeypatch.setattr(lanczos_step, "GolubKahan", Watched)
+    monkeypatch.setattr(lanczos, "TOLERANCE", 0.0)
+    model, closure = wide(dtype)
+    optimizer = HFOptimizer(model.parameters(), solver="lanczos", weight_decay=1e-3)
+    optimizer.step(closure)
+    (run,) = runs
+    held = [*run._basis, *run._start, *run._u, run._like]
+    found = sum(t.numel() * t.element_size() for t in held)
+    size = sum(p.numel() for p in model.parameters())
+    assert 0 < found <= lanczos_bytes(14, size, dtype.itemsize)
+    assert found >= size * run.pairs * dtype.itemsize
 
 
 @pytest.mark.parametrize("after", [0, 1])

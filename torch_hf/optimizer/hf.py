@@ -61,8 +61,9 @@ class HFOptimizer(FlatStateOptimizer):
     Each step minimises the quadratic ``q(d) = g^T d + 1/2 d^T (G + lambda I) d``. Conjugate
     gradients only multiply G, the Gauss-Newton matrix or the Hessian of the closure's loss; the
     step walks back over their iterates while the loss falls, and searches along the best. On data
-    that stay, and where it takes fewer operations, the quadratic is solved exactly from the
-    Jacobian instead, for several lambda, and the true loss decides (``solver``).
+    that stay the quadratic is solved to the end instead, for several lambda, and the true loss
+    decides: exactly from the Jacobian where that takes fewer operations, and for sums of squares
+    by bidiagonalisation where it does not (``solver``).
 
     Args:
         params: Parameters, named parameters or parameter groups. A group may have its own ``lr``
@@ -91,8 +92,10 @@ class HFOptimizer(FlatStateOptimizer):
         process_group: A ``torch.distributed`` group over which loss, gradient and products are
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
         solver: ``"cg"``, ``"exact"`` (Levenberg-Marquardt by Cholesky from the Jacobian, several
-            lambda a step), or ``"auto"``: exact on data that stay where it takes fewer operations,
-            under ``lr=1`` and the default preconditioner; ``report.solver`` says which it was.
+            lambda a step), ``"lanczos"`` (the same by Golub-Kahan bidiagonalisation, from products
+            alone), or ``"auto"``: exact on data that stay where it takes fewer operations, else
+            Lanczos for sums of squares, both under ``lr=1`` and the default preconditioner;
+            ``report.solver`` says which it was.
         shard_state: Cuts CG's vectors and the L-BFGS pairs over the ranks of ``process_group``.
             Then every rank must call ``state_dict`` (``docs/distributed.md``).
 
@@ -341,7 +344,7 @@ class HFOptimizer(FlatStateOptimizer):
             batched=bool(progress.batched_rows),
             products=PRODUCTS_OF_SOLVE if same_data or progress.holds else most,
         )
-        pairs = 0 if exactly else pairs_of_step(curvature, wanted, data_stay=data_stay)
+        pairs = 0 if exactly else pairs_of_step(curvature, wanted, data_stay=same_data)
         if not exactly and not pairs:
             return None
         state = DampingState(progress.exact_damping, progress.exact_wall, progress.exact_stuck_at)

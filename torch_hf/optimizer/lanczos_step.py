@@ -23,11 +23,10 @@ from torch_hf.optimizer.exact_step import (
 )
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.solver.choose_solver import (
-    FEW_PAIRS,
     LANCZOS,
+    MOST_BYTES,
     MOST_PAIRS,
     lanczos_bytes,
-    pairs_that_fit,
 )
 from torch_hf.solver.golub_kahan import GolubKahan
 from torch_hf.solver.lanczos import LanczosSolver
@@ -38,10 +37,13 @@ from torch_hf.vector import ParameterVector
 def pairs_of_step(operator: ObjectiveOperator, wanted: str, *, data_stay: bool) -> int:
     """How many pairs this step's bidiagonalisation may take; 0 where it is not the way to solve.
 
+    Without being asked for it is taken on data that stay, for sums of squares in one batch (of
+    several, each product runs the closure twice), where all of its vectors fit.
+
     Args:
         operator: Of the quadratic.
         wanted: The option ``solver``.
-        data_stay: Whether steps on these data may solve to the end.
+        data_stay: Whether the data are those of the step before.
 
     Raises:
         RuntimeError: Bidiagonalisation was asked for, and cannot be.
@@ -67,8 +69,9 @@ def pairs_of_step(operator: ObjectiveOperator, wanted: str, *, data_stay: bool) 
                 f'{size.params} parameters, more than this machine has. Take solver="cg".'
             )
         return MOST_PAIRS
-    fit = pairs_that_fit(size.rows, size.params, item)
-    return fit if fit >= FEW_PAIRS else 0
+    if operator.split is None or not sums_of_squares(operator.split.loss_terms):
+        return 0
+    return MOST_PAIRS if lanczos_bytes(size.rows, size.params, item) <= MOST_BYTES else 0
 
 
 def lanczos_step(

@@ -8,10 +8,10 @@ from torch_hf.solver.golub_kahan import golub_kahan_cost
 SOLVERS = ("auto", "cg", "exact", "lanczos")
 CG, EXACT, LANCZOS = "cg", "exact", "lanczos"
 
-#: Exact solves may hold so many bytes, R included; a forced one as many as there are.
+#: A solver may hold so many bytes without being asked for, R included; a forced one as many as there are.
 MOST_BYTES = 2**30
-#: Pairs of a bidiagonalisation, at the most; so few are no better than CG's iterations.
-MOST_PAIRS, FEW_PAIRS = 200, 50
+#: Pairs of a bidiagonalisation, at the most.
+MOST_PAIRS = 200
 #: Passes through the network that a product takes, and the products of a solve on data that stay.
 PASSES_OF_PRODUCT, PRODUCTS_OF_SOLVE = 4, 250
 #: A multiplication in a product of large matrices costs this part of one in a pass through a
@@ -71,16 +71,3 @@ def lanczos_bytes(rows: int, params: int, element_size: int, pairs: int = MOST_P
         16
     """
     return golub_kahan_cost(pairs, rows, params, element_size).bytes
-
-
-def pairs_that_fit(
-    rows: int, params: int, element_size: int, most_bytes: float = MOST_BYTES
-) -> int:
-    """How many pairs may be kept in so many bytes, :data:`MOST_PAIRS` at the most.
-
-    Example:
-        >>> pairs_that_fit(60_000, 1_000_000, 4), pairs_that_fit(60_000, 10_000_000, 4)
-        (200, 22)
-    """
-    left = most_bytes - lanczos_bytes(rows, params, element_size, 0)
-    return max(min(int(left / (params * element_size)), MOST_PAIRS), 0)
