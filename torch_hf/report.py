@@ -65,7 +65,8 @@ class StepReport:
             the next step on.
         converged: Whether the step stayed because what is left to gain is below the rounding of
             the loss. The run goes on when the data change.
-        solver: What solved the quadratic: ``"cg"``, ``"exact"`` or ``"lanczos"``; empty where nothing did.
+        solver: What solved the quadratic: ``"cg"``, ``"exact"`` or ``"lanczos"``; empty
+            where nothing did.
     """
 
     step: int

@@ -8,7 +8,7 @@ from torch_hf.solver.golub_kahan import golub_kahan_cost
 SOLVERS = ("auto", "cg", "exact", "lanczos")
 CG, EXACT, LANCZOS = "cg", "exact", "lanczos"
 
-#: A solver may hold so many bytes without being asked for, R included; a forced one as many as there are.
+#: A solver that was not asked for may hold so many bytes, R included; a forced one all there are.
 MOST_BYTES = 2**30
 #: Pairs of a bidiagonalisation, at the most.
 MOST_PAIRS = 200
