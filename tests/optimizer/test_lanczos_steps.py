@@ -180,9 +180,18 @@ def wide(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Callable[[], Te
     return model, lambda: F.mse_loss(model(x), y)
 
 
+def slopes(model: nn.Module) -> Tensor:
+    """A physics-informed loss: of the network's derivatives in its inputs, and of its values."""
+    x = X.to(model[0].weight.dtype, copy=True).requires_grad_()
+    z = model(x)
+    (slope,) = torch.autograd.grad(z.sum(), x, create_graph=True)
+    return (slope - x.detach()).square().mean() + F.mse_loss(z, Y.to(z))
+
+
 def test_auto_takes_it_where_an_exact_solve_does_not_fit(monkeypatch):
     monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
-    model, closure = wide()
+    model, _ = wide()
+    closure = lambda: slopes(model)  # noqa: E731
     optimizer = HFOptimizer(model.parameters())
     solvers = []
     for _ in range(4):
@@ -194,36 +203,45 @@ def test_auto_takes_it_where_an_exact_solve_does_not_fit(monkeypatch):
 @pytest.mark.parametrize("option", [{"cg_max_iter": 5}, {"preconditioner": "lbfgs"}])
 def test_options_of_conjugate_gradients_keep_them(option, monkeypatch):
     monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
-    model, closure = wide()
+    model, _ = wide()
     optimizer = HFOptimizer(model.parameters(), **option)
     for _ in range(3):
-        optimizer.step(closure)
+        optimizer.step(lambda: slopes(model))
         assert optimizer.last_report.solver == "cg"
 
 
 def test_auto_leaves_it_where_its_vectors_do_not_fit(monkeypatch):
     monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
     monkeypatch.setattr(lanczos_step, "MOST_BYTES", 10_000)
-    model, closure = wide()
+    model, _ = wide()
     optimizer = HFOptimizer(model.parameters())
     for _ in range(3):
-        optimizer.step(closure)
+        optimizer.step(lambda: slopes(model))
         assert optimizer.last_report.solver == "cg"
 
 
-def test_auto_leaves_it_for_classes_and_for_several_batches(monkeypatch):
+def huber_of_slopes(model: nn.Module) -> Tensor:
+    x = X.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+    return F.huber_loss(slope, x.detach()) + F.huber_loss(model(X), Y)
+
+
+LEFT_TO_CG = {
+    "no derivatives inside": (lambda model: F.mse_loss(model(X), Y), {}),
+    "no squares": (huber_of_slopes, {}),
+    "batches": (slopes, {"batches": [0, 1]}),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_TO_CG)
+def test_what_auto_leaves_to_conjugate_gradients(name, monkeypatch):
     monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
+    loss, data = LEFT_TO_CG[name]
     model, _ = wide()
-    classes = HFOptimizer(model.parameters())
-    several = HFOptimizer(model.parameters())
+    optimizer = HFOptimizer(model.parameters())
     for _ in range(3):
-        classes.step(lambda: F.cross_entropy(model(X), (Y[:, 0] > 0).long()))
-        assert classes.last_report.solver == "cg"
-    for _ in range(3):
-        several.step(
-            lambda part: F.mse_loss(model(X[part]), Y[part]), batches=[slice(0, 3), slice(3, 7)]
-        )
-        assert several.last_report.solver == "cg"
+        optimizer.step(lambda *_: loss(model), **data)
+        assert optimizer.last_report.solver == "cg"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -62,8 +62,8 @@ class HFOptimizer(FlatStateOptimizer):
     gradients only multiply G, the Gauss-Newton matrix or the Hessian of the closure's loss; the
     step walks back over their iterates while the loss falls, and searches along the best. On data
     that stay the quadratic is solved to the end instead, for several lambda, and the true loss
-    decides: exactly from the Jacobian where that takes fewer operations, and for sums of squares
-    by bidiagonalisation where it does not (``solver``).
+    decides: exactly from the Jacobian where that takes fewer operations, else by bidiagonalisation
+    for squared residuals of differential equations (``solver``).
 
     Args:
         params: Parameters, named parameters or parameter groups. A group may have its own ``lr``
@@ -94,8 +94,8 @@ class HFOptimizer(FlatStateOptimizer):
         solver: ``"cg"``, ``"exact"`` (Levenberg-Marquardt by Cholesky from the Jacobian, several
             lambda a step), ``"lanczos"`` (the same by Golub-Kahan bidiagonalisation, from products
             alone), or ``"auto"``: exact on data that stay where it takes fewer operations, else
-            Lanczos for sums of squares, both under ``lr=1`` and the default preconditioner;
-            ``report.solver`` says which it was.
+            Lanczos for squares in a closure that takes derivatives, both under ``lr=1`` and the
+            default preconditioner; ``report.solver`` says which it was.
         shard_state: Cuts CG's vectors and the L-BFGS pairs over the ranks of ``process_group``.
             Then every rank must call ``state_dict`` (``docs/distributed.md``).
 

@@ -38,7 +38,9 @@ def pairs_of_step(operator: ObjectiveOperator, wanted: str, *, data_stay: bool) 
     """How many pairs this step's bidiagonalisation may take; 0 where it is not the way to solve.
 
     Without being asked for it is taken on data that stay, for sums of squares in one batch (of
-    several, each product runs the closure twice), where all of its vectors fit.
+    several, each pair runs the closure twice), where all of its vectors fit, if the closure takes
+    derivatives itself: there Kronecker factors, with which conjugate gradients are the faster on
+    other networks (``docs/design.md``), do not hold.
 
     Args:
         operator: Of the quadratic.
@@ -69,7 +71,8 @@ def pairs_of_step(operator: ObjectiveOperator, wanted: str, *, data_stay: bool) 
                 f'{size.params} parameters, more than this machine has. Take solver="cg".'
             )
         return MOST_PAIRS
-    if operator.split is None or not sums_of_squares(operator.split.loss_terms):
+    squares = operator.split is not None and sums_of_squares(operator.split.loss_terms)
+    if not squares or not operator.objective.runs.needs_graph:
         return 0
     return MOST_PAIRS if lanczos_bytes(size.rows, size.params, item) <= MOST_BYTES else 0
 
