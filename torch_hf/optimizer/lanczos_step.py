@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from torch_hf import _messages
 from torch_hf.curvature.joint_root import root_size, why_no_root
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.curvature.root_products import RootProducts
@@ -87,7 +88,10 @@ def lanczos_step(
     timer: StepTimer,
     forced: bool = False,
 ) -> ExactStep | None:
-    """The search of one step; None where the loss's Hessian has no root after all.
+    """The search of one step; None where conjugate gradients have to do.
+
+    That is where the loss's Hessian has no root after all, where R's gradient is not the loss's,
+    and where an operation has no second derivative, for which they have finite differences.
 
     The graph is kept during the search, as a smaller lambda may ask for further products.
 
@@ -123,7 +127,12 @@ def lanczos_step(
         run = GolubKahan(times, transposed, size, residual, rest, decay=decay, max_pairs=pairs)
         return LanczosSolver(run, times, transposed, root.residual, min(root.rows, size))
 
-    solver = solver_of(root.residual, rest)
+    try:
+        solver = solver_of(root.residual, rest)
+    except RuntimeError as error:  # an operation that the first product is the first to meet
+        if forced or not _messages.not_twice(error):
+            raise
+        return None
     rounding = rounding_of_gradient(solver.trace, root.residual, vector.dtype)
     agrees = gradients_agree(gradient, here.gradient, rounding)
     if not agrees:
