@@ -67,9 +67,9 @@ class StepReport:
             the next step on.
         converged: Whether the step stayed because what is left to gain is below the rounding of
             the loss. The run goes on when the data change.
-        solver: What solved the quadratic: ``"cg"``, ``"exact"``, or ``"kronecker"`` for
-            a light step by the Kronecker factors alone, whose reduction ratio is the actual change
-            over that of the slope; empty where nothing did.
+        solver: What solved the quadratic: ``"cg"``, ``"exact"``, ``"lanczos"``, or ``"kronecker"``
+            for a light step by the Kronecker factors alone, whose reduction ratio is the actual
+            change over that of the slope; empty where nothing did.
     """
 
     step: int

@@ -148,6 +148,23 @@ def test_the_residual_gives_the_gradient(name):
         assert torch.linalg.norm(ours - gradient) <= 1e-10 * torch.linalg.norm(gradient)
 
 
+@pytest.mark.parametrize("name", TABLE)
+def test_products_with_the_root_are_those_of_its_rows(name):
+    leaves, terms = terms_of(name)
+    for term in terms:
+        root = hessian_root(term)
+        rows = matrix(root, leaves)
+        z = [normal(*leaf.shape) for leaf in leaves]  # the outputs are the leaves
+        u = normal(root.rows)
+        flat = torch.cat([t.reshape(-1) for t in z])
+        assert torch.allclose(root.times(tuple(z)), rows @ flat, rtol=1e-10, atol=1e-12)
+        back = torch.autograd.grad(
+            root.outputs, leaves, root.transposed(u), retain_graph=True, materialize_grads=True
+        )
+        back = torch.cat([g.reshape(-1) for g in back])
+        assert torch.allclose(back, rows.T @ u, rtol=1e-10, atol=1e-12)
+
+
 def test_a_squared_loss_has_the_residual_of_the_field():
     leaves, (term,) = terms_of("mse")
     expected = (leaves[0] - Y).detach().reshape(-1) * (2 / Y.numel()) ** 0.5

@@ -1,4 +1,4 @@
-"""Runs of ``solver="exact"``: resuming, failing, converging, and what changes between steps."""
+"""Runs of ``solver="exact"`` and ``"lanczos"``: resuming, failing, converging, changing data."""
 
 import io
 import math
@@ -66,8 +66,10 @@ def through_file(state: object) -> object:
         ("exact",) * 6,
         ("exact", "cg", "exact", "exact", "cg", "exact"),
         ("cg",) * 3 + ("exact",) * 3,
+        ("lanczos",) * 6,
+        ("exact", "lanczos", "cg", "lanczos", "exact", "lanczos"),
     ],
-    ids=["exact", "in turns", "late"],
+    ids=["exact", "in turns", "late", "lanczos", "all in turns"],
 )
 def test_resuming_to_the_bit(loss, carry, solvers):
     whole = Run(loss)
@@ -112,9 +114,10 @@ def test_a_state_of_before_there_were_solvers_takes_the_optimizers():
 # --- failing ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("solver", ["exact", "lanczos"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("data", [{}, {"batches": [slice(0, 5), slice(5, 12)]}], ids=["one", "two"])
-def test_an_error_in_any_call_leaves_all_as_it_was(data, error):
+def test_an_error_in_any_call_leaves_all_as_it_was(data, error, solver):
     class Failing(Run):
         fail_at = 0
 
@@ -132,11 +135,11 @@ def test_an_error_in_any_call_leaves_all_as_it_was(data, error):
         def closure(self) -> Tensor:
             return self.on_batch(slice(0, 12))
 
-    healthy = Failing(LOSSES["mse"])
+    healthy = Failing(LOSSES["mse"], solver=solver)
     healthy.step()
     healthy.step()
-    assert healthy.optimizer.last_report.solver == "exact" and healthy.calls >= 2
-    run = Failing(LOSSES["mse"])
+    assert healthy.optimizer.last_report.solver == solver and healthy.calls >= 2
+    run = Failing(LOSSES["mse"], solver=solver)
     run.step()
     for k in range(1, healthy.calls + 1):
         before, report = run.snapshot(), run.optimizer.last_report
@@ -180,13 +183,14 @@ def test_the_model_becomes_double():
     assert run.optimizer.last_report.new_loss < run.optimizer.last_report.loss
 
 
+@pytest.mark.parametrize("solver", ["exact", "lanczos"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("noise", [0.0, 1.0], ids=["fits", "misfit"])
-def test_converged_steps_are_cheap_and_new_targets_are_solved(dtype, noise):
+def test_converged_steps_are_cheap_and_new_targets_are_solved(dtype, noise, solver):
     x = normal(3, 30, 4).to(dtype)
     y = (x @ normal(4, 4, 2).to(dtype) + 1 + noise * normal(5, 30, 2)).to(dtype)
     model = network(lambda: nn.Linear(4, 2)).to(dtype)
-    optimizer = HFOptimizer(model.parameters(), solver="exact")
+    optimizer = HFOptimizer(model.parameters(), solver=solver)
     for _ in range(20):
         optimizer.step(lambda: F.mse_loss(model(x), y))
     before = [p.detach().clone() for p in model.parameters()]
@@ -205,11 +209,12 @@ def test_converged_steps_are_cheap_and_new_targets_are_solved(dtype, noise):
     assert optimizer.last_report.new_loss == pytest.approx(truth, rel=1e-5)
 
 
+@pytest.mark.parametrize("solver", ["exact", "lanczos"])
 @pytest.mark.parametrize("offset", [3.0, -3.0, -1.0 - 2.0**-30])
-def test_a_point_that_no_lambda_leaves_costs_one_trial(offset):
+def test_a_point_that_no_lambda_leaves_costs_one_trial(offset, solver):
     """Also where the loss is below zero."""
     model, calls = network(), []
-    optimizer = HFOptimizer(model.parameters(), solver="exact")
+    optimizer = HFOptimizer(model.parameters(), solver=solver)
 
     def closure() -> Tensor:
         loss = F.mse_loss(model(X), Y)
@@ -225,16 +230,17 @@ def test_a_point_that_no_lambda_leaves_costs_one_trial(offset):
     assert counts[0] > 2 and max(counts[1:]) <= 2  # a lambda, with one correction
 
 
-def test_an_exact_step_near_a_loss_of_zero_takes_the_losss_own_gradient():
+@pytest.mark.parametrize("solver", ["exact", "lanczos"])
+def test_near_a_loss_of_zero_a_forced_solver_takes_the_losss_own_gradient(solver):
     """In float32 the gradient of cross-entropy cancels before that of the rows does."""
     model = network(lambda: nn.Linear(5, 2)).float()
     x = normal(6, 30, 5).float()
     y = (x[:, 0] > 0).long()
-    optimizer = HFOptimizer(model.parameters(), solver="exact")
+    optimizer = HFOptimizer(model.parameters(), solver=solver)
     last = math.inf
     for _ in range(18):
         loss = optimizer.step(lambda: F.cross_entropy(model(x), y)).item()
         assert loss <= last
-        assert optimizer.last_report.solver == "exact"
+        assert optimizer.last_report.solver == solver
         last = loss
     assert last < 1e-5

@@ -47,6 +47,8 @@ class HessianRoot:
         width: Rows of the root for each case.
         cotangents: The i-th row of all cases at once, i < width: tensors of the outputs' shapes.
             The row of one case has zeros in place of the other cases.
+        times: ``S z`` of shape (cases * width,), case by case, for tangents z of the outputs.
+        transposed: ``S^T u`` as cotangents of the outputs, for such rows u.
         residual: r of shape (cases * width,) with ``S^T r`` the term's gradient in the outputs,
             case by case; None where the gradient is no such combination of rows.
         finish: What is still to be done, in place, to the rows ``(cases * width, P)`` that the
@@ -57,6 +59,8 @@ class HessianRoot:
     cases: int
     width: int
     cotangents: Callable[[int], Cotangents]
+    times: Callable[[Cotangents], Tensor]
+    transposed: Callable[[Tensor], Cotangents]
     residual: Tensor | None = None
     finish: Callable[[Tensor], None] | None = None
 
@@ -148,14 +152,24 @@ def _diagonal_root(term: DiagonalTerm | ElementwiseTerm, weight: Tensor) -> Hess
     def cotangents(i: int) -> Cotangents:
         first = torch.zeros_like(root)
         first[:, i] = root[:, i]
-        first = first.view(z.shape)
+        return of_outputs(first)
+
+    def of_outputs(entries: Tensor) -> Cotangents:
+        first = entries.view(z.shape)
         return (first,) if len(term.outputs) == 1 else (first, -first)
+
+    def times(tangents: Cotangents) -> Tensor:
+        moved = tangents[0] if len(tangents) == 1 else tangents[0] - tangents[1]
+        return (root * _by_case(moved)).reshape(-1)
+
+    def transposed(u: Tensor) -> Cotangents:
+        return of_outputs(root * u.view(root.shape))
 
     slope = _by_case(term.gradient()[0].detach())
     in_range = bool(((root > 0) | (slope == 0)).all())
     residual = torch.where(root > 0, slope / root, 0.0).reshape(-1) if in_range else None
     cases, width = root.shape
-    return HessianRoot(term.outputs, cases, width, cotangents, residual)
+    return HessianRoot(term.outputs, cases, width, cotangents, times, transposed, residual)
 
 
 def nonnegative(weight: Tensor) -> Tensor:
@@ -185,9 +199,16 @@ def _norm_root(term: NormTerm) -> HessianRoot:
         row = torch.zeros(cases, width, dtype=root.dtype, device=root.device)
         row[:, i] = 1.0
         row = row.view(z.shape)
-        if not couples:
-            row = row - unit * (unit * row).sum(dims, keepdim=True)
-        return (row * root,)
+        return ((row if couples else projected(row)) * root,)
+
+    def projected(entries: Tensor) -> Tensor:
+        return entries - unit * (unit * entries).sum(dims, keepdim=True)
+
+    def times(tangents: Cotangents) -> Tensor:
+        return projected(root * tangents[0]).reshape(-1)
+
+    def transposed(u: Tensor) -> Cotangents:
+        return (root * projected(u.view(z.shape)),)
 
     def project(rows: Tensor) -> None:
         if len(dims) == z.ndim:
@@ -197,7 +218,8 @@ def _norm_root(term: NormTerm) -> HessianRoot:
         by_entry, u = rows.view(*z.shape, -1), unit[..., None].to(rows.dtype)
         by_entry -= u * (u * by_entry).sum(dims, keepdim=True)
 
-    return HessianRoot(term.outputs, cases, width, cotangents, None, project if couples else None)
+    finish = project if couples else None
+    return HessianRoot(term.outputs, cases, width, cotangents, times, transposed, None, finish)
 
 
 def _dims(dim: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:
@@ -237,7 +259,23 @@ def _softmax_root(term: SoftmaxTerm) -> HessianRoot:
         mine[:, k + 1 :] = torch.where(q > 0, -p[place::places, k + 1 :] / q, 0.0)
         mine[:, k] = 1.0
         mine *= pivots[place::places, k, None].sqrt()
+        return of_outputs(rows)
+
+    def of_outputs(rows: Tensor) -> Cotangents:
         return (rows.view(*positions, classes).movedim(-1, dim).to(z.dtype).contiguous(),)
+
+    def times(tangents: Cotangents) -> Tensor:
+        t = tangents[0].movedim(dim, -1).reshape(-1, classes).to(p.dtype)
+        later = (p * t).flip(-1).cumsum(-1).flip(-1)[:, 1:]
+        mean = torch.where(after > 0, later / after, 0.0)
+        return (pivots.sqrt() * (t[:, :-1] - mean)).reshape(-1)
+
+    def transposed(u: Tensor) -> Cotangents:
+        scaled = pivots.sqrt() * u.view(pivots.shape).to(p.dtype)
+        earlier = torch.where(after > 0, scaled / after, 0.0).cumsum(-1)
+        rows = torch.cat([scaled, torch.zeros_like(scaled[:, :1])], -1)
+        rows[:, 1:] -= p[:, 1:] * earlier
+        return of_outputs(rows)
 
     slope = term.gradient()[0].detach().movedim(dim, -1).reshape(-1, classes).to(p.dtype)
     earlier = slope.cumsum(-1) - slope
@@ -246,7 +284,8 @@ def _softmax_root(term: SoftmaxTerm) -> HessianRoot:
     in_range = bool(((pivots > 0) | (solved == 0)).all())
     residual = torch.where(pivots > 0, solved / pivots.sqrt(), 0.0).reshape(-1)
     width = places * (classes - 1)
-    return HessianRoot(term.outputs, cases, width, cotangents, residual if in_range else None)
+    found = residual if in_range else None
+    return HessianRoot(term.outputs, cases, width, cotangents, times, transposed, found)
 
 
 # --- any other ------------------------------------------------------------------------------
@@ -279,13 +318,22 @@ def _dense_root(term: LossTerm) -> HessianRoot:
     def cotangents(i: int) -> Cotangents:
         return _apart(root[:, i], term.outputs)
 
+    def times(tangents: Cotangents) -> Tensor:
+        joined = _together(tangents, cases).to(root.dtype)
+        return torch.einsum("nwi,ni->nw", root, joined).reshape(-1)
+
+    def transposed(u: Tensor) -> Cotangents:
+        rows = u.view(root.shape[:2]).to(root.dtype)
+        return _apart(torch.einsum("nwi,nw->ni", root, rows), term.outputs)
+
     slope = _together([g.detach() for g in term.gradient()], cases)
     along = torch.einsum("nij,ni->nj", vectors, slope)
     beyond = slope - torch.einsum("nij,nj->ni", vectors, along * (values > rounding))
     in_range = bool(beyond.abs().max() <= rounding.sign() * 1e-12 * slope.abs().max())
     residual = torch.where(values > rounding, along / values.sqrt(), 0.0).reshape(-1)
     width = root.shape[1]
-    return HessianRoot(term.outputs, cases, width, cotangents, residual if in_range else None)
+    found = residual if in_range else None
+    return HessianRoot(term.outputs, cases, width, cotangents, times, transposed, found)
 
 
 def _dense_hessians(term: LossTerm, cases: int) -> Tensor | None:

@@ -20,7 +20,7 @@ from torch_hf.loss.hessian_roots import sums_of_squares
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.timer import StepTimer
-from torch_hf.solver.choose_solver import CG, EXACT, exact_bytes, exact_is_cheaper
+from torch_hf.solver.choose_solver import EXACT, exact_bytes, exact_is_cheaper
 from torch_hf.solver.exact import ExactSolver
 from torch_hf.solver.levenberg_marquardt import (
     DampingSearch,
@@ -38,17 +38,20 @@ ROUNDINGS = 16.0
 
 
 class ExactStep(NamedTuple):
-    """What an exact step came to, and what it hands to the next.
+    """What a step by a search over lambda came to, and what it hands to the next.
 
     Attributes:
         found: Where the search ended.
-        norms: Squared norms of R's columns, their running maximum, of shape (P,).
-        batched: Whether rows needed a backward pass each.
+        norms: Squared norms of R's columns, their running maximum, of shape (P,); None where R was
+            not written down.
+        batched: Whether rows needed a backward pass each; None where there were none.
+        solver: What solved the quadratic.
     """
 
     found: Found
-    norms: Tensor
-    batched: bool
+    norms: Tensor | None
+    batched: bool | None
+    solver: str = EXACT
 
 
 def solves_exactly(
@@ -76,7 +79,7 @@ def solves_exactly(
     Raises:
         RuntimeError: An exact solve was asked for, and there is none.
     """
-    if wanted == CG:
+    if wanted not in ("auto", EXACT):
         return False
     why = why_no_root(operator)
     size = None if why else root_size(operator)
@@ -155,11 +158,12 @@ def exact_step(
         solver = ExactSolver(
             root.rows,
             root.residual,
-            _rest(root.rest, objective),
+            rest_of_gradient(root.rest, objective),
             decay=decay,
             scale=column_scale(seen),
         )
-        agrees = _agrees(solver, here.gradient)
+        rounding = rounding_of_gradient(solver.norm, solver.residual, vector.dtype)
+        agrees = gradients_agree(solver.gradient(), here.gradient, rounding)
         if not agrees and not forced:
             return None
         if not agrees:
@@ -185,11 +189,14 @@ def exact_step(
     return ExactStep(found, seen, not took_one_backward(root))
 
 
-def _agrees(solver: ExactSolver, gradient: Tensor) -> bool:
+def rounding_of_gradient(norm: float, residual: Tensor, dtype: torch.dtype) -> float:
+    """The error that rounding may leave in ``R^T r``, from the squared norm of R."""
+    return 100.0 * torch.finfo(dtype).eps * math.sqrt(norm) * float(residual.norm())
+
+
+def gradients_agree(ours: Tensor, gradient: Tensor, rounding: float) -> bool:
     """Whether R's own gradient is that of the loss: a backward pass of a user's may not be."""
-    eps = torch.finfo(gradient.dtype).eps
-    rounding = 100.0 * eps * math.sqrt(solver.norm) * float(solver.residual.norm())
-    difference = float((solver.gradient() - gradient.double()).norm())
+    difference = float((ours.double() - gradient.double()).norm())
     return difference <= AGREEMENT * float(gradient.double().norm()) + rounding
 
 
@@ -211,7 +218,7 @@ def _noise(squares: Tensor, vector: ParameterVector) -> float:
     return ROUNDINGS * eps**2 * float(squares @ values.square())
 
 
-def _rest(rest: Tensor | None, objective: Objective) -> Tensor | None:
+def rest_of_gradient(rest: Tensor | None, objective: Objective) -> Tensor | None:
     """The gradient outside of R's rows: of terms without a residual, and of weight decay."""
     if not any(objective.decay):
         return rest

@@ -24,6 +24,7 @@ from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
 from torch_hf.optimizer.exact_step import ExactStep, exact_step, solves_exactly
+from torch_hf.optimizer.lanczos_step import lanczos_step, pairs_of_step
 from torch_hf.optimizer.light_step import LightStep, light_step, takes_light_step, undo
 from torch_hf.optimizer.outcome import StepDecision
 from torch_hf.optimizer.progress import Progress
@@ -34,7 +35,7 @@ from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.solver.cg import CGResult, conjugate_gradients
 from torch_hf.solver.cg_budget import is_same_data, max_iterations
-from torch_hf.solver.choose_solver import PRODUCTS_OF_SOLVE, SOLVERS
+from torch_hf.solver.choose_solver import EXACT, LANCZOS, PRODUCTS_OF_SOLVE, SOLVERS
 from torch_hf.solver.levenberg_marquardt import DampingState
 from torch_hf.solver.line_search import CONVERGED, SearchResult, repeats, scaled, search
 from torch_hf.solver.trust_region import (
@@ -61,8 +62,9 @@ class HFOptimizer(FlatStateOptimizer):
     Each step minimises the quadratic ``q(d) = g^T d + 1/2 d^T (G + lambda I) d``. Conjugate
     gradients only multiply G, the Gauss-Newton matrix or the Hessian of the closure's loss. The
     step walks back over their iterates while the loss falls, and searches along the best one. On
-    the data of the last step, where it takes fewer operations, the quadratic is solved exactly from
-    the Jacobian, for several lambda; the true loss decides among them. On batches that change most
+    unchanged data the quadratic is solved to the end instead, for several lambda, and the true loss
+    decides among them: exactly from the Jacobian where that takes fewer operations, else by
+    bidiagonalisation for squared residuals of differential equations. On batches that change most
     steps are light: one gradient, preconditioned by Kronecker factors (``solver``).
 
     Args:
@@ -93,9 +95,11 @@ class HFOptimizer(FlatStateOptimizer):
         process_group: A ``torch.distributed`` group over which loss, gradient and products are
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
         solver: ``"cg"``, ``"exact"`` (Levenberg-Marquardt by Cholesky from the Jacobian, several
-            lambda a step), or ``"auto"``. Auto is exact on the data of the last step where that
-            takes fewer operations, with ``lr=1``, and light on batches that change; both with the
-            default preconditioner. ``report.solver`` says which it was.
+            lambda a step), ``"lanczos"`` (the same by Golub-Kahan bidiagonalisation, from products
+            alone), or ``"auto"``. With the default preconditioner auto is light on batches that
+            change. With ``lr=1`` it is exact on unchanged data where that takes fewer operations,
+            else Lanczos for squares in a closure that takes derivatives. ``report.solver`` says
+            which it was.
         shard_state: Cuts CG's vectors and the L-BFGS pairs over the ranks of ``process_group``.
             Then every rank must call ``state_dict`` (``docs/distributed.md``).
 
@@ -356,31 +360,38 @@ class HFOptimizer(FlatStateOptimizer):
         options, progress = self.param_groups[0], self._progress.seeing(here.loss, same_data)
         plain = all(g["lr"] == 1.0 for g in self.param_groups) and self._chosen_solver_is_free()
         wanted = options["solver"]
-        if wanted == "exact" and any(g["lr"] != 1.0 for g in self.param_groups):
+        forced = wanted in (EXACT, LANCZOS)
+        if forced and any(g["lr"] != 1.0 for g in self.param_groups):
             raise RuntimeError(
-                'lr must be 1 with solver="exact", which takes the step\'s length from the loss, '
-                f'got {[g["lr"] for g in self.param_groups]}. Remove lr, or use solver="cg".'
+                f'lr must be 1 with solver="{wanted}", which takes the step\'s length from the '
+                f'loss, got {[g["lr"] for g in self.param_groups]}. Remove lr, or use solver="cg".'
             )
         if wanted == "auto" and not plain:
             return None
         most = max_iterations(self.preconditioner, same_data, progress.budget)
-        if not solves_exactly(
+        data_stay = same_data or progress.budget > 1.0
+        exactly = solves_exactly(
             curvature,
             wanted,
-            data_stay=same_data or progress.budget > 1.0,
+            data_stay=data_stay,
             many_rows_do=not progress.steps or progress.holds,
             batched=bool(progress.batched_rows),
             products=PRODUCTS_OF_SOLVE if same_data or progress.holds else most,
-        ):
+        )
+        pairs = 0 if exactly else pairs_of_step(curvature, wanted, data_stay=same_data)
+        if not exactly and not pairs:
             return None
         state = DampingState(progress.exact_damping, progress.exact_wall, progress.exact_stuck_at)
         first = options["damping"] if not progress.steps else None
-        norms, forced = self._norms, wanted == "exact"
-        found = exact_step(objective, here, curvature, state, norms, first, timer, forced)
+        found = (
+            exact_step(objective, here, curvature, state, self._norms, first, timer, forced)
+            if exactly
+            else lanczos_step(objective, here, curvature, state, first, pairs, timer, forced)
+        )
         if found is None and forced:
             raise RuntimeError(
-                'solver="exact" needs a square root of the loss\'s Hessian and found none. A term '
-                "of the loss is not convex in its outputs, couples too many of them, or is "
+                f'solver="{wanted}" needs a square root of the loss\'s Hessian and found none. A '
+                "term of the loss is not convex in its outputs, couples too many of them, or is "
                 "computed in half precision. In half precision, compute the loss from "
                 'outputs.float(); otherwise use solver="auto".'
             )
@@ -465,7 +476,8 @@ class HFOptimizer(FlatStateOptimizer):
         if solution is not None:
             self.preconditioner.end()
         if outcome.exact is not None:
-            self._norms = outcome.exact.norms
+            norms = outcome.exact.norms
+            self._norms = self._norms if norms is None else norms
         if outcome.light is not None:
             self._start = outcome.light.velocity
             if factors := factors_of(self.preconditioner):

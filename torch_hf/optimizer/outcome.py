@@ -14,7 +14,7 @@ from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
-from torch_hf.solver.choose_solver import CG, EXACT, KRONECKER
+from torch_hf.solver.choose_solver import CG, KRONECKER
 from torch_hf.solver.line_search import SearchResult
 from torch_hf.solver.trust_region import (
     EASY_ITERATIONS,
@@ -100,7 +100,7 @@ class StepDecision(NamedTuple):
     def solver(self) -> str:
         """What solved the quadratic; empty where nothing did."""
         if self.exact is not None:
-            return EXACT
+            return self.exact.solver
         if self.light is not None:
             return KRONECKER
         return CG if self.solution else ""
@@ -134,12 +134,12 @@ class StepDecision(NamedTuple):
             exact = self.exact is not None
             progress = after_full(progress, here, cost, exact=exact, squares=squares)
         if self.exact is not None:
-            state = self.exact.found.state
+            state, batched = self.exact.found.state, self.exact.batched
             progress = progress._replace(
                 exact_damping=state.damping,
                 exact_wall=state.hit_wall,
                 exact_stuck_at=state.stuck_at,
-                batched_rows=float(self.exact.batched),
+                batched_rows=progress.batched_rows if batched is None else float(batched),
             )
         if move.converged:
             progress = progress._replace(

@@ -89,9 +89,9 @@ class Progress(NamedTuple):
         promised: The last light step's ``g^T d``, below 0; 0 where there is none.
         usual_loss: Where light steps began lately, a running mean; inf before there was one.
         scatter: Their mean squared deviation from it.
-        light_start: The loss where the light steps since the last full one began; inf elsewhere.
         light_start: The loss where the light steps since the last full one began; else inf.
-            where there is nothing to compare.
+        light_rate: How much the last light steps lowered the loss per gradient, as a part of it;
+            inf where there is nothing to compare.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
 

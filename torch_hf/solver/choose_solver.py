@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from torch_hf.solver.exact import exact_cost
+from torch_hf.solver.golub_kahan import golub_kahan_cost
 
-SOLVERS = ("auto", "cg", "exact")
-AUTO, CG, EXACT, KRONECKER = "auto", "cg", "exact", "kronecker"
+SOLVERS = ("auto", "cg", "exact", "lanczos")
+AUTO, CG, EXACT, LANCZOS, KRONECKER = "auto", "cg", "exact", "lanczos", "kronecker"
 
-#: Exact solves may hold so many bytes, R included; a forced one as many as there are.
+#: A solver that was not asked for may hold so many bytes, R included; a forced one all there are.
 MOST_BYTES = 2**30
+#: Pairs of a bidiagonalisation, at the most.
+MOST_PAIRS = 200
 #: Passes through the network that a product takes, and the products of a solve on data that stay.
 PASSES_OF_PRODUCT, PRODUCTS_OF_SOLVE = 4, 250
 #: A multiplication in a product of large matrices costs this part of one in a pass through a
@@ -58,3 +61,13 @@ def exact_is_cheaper(
     dense = exact_cost(rows, params).operations + MORE_FACTORS * order**3 / 3
     one_pass = cases * params
     return passes * one_pass + DENSE_DISCOUNT * dense <= products * PASSES_OF_PRODUCT * one_pass
+
+
+def lanczos_bytes(rows: int, params: int, element_size: int, pairs: int = MOST_PAIRS) -> float:
+    """What a solve by bidiagonalisation holds at once: the basis, and vectors of both sides.
+
+    Example:
+        >>> round(lanczos_bytes(3500, 10065, 8) / 2**20)
+        16
+    """
+    return golub_kahan_cost(pairs, rows, params, element_size).bytes

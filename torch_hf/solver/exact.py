@@ -136,6 +136,14 @@ class ExactSolver:
         solved = self._refined_in_rows if self.in_rows else self._refined
         return solved(self._factor[1], r, s, MAX_ROUNDS if refine else 1)
 
+    def minimum(self, damping: float) -> Tensor:
+        """As :meth:`step`, in float64."""
+        return self.solve_double(damping, self.residual, self.rest)
+
+    def correction(self, damping: float, residual: Tensor) -> Tensor:
+        """The step for another gradient ``R^T residual``, as right as Cholesky alone is."""
+        return self.solve_double(damping, residual, refine=False)
+
     def towards(self, gradient: Tensor) -> ExactSolver:
         """The same matrix with another gradient, of shape (P,), from the same sums."""
         other = copy(self)

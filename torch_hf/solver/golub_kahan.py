@@ -167,13 +167,67 @@ class GolubKahan:
 
     def step(self, damping: float) -> Tensor:
         """The minimum over the space for any lambda, of shape (P,), at no product."""
-        return self._operator.rooted(self._combined(self._solution(damping)))
+        return self.combined(self.coordinates(damping))
 
     def quadratic(self, damping: float) -> float:
         """``g^T d + 1/2 d^T (R^T R + decay) d`` at :meth:`step`'s d, at no product."""
+        return self.quadratic_at(self.coordinates(damping))
+
+    # Below, y are coordinates in the basis, in float64 on the CPU: d = C V y.
+
+    def coordinates(self, damping: float) -> Tensor:
+        """Those of :meth:`step`, of shape (k,)."""
+        if not damping >= 0 or math.isinf(damping):
+            raise ValueError(f"damping must be a number that is not negative, got {damping}.")
+        if not self.pairs:
+            return torch.zeros(0, dtype=torch.float64)
+        left, values, right = self._decomposed()
+        squares = values.square() + damping
+        tiny = torch.finfo(values.dtype).eps ** 2 * values[0] ** 2
+        if self._from_rows:
+            weights = torch.where(squares > tiny, values / squares, 0.0) * left[0]
+        else:
+            weights = torch.where(squares > tiny, 1 / squares, 0.0) * right[:, 0]
+        y: Tensor = self._length * (weights @ right)
+        return y
+
+    def combined(self, y: Tensor) -> Tensor:
+        """``d = C V y`` of shape (P,)."""
+        return self._operator.rooted(self._combined(y))
+
+    def along(self, slope: Tensor) -> Tensor:
+        """``(C V)^T slope``, the derivative in y of a function with this gradient (P,)."""
+        slope = self._operator.rooted_transposed(slope)
+        parts = [part @ slope for part in self._parts()]
+        found = self._sums[1](torch.cat(parts)) if parts else slope[:0]
+        return found[: self.pairs].to("cpu", torch.float64)
+
+    def slope(self, y: Tensor) -> Tensor:
+        """The derivative in y of the quadratic without lambda."""
+        if not self.pairs:
+            return torch.zeros(0, dtype=torch.float64)
+        b = self._bidiagonal()
+        moved = b @ y
+        if self._from_rows:
+            moved[0] -= self._length
+            return b.T @ moved
+        found = b.T @ moved
+        found[0] -= self._length
+        return found
+
+    def solved(self, damping: float, right: Tensor) -> Tensor:
+        """``(V^T (R^T R + decay) V + lambda)^-1 right`` for right of shape (k,)."""
+        if not self.pairs:
+            return right
+        _, values, vectors = self._decomposed()
+        squares = values.square() + damping
+        tiny = torch.finfo(values.dtype).eps ** 2 * values[0] ** 2
+        return vectors.T @ torch.where(squares > tiny, (vectors @ right) / squares, 0.0)
+
+    def quadratic_at(self, y: Tensor) -> float:
+        """``g^T d + 1/2 d^T (R^T R + decay) d``."""
         if not self.pairs:
             return 0.0
-        y = self._solution(damping)
         moved = self._bidiagonal() @ y
         slope = self._length * (moved[0] if self._from_rows else y[0])
         return float(0.5 * moved @ moved - slope)
@@ -201,7 +255,7 @@ class GolubKahan:
         other = object.__new__(GolubKahan)
         other.max_pairs, other._sums, other._like = self.max_pairs, self._sums, self._like
         operator = other._operator = self._operator
-        y = self._combined(self._solution(damping))
+        y = self._combined(self.coordinates(damping))
         moved = operator.times(y)
         other._measures_rest = self._measures_rest
         other._offset = self._bound(damping)[1] if self.pairs else None
@@ -337,22 +391,6 @@ class GolubKahan:
         b.diagonal().copy_(alphas)
         b[1:].diagonal().copy_(betas)
         return b
-
-    def _solution(self, damping: float) -> Tensor:
-        """The coefficients of the minimum in the basis."""
-        if not damping >= 0 or math.isinf(damping):
-            raise ValueError(f"damping must be a finite number of at least 0, got {damping}.")
-        if not self.pairs:
-            return torch.zeros(0, dtype=torch.float64)
-        left, values, right = self._decomposed()
-        squares = values.square() + damping
-        tiny = torch.finfo(values.dtype).eps ** 2 * values[0] ** 2
-        if self._from_rows:
-            weights = torch.where(squares > tiny, values / squares, 0.0) * left[0]
-        else:
-            weights = torch.where(squares > tiny, 1 / squares, 0.0) * right[:, 0]
-        y: Tensor = self._length * (weights @ right)
-        return y
 
     def _decomposed(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._small is None:

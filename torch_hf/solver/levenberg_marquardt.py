@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from torch_hf.solver.exact import ExactSolver
+from torch_hf.solver.lanczos import LanczosSolver
 
 #: Between neighbouring lambdas; far up, where nothing has worked, it is the second.
 FACTOR, FAR_FACTOR = 3.0, 10.0
@@ -152,7 +153,7 @@ class DampingSearch:
 
     def __init__(
         self,
-        solver: ExactSolver,
+        solver: ExactSolver | LanczosSolver,
         evaluate: Evaluate,
         loss: float,
         eps: float,
@@ -252,7 +253,7 @@ class DampingSearch:
         """The step of one lambda, corrected towards the residual that the model predicted."""
         self.trials += 1
         solver = self.solver
-        step = solver.solve_double(damping, solver.residual, solver.rest)
+        step = solver.minimum(damping)
         change = solver.quadratic(step)
         if not change < 0:
             return _Trial(damping, step, math.inf, -math.inf, -change)
@@ -281,7 +282,7 @@ class DampingSearch:
                 break
             if self.loss - new >= CORRECT_BELOW * predicted:
                 break
-            more = solver.solve_double(damping, residual.double() - promised, refine=False)
+            more = solver.correction(damping, residual.double() - promised)
             part = solver.length(more) / length
             if not part <= SHORT:
                 break
