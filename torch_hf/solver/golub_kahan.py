@@ -178,7 +178,7 @@ class GolubKahan:
     def coordinates(self, damping: float) -> Tensor:
         """Those of :meth:`step`, of shape (k,)."""
         if not damping >= 0 or math.isinf(damping):
-            raise ValueError(f"damping must be a number that is not negative, got {damping}.")
+            raise ValueError(f"damping must be a finite number of at least 0, got {damping}.")
         if not self.pairs:
             return torch.zeros(0, dtype=torch.float64)
         left, values, right = self._decomposed()
