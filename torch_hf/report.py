@@ -40,7 +40,8 @@ class StepReport:
         step: Number of this step, from 1.
         loss: Objective before the step, weight decay included. With
             ``maximize`` it is the negated quantity that is minimised.
-        new_loss: Objective at the parameters the step left, on the same data.
+        new_loss: Objective at the parameters the step left, on the same data; ``nan`` after a
+            light step whose loss was not computed.
         accepted: Whether the parameters moved.
         reduction_ratio: Martens' rho, the actual over the predicted change of
             the objective for the iterate that backtracking chose; ``nan`` where
@@ -66,13 +67,9 @@ class StepReport:
             the next step on.
         converged: Whether the step stayed because what is left to gain is below the rounding of
             the loss. The run goes on when the data change.
-        solver: What solved the quadratic: ``"cg"`` or ``"exact"``; empty where nothing did.
-
-    Example:
-        >>> print(StepReport(7, 2.0, 1.0, True, 0.9, 1e-2, 0.5, 1.0, 3, Stop.MAX_ITER, 13, 2,
-        ...                  64, 64, "double_backward", solver="cg", seconds={"total": 0.1}))
-        step 7: loss 2 -> 1 on 64 cases, solver cg, 3 iterations (cg_max_iter reached),
-        damping 0.01, reduction ratio 0.90, 0.10 s
+        solver: What solved the quadratic: ``"cg"``, ``"exact"``, or ``"kronecker"`` for
+            a light step by the Kronecker factors alone, whose reduction ratio is the actual change
+            over that of the slope; empty where nothing did.
     """
 
     step: int
@@ -102,6 +99,8 @@ class StepReport:
         cases = f"{self.batch_cases} case" + "s" * (self.batch_cases != 1)
         if self.converged:
             words = [f"converged at loss {self.loss:.6g} on {cases}"]
+        elif self.accepted and math.isnan(self.new_loss):
+            words = [f"loss {self.loss:.6g} on {cases}"]
         elif self.accepted:
             words = [f"loss {self.loss:.6g} -> {self.new_loss:.6g} on {cases}"]
         else:
@@ -110,7 +109,8 @@ class StepReport:
             words.append(f"solver {self.solver}")
         if self.solver == "cg":
             words.append(f"{self.cg_iterations} iterations ({self.cg_stop})")
-        words.append(f"damping {self.damping:.3g}")
+        if self.solver != "kronecker":
+            words.append(f"damping {self.damping:.3g}")
         if math.isfinite(self.reduction_ratio):
             words.append(f"reduction ratio {self.reduction_ratio:.2f}")
         if self.step_length not in (0.0, 1.0):

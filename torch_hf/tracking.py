@@ -205,8 +205,8 @@ def progress_postfix(report: StepReport) -> dict[str, str]:
         report: ``optimizer.last_report``.
 
     Returns:
-        Label to text: loss after the step, batch size, damping, reduction
-        ratio, CG iterations, and the reason where the step was rejected.
+        Label to text: loss after the step (before it where nobody computed that), batch size,
+        damping, reduction ratio, CG iterations, and the reason where the step was rejected.
 
     Example:
         >>> from torch_hf.report import StepReport, Stop
@@ -215,14 +215,16 @@ def progress_postfix(report: StepReport) -> dict[str, str]:
         >>> progress_postfix(report)
         {'loss': '1.5', 'batch': '64', 'λ': '0.01', 'ρ': '0.90', 'CG': '12'}
     """
+    loss = report.loss if math.isnan(report.new_loss) else report.new_loss
     postfix = {
-        "loss": f"{report.new_loss:.4g}",
+        "loss": f"{loss:.4g}",
         "batch": str(report.batch_cases),
         "λ": f"{report.damping:.2g}",
     }
     if math.isfinite(report.reduction_ratio):
         postfix["ρ"] = f"{report.reduction_ratio:.2f}"
-    postfix["CG"] = str(report.cg_iterations)
+    if report.solver != "kronecker":
+        postfix["CG"] = str(report.cg_iterations)
     if not report.accepted:
         postfix["rejected"] = report.reason or str(report.cg_stop)
     return postfix

@@ -42,7 +42,7 @@ def a_function(model, backend):
 
 def run(model, called):
     torch.manual_seed(5)
-    optimizer = HFOptimizer(model.parameters())
+    optimizer = HFOptimizer(model.parameters(), solver="cg")
     for _ in range(10):  # more than dynamo would recompile
         optimizer.step(lambda: F.cross_entropy(called(X), Y))
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()]), optimizer.last_report

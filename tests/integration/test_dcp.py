@@ -68,7 +68,7 @@ class Run:
         self.reports.append(self.optimizer.last_report)
 
     def results(self):
-        keys = "step", "loss", "new_loss", "damping", "reduction_ratio", "cg_iterations"
+        keys = "step", "loss", "solver", "damping", "step_length", "cg_iterations"
         return [tuple(getattr(r, key) for key in keys) for r in self.reports]
 
 

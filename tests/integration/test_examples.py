@@ -81,7 +81,7 @@ SCRIPTS = [
 @pytest.mark.parametrize(("name", "sizes", "score", "picture"), SCRIPTS, ids=lambda v: str(v))
 def test_scripts_with_their_own_loop(name, sizes, score, picture, tmp_path):
     _, columns = three_steps(name, *sizes, cwd=tmp_path, picture=picture)
-    assert columns["new_loss"][-1] < columns["loss"][0]
+    assert columns["loss"][-1] < columns["loss"][0]
     assert all(torch.tensor(columns[score]).isfinite())
 
 
@@ -123,7 +123,7 @@ def test_spoken_digits(write, tmp_path):
     done = run_example("spoken_digits", "--max-steps", 4, *sizes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     columns = read_csv(tmp_path / "runs" / "spoken_digits" / "training.csv")
-    assert columns["new_loss"][-1] < columns["loss"][0]
+    assert columns["loss"][-1] < columns["loss"][0]
     assert columns["curvature_cases"][0] == 25
     assert drawn(tmp_path / "runs" / "spoken_digits", "training.png")
 

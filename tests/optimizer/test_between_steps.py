@@ -31,7 +31,7 @@ def values(model):
 class Run:
     def __init__(self, **options):
         self.model = network()
-        self.optimizer = HFOptimizer(self.model.parameters(), **options)
+        self.optimizer = HFOptimizer(self.model.parameters(), solver="cg", **options)
         self.fails = self.walled = False
         self.calls = 0
 

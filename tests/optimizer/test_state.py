@@ -235,7 +235,7 @@ def test_groups_of_another_optimizer_are_answered_with_what_to_do():
     model = network()
     first = HFOptimizer(model.parameters(), preconditioner="lbfgs")
     HFOptimizer(copy.copy(first.param_groups), preconditioner="lbfgs")
-    with pytest.raises(ValueError, match=r"take the entry 'base' out"):
+    with pytest.raises(ValueError, match=r"Remove the entry 'base' from them"):
         HFOptimizer(first.param_groups)
     with pytest.raises(ValueError, match=r"HFOptimizer\(groups, damping=2\.0\)"):
         HFOptimizer([{"params": model.parameters(), "damping": 2.0}])
@@ -435,5 +435,7 @@ def test_what_an_older_version_did_not_write_takes_its_default():
 
 def test_a_state_on_another_base_is_refused():
     state = Run(preconditioner="lbfgs").steps(1).optimizer.state_dict()
-    with pytest.raises(ValueError, match="base is 'identity', this optimizer's 'kronecker'"):
+    with pytest.raises(
+        ValueError, match="base must be this optimizer's 'kronecker', got 'identity'"
+    ):
         Run().optimizer.load_state_dict(state)

@@ -56,7 +56,6 @@ RATIOS = {  # rho -> the factor on the size
     "more than promised": (1.7, 1.0025),
     "half of it": (0.5, 1.015),
     "worse": (-3.0, 1.0275),
-    "undefined": (float("nan"), 1.0275),
 }
 
 
@@ -66,6 +65,14 @@ def test_batches_grow_as_far_as_a_step_falls_short_of_its_promise(ratio, factor)
     for k in range(300):
         assert sampler.batch_size == pytest.approx(min(1000 * factor**k, 10**6), abs=0.501)
         sampler.update(dataclasses.replace(report(), reduction_ratio=ratio))
+
+
+@pytest.mark.parametrize("accepted, factor", [(False, 1.0275), (True, 1.0025)])
+def test_a_ratio_that_nobody_measured_is_0_for_a_rejection_and_1_for_a_light_step(accepted, factor):
+    sampler = GrowingBatchSampler(10**6, 1000, RatioGrowth(), grow_every="step")
+    step = dataclasses.replace(report(), reduction_ratio=float("nan"), accepted=accepted)
+    sampler.update(step)
+    assert sampler.batch_size == pytest.approx(1000 * factor, abs=0.501)
 
 
 def test_a_small_batch_grows_by_fractions_of_a_case_and_ends_at_the_cap():

@@ -33,6 +33,7 @@ from torch_hf.curvature.unknown_functions import (
 from torch_hf.distributed import LOCAL, Reducer
 from torch_hf.loss.case_counts import Cases
 from torch_hf.loss.ggn_split import Split, split_by_outputs
+from torch_hf.loss.hessian_roots import sums_of_squares
 from torch_hf.loss.loss_hessians import LossTerm
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.replay import Replay
@@ -178,6 +179,7 @@ class ObjectiveOperator(SymmetricOperator):
         engine: How products are taken.
         cases: Number of cases in the curvature batches.
         products: Number of products taken.
+        squares: Whether the loss is a sum of squares.
         rows: Of each of this rank's curvature batches, the rows of each output of its loss terms;
             filled where layers are looked at.
     """
@@ -207,6 +209,7 @@ class ObjectiveOperator(SymmetricOperator):
         self.difference_step = StepChoice()
         self._checks = True  # until the first batch's product was looked at
         self.split: Split | None = None
+        self.squares = False
         decay = objective.vector.spread(objective.decay)
         self.decay = objective.space.own(decay) if isinstance(decay, Tensor) else decay
         self._local: LocalProduct | None = None
@@ -227,6 +230,8 @@ class ObjectiveOperator(SymmetricOperator):
             if i == 0:
                 local = self._build(i, graph)
                 self._checks = False
+                split = self.split
+                self.squares = split is not None and sums_of_squares(split.loss_terms)
             if objective.runs.layers:
                 self.rows.append(self._rows(graph, self.split if i == 0 else None))
             if graph.record.fast_convolutions and self.engine == DOUBLE_BACKWARD:

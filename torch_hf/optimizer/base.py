@@ -26,6 +26,7 @@ from torch_hf.optimizer.state_dict import (
     whole_state,
 )
 from torch_hf.optimizer.transaction import Transaction
+from torch_hf.preconditioner.choose import factors_of
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.vector import ParameterVector
@@ -100,12 +101,17 @@ class FlatStateOptimizer(Optimizer):
             curvature_batches=curvature_batches,
             decay=[float(g["weight_decay"]) for g, _ in self._owned()],
             maximize=self.param_groups[0]["maximize"],
-            layers=self.preconditioner.wants_layers,
+            layers=self._wants_layers(),
             fast_convolutions=self.curvature == "ggn",
             reducer=reducer,
             space=space,
         )
         return change.objective
+
+    def _wants_layers(self) -> bool:
+        """Whether a full step or a light one would look at layers."""
+        factors = factors_of(self.preconditioner)
+        return self.preconditioner.wants_layers or bool(factors and factors.wants_layers_light)
 
     def _forget_if_stale(self, vector: ParameterVector, change: Transaction) -> None:
         """Drops directions of another length: parameters were added, frozen or thawed."""

@@ -24,11 +24,12 @@ from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
 from torch_hf.optimizer.exact_step import ExactStep, exact_step, solves_exactly
+from torch_hf.optimizer.light_step import LightStep, light_step, takes_light_step, undo
 from torch_hf.optimizer.outcome import StepDecision
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.optimizer.transaction import Transaction
-from torch_hf.preconditioner.choose import make_preconditioner, worth_observing
+from torch_hf.preconditioner.choose import factors_of, make_preconditioner, worth_observing
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.solver.cg import CGResult, conjugate_gradients
@@ -61,7 +62,8 @@ class HFOptimizer(FlatStateOptimizer):
     gradients only multiply G, the Gauss-Newton matrix or the Hessian of the closure's loss. The
     step walks back over their iterates while the loss falls, and searches along the best one. On
     the data of the last step, where it takes fewer operations, the quadratic is solved exactly from
-    the Jacobian, for several lambda; the true loss decides among them (``solver``).
+    the Jacobian, for several lambda; the true loss decides among them. On batches that change most
+    steps are light: one gradient, preconditioned by Kronecker factors (``solver``).
 
     Args:
         params: Parameters, named parameters or parameter groups. A group may have its own ``lr``
@@ -92,8 +94,8 @@ class HFOptimizer(FlatStateOptimizer):
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
         solver: ``"cg"``, ``"exact"`` (Levenberg-Marquardt by Cholesky from the Jacobian, several
             lambda a step), or ``"auto"``. Auto is exact on the data of the last step where that
-            takes fewer operations, with ``lr=1`` and the default preconditioner.
-            ``report.solver`` says which it was.
+            takes fewer operations, with ``lr=1``, and light on batches that change; both with the
+            default preconditioner. ``report.solver`` says which it was.
         shard_state: Cuts CG's vectors and the L-BFGS pairs over the ranks of ``process_group``.
             Then every rank must call ``state_dict`` (``docs/distributed.md``).
 
@@ -184,6 +186,9 @@ class HFOptimizer(FlatStateOptimizer):
     ) -> Any:
         """One step: lowers the closure's loss on this data, or leaves the parameters alone.
 
+        On batches that change most steps are light: the next batches judge them, and the next step
+        takes back one that overshot (``docs/step.md``).
+
         Afterwards ``.grad`` is the closure's own gradient at the old parameters, in memory that
         nothing else holds.
 
@@ -223,7 +228,7 @@ class HFOptimizer(FlatStateOptimizer):
                 self._look_at_precision(objective)
                 outcome = self._decide(objective, here, timer)
             change.reloads = True
-            self._commit(vector, objective.space, here, outcome)
+            self._commit(vector, objective, here, outcome)
             objective.replay.settle(counts=math.isfinite(here.loss))
             steps, rejections = self._progress.steps, self._progress.rejections
             self.last_report = outcome.report(steps, objective, here, timer, self._requests)
@@ -256,14 +261,25 @@ class HFOptimizer(FlatStateOptimizer):
             move = SearchResult(None, 0.0, here.loss, reason=CONVERGED, converged=True)
             return StepDecision(move, damping)
         reason = self._no_step(here)
+        if reason and not math.isfinite(here.loss):
+            undone = undo(objective, self._progress, self._start, self._rates())
+            if undone is not None:
+                return StepDecision(undone.move, damping, same_data=False, light=undone)
         if reason:
             move = SearchResult(None, 0.0, here.loss, reason=reason)
             return StepDecision(move, damping, nothing_to_do=True)
         with timer.part("gradient"):
             asked = self._requests.gradient_variance
             variance = objective.gradient_variance(here) if asked else None
-            curvature = ObjectiveOperator(objective, self.curvature, here=here)
         same_data = is_same_data(self._progress._asdict(), here.loss, here.cases, vector.dtype)
+        light = self._light_step(objective, here, same_data, timer)
+        if light is not None:
+            operator = light.curvature
+            return StepDecision(
+                light.move, damping, None, operator, variance, same_data=False, light=light
+            )
+        with timer.part("gradient"):
+            curvature = ObjectiveOperator(objective, self.curvature, here=here)
         exact = self._exact_step(objective, here, curvature, same_data, timer)
         if exact is not None:
             return StepDecision.of_exact(exact, damping, curvature, variance, same_data)
@@ -279,7 +295,7 @@ class HFOptimizer(FlatStateOptimizer):
 
         solution = self._solve(curvature, here, damped, damping, same_data, timer)
         with timer.part("products"):
-            rates = vector.spread([float(g["lr"]) for g, _ in self._owned()])
+            rates = vector.spread(self._rates())
             candidates, length = scaled(solution.iterates, rates, here.gradient, damped, space)
         curvature.release()  # trial values in the parameters would spoil the kept graph
         whole = lru_cache(maxsize=1)(space.whole)  # of a direction tried at several lengths
@@ -311,6 +327,22 @@ class HFOptimizer(FlatStateOptimizer):
             same_data=same_data,
             curvature_seen=seen[0] if seen else math.nan,
         )
+
+    def _light_step(
+        self, objective: Objective, here: Evaluation, same_data: bool, timer: StepTimer
+    ) -> LightStep | None:
+        """The step by the factors alone, where data change; else None."""
+        options, factors = self.param_groups[0], factors_of(self.preconditioner)
+        progress = self._progress.seeing(here.loss, same_data)
+        if not takes_light_step(options, self.curvature, factors, progress, same_data):
+            return None
+        assert factors is not None
+        start, rates = self._start, self._rates()
+        return light_step(objective, here, factors, progress, start, rates, timer)
+
+    def _rates(self) -> list[float]:
+        """``lr`` of each parameter."""
+        return [float(g["lr"]) for g, _ in self._owned()]
 
     def _exact_step(
         self,
@@ -422,49 +454,25 @@ class HFOptimizer(FlatStateOptimizer):
         )
 
     def _commit(
-        self, vector: ParameterVector, space: Space, here: Evaluation, outcome: StepDecision
+        self, vector: ParameterVector, objective: Objective, here: Evaluation, outcome: StepDecision
     ) -> None:
         """The only place where parameters and the state for the next step change."""
+        space = objective.space
         move, solution = outcome.move, outcome.solution
         gradients = here.hand_over_gradients()
         if move.direction is not None:
             vector.move(space.whole(move.direction), move.length)
         if solution is not None:
             self.preconditioner.end()
-        progress = self._progress.seeing(here.loss, outcome.same_data)
         if outcome.exact is not None:
             self._norms = outcome.exact.norms
-            state = outcome.exact.found.state
-            progress = progress._replace(
-                exact_damping=state.damping,
-                exact_wall=state.hit_wall,
-                exact_stuck_at=state.stuck_at,
-                batched_rows=float(outcome.exact.batched),
-            )
-        if move.converged:
-            progress = progress._replace(
-                rejections=0,
-                last_loss=here.loss,
-                last_cases=here.cases,
-                noise=max(move.noise, progress.noise),
-                converged_at=here.gradient_norm,
-            )
-        elif not outcome.nothing_to_do:
+        if outcome.light is not None:
+            self._start = outcome.light.velocity
+            if factors := factors_of(self.preconditioner):
+                factors.end()
+        elif not outcome.nothing_to_do and not move.converged:
             self._start = solution.last.vector if outcome.accepted and solution else None
-            progress = progress._replace(
-                rejections=0 if outcome.accepted else progress.rejections + 1,
-                last_loss=move.loss,
-                last_start=here.loss,
-                last_cases=here.cases,
-                last_ratio=move.ratio,
-                noise=max(move.noise, progress.noise if outcome.same_data else 0.0),
-                converged_at=-1.0,
-            )
-        elif not math.isfinite(here.loss):  # such a batch says nothing, but many in a row do
-            progress = progress._replace(rejections=progress.rejections + 1)
-        if solution is not None:
-            progress = progress.with_curvature(outcome.curvature_seen)
-        self._progress = progress._replace(steps=progress.steps + 1)
+        self._progress = outcome.next_progress(self._progress, objective, here)
         for group in self.param_groups:
             group["damping"] = outcome.next_damping()
         self._pack(vector, space)

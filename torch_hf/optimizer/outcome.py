@@ -9,10 +9,12 @@ from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.exact_step import ExactStep
+from torch_hf.optimizer.light_step import LightStep, after_full, after_light
+from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
-from torch_hf.solver.choose_solver import CG, EXACT
+from torch_hf.solver.choose_solver import CG, EXACT, KRONECKER
 from torch_hf.solver.line_search import SearchResult
 from torch_hf.solver.trust_region import (
     EASY_ITERATIONS,
@@ -21,6 +23,9 @@ from torch_hf.solver.trust_region import (
     halfway,
     next_damping,
 )
+
+#: What parts of a full step cost, in gradients (measured on small convolutional networks).
+GRADIENT_WITH_GRAPH, PRODUCT, EVALUATION = 1.5, 1.2, 0.4
 
 
 class StepDecision(NamedTuple):
@@ -37,6 +42,7 @@ class StepDecision(NamedTuple):
         same_data: Whether the loss began where the last step left it.
         curvature_seen: Along the first vector that was multiplied.
         exact: What an exact step hands to the next.
+        light: What a light step hands to the next.
     """
 
     move: SearchResult
@@ -48,6 +54,7 @@ class StepDecision(NamedTuple):
     same_data: bool = True
     curvature_seen: float = math.nan
     exact: ExactStep | None = None
+    light: LightStep | None = None
 
     @classmethod
     def of_exact(
@@ -84,9 +91,83 @@ class StepDecision(NamedTuple):
         """Whether the parameters move."""
         return self.move.direction is not None
 
+    @property
+    def is_by_cg(self) -> bool:
+        """Whether lambda is that of conjugate gradients."""
+        return self.exact is None and self.light is None
+
+    @property
+    def solver(self) -> str:
+        """What solved the quadratic; empty where nothing did."""
+        if self.exact is not None:
+            return EXACT
+        if self.light is not None:
+            return KRONECKER
+        return CG if self.solution else ""
+
+    def cost(self, objective: Objective, here: Evaluation) -> float:
+        """What the step cost, in gradients of its batch: roughly, but the same in every run."""
+        products = 0.0
+        if self.curvature is not None:
+            products = self.curvature.products * self.curvature.cases / here.cases
+        return GRADIENT_WITH_GRAPH + PRODUCT * products + EVALUATION * objective.evaluations
+
+    def next_progress(self, progress: Progress, objective: Objective, here: Evaluation) -> Progress:
+        """The numbers for the next step.
+
+        Args:
+            progress: Those that this step began with.
+            objective: Of the step, which knows what it cost.
+            here: Where it began.
+        """
+        before, move = progress, self.move
+        progress = before.seeing(here.loss, self.same_data)
+        changed = before.steps and not self.same_data and not self.nothing_to_do
+        progress = progress._replace(
+            steps=before.steps + 1, changes=progress.changes + 1.0 if changed else 0.0
+        )
+        if self.light is not None:
+            return after_light(progress, self.light, here)
+        if not self.nothing_to_do:
+            cost = self.cost(objective, here)
+            squares = self.curvature is not None and self.curvature.squares
+            exact = self.exact is not None
+            progress = after_full(progress, here, cost, exact=exact, squares=squares)
+        if self.exact is not None:
+            state = self.exact.found.state
+            progress = progress._replace(
+                exact_damping=state.damping,
+                exact_wall=state.hit_wall,
+                exact_stuck_at=state.stuck_at,
+                batched_rows=float(self.exact.batched),
+            )
+        if move.converged:
+            progress = progress._replace(
+                rejections=0,
+                last_loss=here.loss,
+                last_cases=here.cases,
+                noise=max(move.noise, progress.noise),
+                converged_at=here.gradient_norm,
+            )
+        elif not self.nothing_to_do:
+            progress = progress._replace(
+                rejections=0 if self.accepted else progress.rejections + 1,
+                last_loss=move.loss,
+                last_start=here.loss,
+                last_cases=here.cases,
+                last_ratio=move.ratio,
+                noise=max(move.noise, progress.noise if self.same_data else 0.0),
+                converged_at=-1.0,
+            )
+        elif not math.isfinite(here.loss):  # such a batch says nothing, but many in a row do
+            progress = progress._replace(rejections=progress.rejections + 1)
+        if self.solution is not None:
+            progress = progress.with_curvature(self.curvature_seen)
+        return progress
+
     def next_damping(self) -> float | None:
         """Lambda for the next step."""
-        if self.damping is None or self.nothing_to_do or self.exact is not None:
+        if self.damping is None or self.nothing_to_do or not self.is_by_cg:
             return self.damping
         if self.move.converged:  # unless lambda is what hides it, and not rounding
             return halfway(self.damping, self.curvature_seen)
@@ -139,7 +220,7 @@ class StepDecision(NamedTuple):
             seconds=timer.seconds(),
             requests=requests,
             converged=self.move.converged,
-            solver=EXACT if self.exact is not None else CG if solution else "",
+            solver=self.solver,
         )
 
     def _damping_used(self) -> float:

@@ -17,6 +17,13 @@ HELD = 0.7
 MAX_BUDGET = 256.0
 
 
+#: Light steps between two full ones, at first, at least and at most.
+FULL_AFTER, LEAST_FULL_AFTER, MOST_FULL_AFTER = 20.0, 1.0, 1280.0
+#: By how much a full step must be the better bargain before more of them are taken.
+BETTER = 2.0
+#: Gradients that a light step costs.
+LIGHT_COST = 1.3
+
 #: Numbers of exact steps and of CG's budget in a state, by what they may be.
 _NOT_NEGATIVE = (
     "claimed",
@@ -25,8 +32,25 @@ _NOT_NEGATIVE = (
     "exact_damping",
     "exact_wall",
     "batched_rows",
+    "exact",
+    "squares",
+    "changes",
+    "light",
+    "full_after",
+    "full_cost",
+    "radius",
+    "scatter",
 )
-_ANY = ("last_start", "found_again", "exact_stuck_at")
+_ANY = (
+    "last_start",
+    "found_again",
+    "exact_stuck_at",
+    "promised",
+    "light_start",
+    "light_rate",
+    "usual_loss",
+    "slopes",
+)
 
 
 class Progress(NamedTuple):
@@ -54,6 +78,20 @@ class Progress(NamedTuple):
         exact_wall: Whether the last one's search ended at a lambda that failed.
         exact_stuck_at: The loss from which no lambda led down; inf elsewhere.
         batched_rows: Whether the Jacobian's rows were seen to need a backward pass each.
+        exact: Whether the last full step was exact.
+        squares: Whether the loss of the last full step was a sum of squares.
+        changes: Steps in a row whose data were not those of the step before.
+        light: Light steps since the last full one.
+        full_after: After so many light steps comes a full one.
+        full_cost: What the last full step cost, in gradients.
+        radius: Of light steps, in units of the loss; 0 before there was one.
+        slopes: The running mean of slopes at light steps' ends, over those at their beginnings.
+        promised: The last light step's ``g^T d``, below 0; 0 where there is none.
+        usual_loss: Where light steps began lately, a running mean; inf before there was one.
+        scatter: Their mean squared deviation from it.
+        light_start: The loss where the light steps since the last full one began; inf elsewhere.
+        light_rate: By what part of it the last light steps lowered the loss per gradient; inf where
+            there is nothing to compare.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
 
@@ -74,6 +112,19 @@ class Progress(NamedTuple):
     exact_wall: float = 0.0
     exact_stuck_at: float = math.inf
     batched_rows: float = 0.0
+    exact: float = 0.0
+    squares: float = 0.0
+    changes: float = 0.0
+    light: float = 0.0
+    full_after: float = FULL_AFTER
+    full_cost: float = 0.0
+    radius: float = 0.0
+    slopes: float = 0.0
+    promised: float = 0.0
+    usual_loss: float = math.inf
+    scatter: float = 0.0
+    light_start: float = math.inf
+    light_rate: float = math.inf
 
     @property
     def ratio(self) -> float | None:
@@ -96,6 +147,7 @@ class Progress(NamedTuple):
         lose more. What steps gain under a good model, as where points of an equation are drawn
         anew, is found again on the next, and then CG may go further.
         """
+        self = self._compared(loss) if not same_data else self
         gain = self.last_start - self.last_loss
         if same_data or not 0 < gain < math.inf or not math.isfinite(loss):
             return self
@@ -111,6 +163,23 @@ class Progress(NamedTuple):
         if seen.since_change < STEPS_OF_EVIDENCE or found < KEPT * claimed:
             return seen
         return seen._replace(budget=min(2.0 * self.budget, MAX_BUDGET), since_change=0.0)
+
+    def _compared(self, loss: float) -> Progress:
+        """With the time to the next full step, after one among light steps was seen to hold or not.
+
+        A full step is the better bargain where, for each gradient that it cost, it lowered the loss
+        by more than the light steps before it, and the next batch confirms it.
+        """
+        if not math.isfinite(self.light_rate) or not self.full_cost or self.light:
+            return self
+        gain, claim = self.last_start - loss, self.last_start - self.last_loss
+        rate = gain / (abs(self.last_start) * self.full_cost) if self.last_start else 0.0
+        held = gain >= KEPT * claim > 0
+        if held and rate > BETTER * max(self.light_rate, 0.0):
+            after = max(self.full_after / 4.0, LEAST_FULL_AFTER)
+        else:
+            after = min(2.0 * self.full_after, MOST_FULL_AFTER)
+        return self._replace(full_after=after, full_cost=0.0, light_rate=math.inf)
 
     def with_curvature(self, seen: float) -> Progress:
         """With a curvature seen, which counts for some steps."""

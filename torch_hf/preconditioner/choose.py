@@ -15,6 +15,13 @@ def worth_observing(preconditioner: Preconditioner, most: int) -> bool:
     return most >= MIN_PAIR_ITERATIONS or not getattr(preconditioner, "has_layer_factors", False)
 
 
+def factors_of(preconditioner: Preconditioner) -> KroneckerPreconditioner | None:
+    """The Kronecker factors that a preconditioner stands on, if any."""
+    if isinstance(preconditioner, LBFGSPreconditioner):
+        return preconditioner.factors
+    return preconditioner if isinstance(preconditioner, KroneckerPreconditioner) else None
+
+
 def make_preconditioner(choice: str | Preconditioner, history_size: int) -> Preconditioner:
     """The preconditioner a user chose, by name or as an object.
 

@@ -22,6 +22,10 @@ MIN_PAIR_ITERATIONS = 11
 MEASURE_EVERY, HISTORY_WEIGHT = 3, 0.8
 #: The part of the mean curvature that damps the factors, in directions that a sample misses.
 MEAN_CURVATURE_SHARE = 0.5
+#: Steps by the factors alone measure them after 1, 1, 2, 4, 8 steps and later after so many. They
+#: damp them by so many mean curvatures: without products and trial losses they see a small sample's
+#: noise.
+MEASURE_EVERY_LIGHT, LIGHT_DAMPING = 20, 5.0
 #: Factors are inverted anew when their damping has changed by this factor.
 REINVERT_RATIO = 2.0
 #: Where an inversion fails, damping grows tenfold so many times.
@@ -123,12 +127,42 @@ class KroneckerPreconditioner:
             or not 1 / REINVERT_RATIO < total / known.damping < REINVERT_RATIO
         ):
             known, self._inverses = known._replace(damping=total), []
-        decays = list(curvature.decays)
-        if not self._inverses or decays != self._decays:
-            self._decays = decays
-            self._inverses = [invert(b, known.damping + decays[b.weight]) for b in known.blocks]
-            self._rest = [known.damping + held + decay for decay in decays]
         self._known = known
+        self._invert(list(curvature.decays))
+
+    @property
+    def wants_layers_light(self) -> bool:
+        """Whether a step by the factors alone measures them."""
+        age, often = self._known.age, self._known.measured
+        return age >= min(MEASURE_EVERY_LIGHT, 1 << min(max(often - 2, 0), 30))
+
+    def begin_light(
+        self, vector: ParameterVector, decays: Sequence[float], curvature: Curvature | None
+    ) -> None:
+        """Before a step by the factors alone.
+
+        Args:
+            vector: The parameters.
+            decays: Weight decay of each.
+            curvature: Where the factors are measured; None where the known ones serve.
+        """
+        self._before, self._count = self._known, 0
+        self._known = self._before.like(vector)
+        self._sizes = vector.sizes
+        if curvature is not None:
+            known = self._measure(curvature)
+            damping = LIGHT_DAMPING * mean_curvature(known.blocks, self._sizes)
+            self._known, self._inverses = known._replace(damping=damping), []
+        self._invert(list(decays))
+
+    def _invert(self, decays: list[float]) -> None:
+        """Makes the inverses, if there are none or weight decay has changed."""
+        if self._inverses and decays == self._decays:
+            return
+        known, self._decays = self._known, decays
+        held = MEAN_CURVATURE_SHARE * mean_curvature(known.blocks, self._sizes)
+        self._inverses = [invert(b, known.damping + decays[b.weight]) for b in known.blocks]
+        self._rest = [known.damping + held + decay for decay in decays]
 
     def apply(self, r: Tensor) -> Tensor:
         """The inverse times r; r itself where no layer is known."""

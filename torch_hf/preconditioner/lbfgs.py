@@ -86,6 +86,11 @@ class LBFGSPreconditioner:
         """Whether a few iterations of CG are worth many: the base knows the layers."""
         return bool(getattr(self._base, "has_layer_factors", False))
 
+    @property
+    def factors(self) -> KroneckerPreconditioner | None:
+        """The base, where it knows layers."""
+        return self._base if isinstance(self._base, KroneckerPreconditioner) else None
+
     def begin(self, damping: float, curvature: Curvature) -> None:
         """Builds the inverse for ``G + damping I`` from the last run's pairs."""
         self._base.begin(damping, curvature)

@@ -97,5 +97,7 @@ class RatioGrowth(Growth):
     def measured(self, report: StepReport, size: float) -> float:
         """Return ``size`` times ``1 + least + rate * (1 - rho)``."""
         ratio = report.reduction_ratio
+        if math.isnan(ratio) and report.accepted:  # a light step, whose ratio nobody measured
+            return size * (1.0 + self.least)
         kept = 0.0 if math.isnan(ratio) else min(max(ratio, 0.0), 1.0)
         return size * (1.0 + self.least + self.rate * (1.0 - kept))

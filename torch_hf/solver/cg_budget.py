@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def is_same_data(last: Mapping[str, Any], loss: float, cases: float, dtype: torc
         False
     """
     before = last.get("last_loss")
-    if before is None or last.get("last_cases") != cases:
+    if before is None or not math.isfinite(before) or last.get("last_cases") != cases:
         return False
     allowed = SAME_LOSS_ULPS * torch.finfo(dtype).eps * max(abs(before), abs(loss))
     return bool(abs(before - loss) <= allowed)

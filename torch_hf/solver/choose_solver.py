@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch_hf.solver.exact import exact_cost
 
 SOLVERS = ("auto", "cg", "exact")
-CG, EXACT = "cg", "exact"
+AUTO, CG, EXACT, KRONECKER = "auto", "cg", "exact", "kronecker"
 
 #: Exact solves may hold so many bytes, R included; a forced one as many as there are.
 MOST_BYTES = 2**30
