@@ -109,7 +109,7 @@ def test_a_step_that_would_fail(name, said, here, capsys):
 def test_the_page_shows_what_is_printed(here, capsys):
     page = (ROOT / "docs" / "api" / "command_line.md").read_text("utf-8")
     (here / "train.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
-    shown = re.search(r"```console\n\$ python -m torch_hf (.*?)\n(.*?)```", page, re.DOTALL)
+    shown = re.search(r"```\w*\n\$ python -m torch_hf (.*?)\n(.*?)```", page, re.DOTALL)
     assert main(shown[1].split()) == 0
     assert capsys.readouterr().out == shown[2]
     sys.modules.pop("train")
