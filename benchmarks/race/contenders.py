@@ -21,8 +21,8 @@ from .task import Batches, RaceTask, Tensors
 
 Options = dict[str, Any]
 SAMPLING = {field.name for field in fields(Batches)}
-#: Samples that grow by a factor, as in the paper.
-GEOMETRIC = {"growth": 1.01}
+#: Samples that grow by a factor, as in the paper; products on the first quarter.
+GEOMETRIC = {"growth": 1.01, "batch_size": 1_000, "curvature_fraction": 0.25}
 #: Samples that do not grow, and twice the size that growing ones begin with.
 FIXED = {"growth": 1.0, "curvature_growth": 1.0, "batch_size": 2_000, "curvature_fraction": 0.5}
 #: The method of arXiv 1309.1508 without its preconditioner, CG's start and end as published.
@@ -77,6 +77,9 @@ class HF:
         if self.sampler is None:
             self.whole = self.task.whole(self.generator)
             self.optimizer.step(self._loss)
+        elif self.batches.growth == 1.0 and self.batches.curvature_fraction == 1.0:
+            batch = next(self.drawn)
+            self.optimizer.step(lambda: self.task.loss(self.model, batch))
         else:
             batch = next(self.drawn)
             first = head(batch, self.sampler.curvature_batch_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 
 import autoencoder
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .task import Batches, Missing, RaceTask, Setting, Tensors, growing, supervised, wrong
+from .task import Missing, RaceTask, Setting, Tensors, small_batches, supervised, wrong
 
 CURVES_WIDTHS = (784, 400, 200, 100, 50, 25, 6, 25, 50, 100, 200, 400, 784)
 
@@ -35,7 +34,7 @@ def mnist_autoencoder(setting: Setting) -> RaceTask:
         test_metric="test_error",
         # the best published Nesterov momentum and HF (Sutskever et al. 2013) on a GPU's time
         targets=[("train_error", value) for value in (20.0, 10.0, 5.0, 3.0, 2.0, 0.73, 0.69)],
-        batches=growing(setting),
+        batches=small_batches(setting),
         budget=180.0,
     )
 
@@ -55,7 +54,7 @@ def curves_autoencoder(setting: Setting) -> RaceTask:
         train_metric="train_error",
         test_metric="test_error",
         targets=[("train_error", value) for value in (20.0, 10.0, 5.0, 2.0, 1.0, 0.5)],
-        batches=growing(setting),
+        batches=small_batches(setting),
         budget=180.0,
     )
 
@@ -116,7 +115,7 @@ def mnist_classifier(setting: Setting) -> RaceTask:
         {"error": wrong},
         test_metric="test_error",
         targets=[("test_error", value) for value in (0.05, 0.03, 0.02, 0.015, 0.01)],
-        batches=in_parts(setting),
+        batches=small_batches(setting),
         peer_batch=512 if setting.large else 128,
         budget=120.0,
     )
@@ -136,16 +135,11 @@ def cifar10_classifier(setting: Setting) -> RaceTask:
         {"error": wrong},
         test_metric="test_error",
         targets=[("train_loss", value) for value in (1.5, 1.2, 1.0, 0.5, 0.2, 0.05)],
-        batches=in_parts(setting),
+        batches=small_batches(setting),
         peer_batch=512 if setting.large else 128,
         lbfgs_batch=2_000,
         budget=120.0,
     )
-
-
-def in_parts(setting: Setting) -> Batches:
-    """The gradient 250 cases at a time: activations of convolutions then stay in a CPU's cache."""
-    return replace(growing(setting), gradient_split=None if setting.large else 250)
 
 
 def load(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .task import Missing, RaceTask, Setting, growing, supervised, wrong
+from .task import Missing, RaceTask, Setting, small_batches, supervised, wrong
 
 RATE = 8_000
 BANDS = 24
@@ -58,7 +58,7 @@ def speech(setting: Setting) -> RaceTask:
         {"error": wrong},
         test_metric="test_error",
         targets=[("train_loss", value) for value in (2.0, 1.5, 1.2, 1.0, 0.8)],
-        batches=growing(setting),
+        batches=small_batches(setting),
         budget=120.0,
     )
 
