@@ -73,7 +73,7 @@ def main() -> None:
         model=make_model().to(args.device),
         train=train,
         test=test,
-        batch_sizes={"hf": 1000, "adam": 500, "sgd": 500, "lbfgs": 5000},
+        batch_sizes={"hf": 256, "adam": 500, "sgd": 500, "lbfgs": 5000},
         loss=loss,
         score=squared_error,
         score_name="squared_error",

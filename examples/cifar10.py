@@ -41,7 +41,7 @@ def main() -> None:
         model=make_model().to(args.device),
         train=train,
         test=test,
-        batch_sizes={"hf": 1000, "adam": 128, "sgd": 128, "lbfgs": 2000},
+        batch_sizes={"hf": 256, "adam": 128, "sgd": 128, "lbfgs": 2000},
         max_batch_size=10_000,
         weight_decay=1e-3,
     )

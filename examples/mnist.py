@@ -36,7 +36,7 @@ def main() -> None:
         model=make_model().to(args.device),
         train=train,
         test=test,
-        batch_sizes={"hf": 1000, "adam": 128, "sgd": 128, "lbfgs": 5000},
+        batch_sizes={"hf": 256, "adam": 128, "sgd": 128, "lbfgs": 5000},
         weight_decay=1e-3,
     )
     run(task, args)

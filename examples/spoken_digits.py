@@ -100,7 +100,7 @@ def main() -> None:
         model=nn.Sequential(*layers, nn.Linear(width, PARTS * 10)).to(args.device),
         train=tuple(train),
         test=tuple(test),
-        batch_sizes={"hf": 2000, "adam": 256, "sgd": 256, "lbfgs": 20_000},
+        batch_sizes={"hf": 256, "adam": 256, "sgd": 256, "lbfgs": 20_000},
         weight_decay=1e-5,
     )
     run(task, args)
