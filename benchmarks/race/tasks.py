@@ -31,6 +31,7 @@ TASKS: dict[str, Callable[[Setting], RaceTask]] = {
     "heat-resampled": partial(heat, resampled=True),
     "adding": adding,
     "mnist": mnist_classifier,
+    "mnist10k": partial(mnist_classifier, cases=10_000),
     "cifar10": cifar10_classifier,
     "regression": regression,
     "regression32": partial(regression, dtype=torch.float32),
