@@ -36,7 +36,7 @@ def initial_radius(loss: float) -> float:
 
     Example:
         >>> initial_radius(2.0)
-        0.02
+        0.026
     """
     return INITIAL_RADIUS * abs(loss)
 
