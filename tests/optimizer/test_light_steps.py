@@ -291,3 +291,23 @@ def test_a_light_step_prints_what_is_known_of_it():
     assert "solver kronecker" in shown
     assert "nan" not in shown
     assert "damping" not in shown
+
+
+def test_residuals_of_differential_equations_on_new_points_get_none():
+    """The factors say little of a closure that takes derivatives itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 10), nn.Tanh(), nn.Linear(10, 1)).double()
+    optimizer = HFOptimizer(model.parameters())
+    points = [torch.rand(60, 1, dtype=torch.float64).requires_grad_() for _ in range(12)]
+
+    def residual(x):
+        u = model(x)
+        (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        start = model(torch.zeros_like(x))
+        return (slope - torch.cos(x)).square().mean() + start.square().mean()
+
+    kinds = set()
+    for x in points:
+        optimizer.step(lambda x=x: residual(x))
+        kinds.add(optimizer.last_report.solver)
+    assert "kronecker" not in kinds

@@ -338,7 +338,8 @@ class HFOptimizer(FlatStateOptimizer):
         """The step by the factors alone, where data change; else None."""
         options, factors = self.param_groups[0], factors_of(self.preconditioner)
         progress = self._progress.seeing(here.loss, same_data)
-        if not takes_light_step(options, self.curvature, factors, progress, same_data):
+        inside = objective.runs.needs_graph
+        if not takes_light_step(options, self.curvature, factors, progress, same_data, inside):
             return None
         assert factors is not None
         start, rates = self._start, self._rates()

@@ -65,6 +65,7 @@ def takes_light_step(
     factors: KroneckerPreconditioner | None,
     progress: Progress,
     same_data: bool,
+    differentiates: bool,
 ) -> bool:
     """Whether this step is a light one.
 
@@ -80,7 +81,11 @@ def takes_light_step(
         factors: Known Kronecker factors; None where the preconditioner has none.
         progress: Of the steps before.
         same_data: Whether the data are those of the step before.
+        differentiates: Whether the closure itself takes derivatives, as for the residual of a
+            differential equation: the factors say little of such a loss, and noise is small.
     """
+    if differentiates:
+        return False
     if factors is None or not factors.has_layer_factors or curvature != "ggn":
         return False
     wants_cg = options["cg_max_iter"] is not None or options["cg_decay"] is not None
