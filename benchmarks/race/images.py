@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import autoencoder
@@ -137,7 +138,7 @@ def cifar10_classifier(setting: Setting) -> RaceTask:
         {"error": wrong},
         test_metric="test_error",
         targets=[("train_loss", value) for value in (1.5, 1.2, 1.0, 0.5, 0.2, 0.05)],
-        batches=small_batches(setting),
+        batches=replace(small_batches(setting), batch_size=512 if setting.large else 128),
         peer_batch=512 if setting.large else 128,
         lbfgs_batch=2_000,
         budget=120.0,

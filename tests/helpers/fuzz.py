@@ -617,6 +617,12 @@ class Checker:
         report = run.optimizer.last_report
         assert report is not None
         self.counts["accepted" if report.accepted else "not accepted"] += 1
+        if report.solver == "kronecker" and "taken back" in report.reason:
+            self.counts["taken back"] += 1
+            return
+        if report.solver == "kronecker" and math.isnan(report.new_loss):
+            self.counts["light"] += 1  # the next batch judges it
+            return
         if not math.isfinite(report.loss):
             self.counts["not finite before"] += 1
             if report.accepted:

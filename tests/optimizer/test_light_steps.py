@@ -200,13 +200,24 @@ def test_a_step_that_ends_where_the_loss_is_not_finite_is_taken_back(wrong):
     run.steps(*range(15))
     before = run.values()
     run.step(15)
-    run.spoil = lambda loss: loss * wrong
+    there = run.values()
+    run.spoil = lambda loss: loss * wrong if torch.equal(run.values(), there) else loss
     report = run.step(16)
     assert report.reason == light_step.TAKEN_BACK
     torch.testing.assert_close(run.values(), before)
-    after = run.values()
-    assert not run.step(17).accepted  # there is nothing more to take back
-    assert torch.equal(run.values(), after)
+    assert math.isfinite(report.new_loss)
+    run.spoil = lambda loss: loss
+    assert run.step(17).accepted
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
+def test_a_batch_whose_loss_is_not_finite_anywhere_moves_nothing(wrong):
+    run = Run()
+    run.steps(*range(15))
+    before = run.values()
+    run.spoil = lambda loss: loss * wrong
+    assert not any(report.accepted for report in run.steps(16, 17))
+    assert torch.equal(run.values(), before)
     run.spoil = lambda loss: loss
     assert run.step(18).accepted
 

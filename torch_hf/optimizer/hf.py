@@ -266,7 +266,7 @@ class HFOptimizer(FlatStateOptimizer):
             return StepDecision(move, damping)
         reason = self._no_step(here)
         if reason and not math.isfinite(here.loss):
-            undone = undo(objective, self._progress, self._start, self._rates())
+            undone = undo(objective, here, self._progress, self._start, self._rates())
             if undone is not None:
                 return StepDecision(undone.move, damping, same_data=False, light=undone)
         if reason:

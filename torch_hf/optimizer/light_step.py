@@ -156,13 +156,24 @@ def light_step(
 
 
 def undo(
-    objective: Objective, progress: Progress, start: Tensor | None, rates: list[float]
+    objective: Objective,
+    here: Evaluation,
+    progress: Progress,
+    start: Tensor | None,
+    rates: list[float],
 ) -> LightStep | None:
-    """Takes the last light step back, if there is one: the loss is not finite where it ended."""
+    """Takes the last light step back where it, and not the batch, makes the loss non-finite."""
     if start is None or not progress.light or not progress.promised < 0:
         return None
     radius = progress.radius * natural_gradient.AFTER_REJECTION
     move = _scaled(objective, -start, rates, SearchResult(None, 1.0, math.nan, reason=TAKEN_BACK))
+    assert move.direction is not None
+    with objective.vector.trial() as trial:
+        trial.place(objective.space.whole(move.direction), move.length)
+        loss = objective.trial_loss(here)
+    if not math.isfinite(loss):  # it is the batch
+        return None
+    move = move._replace(loss=loss)
     return LightStep(move, None, 0.0, radius, progress.slopes)
 
 
