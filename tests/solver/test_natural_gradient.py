@@ -22,14 +22,14 @@ def test_the_first_radius_scales_with_the_loss():
 
 def test_the_radius_follows_the_slopes_at_the_ends_of_steps():
     radii = []
-    for slope in (-2.0, -0.06, 0.0, 1.0, 4.0):
+    for slope in (-2.0, 0.0, 0.04, 1.0, 4.0):
         mean, radius = 0.0, 1.0
         for _ in range(100):
             mean = ng.mean_slope(mean, slope, -2.0)
             radius = ng.adapted_radius(radius, mean)
         radii.append(radius)
     assert radii == sorted(radii, reverse=True)
-    assert radii[1] > 1.3 > radii[2] == 1.0
+    assert radii[1] > 1.3 > radii[2] > 1.0  # 2 % of the slope promised keeps it in the end
     assert radii[3] < 0.2
 
 

@@ -23,6 +23,9 @@ INITIAL_RADIUS = 0.013
 #: The weight of earlier slopes in their running mean; how fast the logarithm of the radius follows
 #: it, per step, and the most that it changes in one.
 SLOPE_MEMORY, ADAPTATION, MOST_CHANGE = 0.95, 0.15, 0.025
+#: The slope at a step's end, over that at its beginning, that keeps the radius: on noisy batches the
+#: loss along a step rises at its end long before shorter steps would be the faster way.
+KEPT_SLOPE = 0.02
 #: A single slope counts for no more than this.
 MOST_SLOPE = 1.0
 #: Beyond it the step is taken back.
@@ -84,7 +87,7 @@ def adapted_radius(radius: float, mean: float) -> float:
         >>> adapted_radius(1.0, -0.1) > 1.0 > adapted_radius(1.0, 0.1)
         True
     """
-    change = ADAPTATION * mean
+    change = ADAPTATION * (mean - KEPT_SLOPE)
     return radius * math.exp(-min(max(change, -MOST_CHANGE), MOST_CHANGE))
 
 
