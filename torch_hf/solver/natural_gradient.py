@@ -23,8 +23,8 @@ INITIAL_RADIUS = 0.013
 #: The weight of earlier slopes in their running mean; how fast the logarithm of the radius follows
 #: it, per step, and the most that it changes in one.
 SLOPE_MEMORY, ADAPTATION, MOST_CHANGE = 0.95, 0.15, 0.025
-#: The slope at a step's end, over that at its beginning, that keeps the radius: on noisy batches the
-#: loss along a step rises at its end long before shorter steps would be the faster way.
+#: The slope at a step's end, over that at its beginning, that keeps the radius: on noisy batches
+#: the loss rises at the end of steps long before shorter ones would be the faster way.
 KEPT_SLOPE = 0.02
 #: A single slope counts for no more than this.
 MOST_SLOPE = 1.0
