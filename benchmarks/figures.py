@@ -33,9 +33,9 @@ OVERVIEW = (
         "test",
     ),
     ("recurrent network, adding problem", "test error", "adding-cpu", "test"),
-    ("MNIST autoencoder", "test error", "autoencoder-cpu-seconds", "test"),
+    ("MNIST autoencoder", "test error", "autoencoder-cpu", "test"),
     ("Curves autoencoder", "test error", "curves-cpu", "test"),
-    ("spoken digits, new speakers", "test error", "speech-cpu-seconds", "test"),
+    ("spoken digits, new speakers", "test error", "speech-cpu", "test"),
     ("CIFAR-10, a part, CNN", "seconds to training loss 1", "cifar10-cpu-seconds", "train_loss 1"),
     ("CIFAR-10, a part, CNN", "test error", "cifar10-cpu-seconds", "test"),
     ("MNIST, CNN", "seconds to 98 % accuracy", "mnist-cpu-seconds", "test_error 0.02"),
@@ -46,6 +46,12 @@ DENSE = {
     "dense-burgers": ("burgers-cpu-seconds", "train_loss"),
     "dense-regression": ("regression-cpu-seconds", "train_loss"),
     "dense-heat": ("heat-resampled-cpu-seconds", "test"),
+    "small-mnist": ("mnist-cpu-seconds", "test"),
+    "small-mnist10k": ("mnist10k-cpu-seconds", "test"),
+    "small-cifar10": ("cifar10-cpu-seconds", "train_loss"),
+    "small-cifar10-test": ("cifar10-cpu-seconds", "test"),
+    "small-speech": ("speech-cpu-seconds", "test"),
+    "small-autoencoder": ("autoencoder-cpu-seconds", "test"),
 }
 #: How the pages call them.
 NAMES = {
@@ -98,7 +104,7 @@ def dense(record: str, wanted: str) -> str:
         low, high = row[f"{key}_range"]
         rows.append(
             [
-                f"**{name}**" if name == "ours" else name,
+                f"**{name}**" if name.startswith("ours") else name,
                 *(number(row["at"][share][key]) for share in ("1/10", "1/3")),
                 number(row[key]),
                 f"{number(low)} to {number(high)}",
@@ -199,7 +205,9 @@ def value_of(row: dict[str, Any], key: str) -> float | None:
 
 
 def called(optimizer: str) -> str:
-    return NAMES.get(optimizer.partition(":")[0], optimizer.partition(":")[0])
+    base, _, options = optimizer.partition(":")
+    sizes = [o.partition("=")[2] for o in options.split(":") if o.startswith("batch_size=")]
+    return NAMES.get(base, base) + "".join(f", batches of {size}" for size in sizes)
 
 
 def number(value: float | None) -> str:
