@@ -69,7 +69,8 @@ class StepReport:
             the loss. The run goes on when the data change.
         solver: What solved the quadratic: ``"cg"``, ``"exact"``, ``"lanczos"``, or ``"kronecker"``
             for a light step by the Kronecker factors alone, whose reduction ratio is the actual
-            change over that of the slope; empty where nothing did.
+            change over that of the slope; ``"broyden"`` for quasi-Newton iterations, which have
+            no damping; empty where nothing did.
     """
 
     step: int
@@ -109,7 +110,7 @@ class StepReport:
             words.append(f"solver {self.solver}")
         if self.solver == "cg":
             words.append(f"{self.cg_iterations} iterations ({self.cg_stop})")
-        if self.solver != "kronecker":
+        if math.isfinite(self.damping) and self.solver != "kronecker":
             words.append(f"damping {self.damping:.3g}")
         if math.isfinite(self.reduction_ratio):
             words.append(f"reduction ratio {self.reduction_ratio:.2f}")

@@ -237,6 +237,27 @@ class Objective:
         losses = self.runs.losses(self.batches)
         return sum(s * float(x) for s, x in zip(shares, losses, strict=True) if s)
 
+    def trial_gradient(self, here: Evaluation) -> tuple[float, Tensor]:
+        """As :meth:`trial_loss`, and the gradient (P,) there (one process).
+
+        A loss that is no number is inf.
+        """
+        self.evaluations += 1
+        gradient: list[Tensor | None] = [None] * len(self.vector.params)
+        losses = []
+        for i, (batch, share) in enumerate(zip(self.batches, here.shares, strict=True)):
+            with self.replay.rerun(i):
+                graph = self.runs.graph(batch)
+            losses.append(float(graph.loss.detach()))
+            self._add_gradient(gradient, graph, share, False)
+        total = sum(s * x for s, x in zip(here.shares, losses, strict=True) if s)
+        loss = total / here.divisor + self.penalty.own_loss()
+        flat = self.vector.flatten(gradient)
+        if here.divisor != 1.0:
+            flat.div_(here.divisor)
+        self.penalty.add_gradient(flat)
+        return loss if math.isfinite(loss) else math.inf, self.free(flat)
+
     def trial_residual(self, here: Evaluation) -> tuple[float, Tensor | None]:
         """As :meth:`trial_loss`, and the residual where the loss is a sum of squares (one process).
 

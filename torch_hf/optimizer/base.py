@@ -14,6 +14,7 @@ from torch_hf import _checks
 from torch_hf.distributed import Reducer, Sharded, Space, parameter_vector, space_of
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
+from torch_hf.optimizer.broyden_step import Secant
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.state_dict import (
     MOST_NORMS,
@@ -47,6 +48,7 @@ class FlatStateOptimizer(Optimizer):
     _requests: Requests
     _start: Tensor | None  # where CG ended
     _norms: Tensor | None  # squared norms of the Jacobian's columns
+    _secant: Secant | None  # the inverse Hessian of quasi-Newton iterations
     _format: tuple[torch.dtype, torch.device] | None = None  # of the vectors kept
     _progress: Progress
     _knows_precision = False  # whether a step has looked at it
@@ -118,7 +120,7 @@ class FlatStateOptimizer(Optimizer):
         known = list(self.state)
         if known and [id(p) for p in known] != [id(p) for p in vector.params]:
             change.reloads = True
-            self._start = self._norms = None
+            self._start = self._norms = self._secant = None
             self.preconditioner.load_state_dict({})
 
     def _convert(self, vector: ParameterVector, change: Transaction) -> None:
@@ -134,6 +136,8 @@ class FlatStateOptimizer(Optimizer):
 
         change.reloads = True
         self._start, self._norms = converted(self._start), converted(self._norms)
+        if self._secant is not None:
+            self._secant = Secant(*map(converted, self._secant))
         kept = self.preconditioner.state_dict()
         self.preconditioner.load_state_dict({k: converted(v) for k, v in kept.items()})
 
@@ -155,7 +159,10 @@ class FlatStateOptimizer(Optimizer):
     def _kept(self, vector: ParameterVector) -> dict[str, Tensor | None]:
         alone = self.process_group is None and not vector.sums  # ranks take no exact steps
         small = alone and vector.numel <= MOST_NORMS
-        return {"cg_iterate": self._start} | ({"column_norms": self._norms} if small else {})
+        kept = {"cg_iterate": self._start} | ({"column_norms": self._norms} if small else {})
+        if self._secant is not None:
+            kept |= {"broyden_inverse": self._secant.inverse, "broyden_anchor": self._secant.anchor}
+        return kept
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in ``torch.optim``; a group may have its own ``lr`` and ``weight_decay``.
@@ -215,7 +222,7 @@ class FlatStateOptimizer(Optimizer):
                 f"{sorted(found.entries)}: {error}. Load another checkpoint, or start with a new "
                 "optimizer."
             ) from error
-        self._start, self._norms = found.start, found.norms
+        self._start, self._norms, self._secant = found.start, found.norms, found.secant
         self._format = vector.dtype, vector.device
         self._progress = found.progress
         self._pack(vector, self._space(vector)[1])
@@ -242,6 +249,6 @@ class FlatStateOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ["preconditioner", "curvature", "process_group", "shard_state"]
-        own += ["last_report", "_requests", "_start", "_norms", "_format", "_progress"]
+        own += ["last_report", "_requests", "_start", "_norms", "_secant", "_format", "_progress"]
         own += ["_knows_precision", "_knows_rates"]
         return super().__getstate__() | {name: getattr(self, name) for name in own}

@@ -20,7 +20,7 @@ from torch_hf.loss.hessian_roots import sums_of_squares
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.timer import StepTimer
-from torch_hf.solver.choose_solver import EXACT, exact_bytes, exact_is_cheaper
+from torch_hf.solver.choose_solver import EXACT, exact_bytes, exact_is_cheaper, exact_price
 from torch_hf.solver.exact import ExactSolver
 from torch_hf.solver.levenberg_marquardt import (
     DampingSearch,
@@ -106,6 +106,18 @@ def solves_exactly(
     return exact_is_cheaper(size.rows, size.params, passes, size.cases, item, products)
 
 
+def price_of_exact(operator: ObjectiveOperator) -> float:
+    """What an exact solve costs, in gradients; 0 where there is none or products are cheaper."""
+    size = None if why_no_root(operator) else root_size(operator)
+    if size is None or not size.rows or not size.cases:
+        return 0.0
+    item = max(p.element_size() for p in operator.objective.vector.params)
+    if not exact_is_cheaper(size.rows, size.params, size.passes, size.cases, item):
+        return 0.0
+    inside = operator.objective.runs.needs_graph
+    return exact_price(size.rows, size.params, size.passes, size.cases, inside)
+
+
 def _squares_of(operator: ObjectiveOperator) -> bool:
     """Whether the loss is a sum of squares; of classes a step learns a sample's noise sooner."""
     return operator.split is not None and sums_of_squares(operator.split.loss_terms)
@@ -130,6 +142,7 @@ def exact_step(
     first: float | None,
     timer: StepTimer,
     forced: bool = False,
+    fresh: bool = False,
 ) -> ExactStep | None:
     """The search of one step; None where the loss's Hessian has no root after all.
 
@@ -146,6 +159,7 @@ def exact_step(
         first: The first lambda of all, if a user gave one.
         timer: Takes the seconds.
         forced: Whether there is no other solver to turn to.
+        fresh: Whether the steps before were quasi-Newton's.
     """
     vector = objective.vector
     with timer.part("products"):
@@ -180,7 +194,8 @@ def exact_step(
             return objective.trial_loss(here), None
 
         eps = torch.finfo(vector.dtype).eps
-        found = DampingSearch(solver, evaluate, here.loss, eps, state, first, noise).run()
+        search = DampingSearch(solver, evaluate, here.loss, eps, state, first, noise, fresh)
+        found = search.run()
         if found.direction is not None:
             direction = found.direction.to(vector.dtype)
             found = found._replace(direction=direction)

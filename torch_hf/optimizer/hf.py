@@ -23,7 +23,15 @@ from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
-from torch_hf.optimizer.exact_step import ExactStep, exact_step, solves_exactly
+from torch_hf.optimizer.broyden_step import (
+    FIRST_ITERATIONS,
+    BroydenStep,
+    Secant,
+    broyden_step,
+    check_broyden,
+    fits_broyden,
+)
+from torch_hf.optimizer.exact_step import ExactStep, exact_step, price_of_exact, solves_exactly
 from torch_hf.optimizer.lanczos_step import lanczos_step, pairs_of_step
 from torch_hf.optimizer.light_step import LightStep, light_step, takes_light_step, undo
 from torch_hf.optimizer.outcome import StepDecision
@@ -35,9 +43,17 @@ from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.solver.cg import CGResult, conjugate_gradients
 from torch_hf.solver.cg_budget import is_same_data, max_iterations
-from torch_hf.solver.choose_solver import EXACT, LANCZOS, PRODUCTS_OF_SOLVE, SOLVERS
+from torch_hf.solver.choose_solver import (
+    AUTO,
+    BROYDEN,
+    EXACT,
+    LANCZOS,
+    PRODUCTS_OF_SOLVE,
+    SOLVERS,
+)
 from torch_hf.solver.levenberg_marquardt import DampingState
 from torch_hf.solver.line_search import CONVERGED, SearchResult, repeats, scaled, search
+from torch_hf.solver.phases import LEAST_PRICE
 from torch_hf.solver.trust_region import (
     curvature_along,
     damping_ceiling,
@@ -171,6 +187,7 @@ class HFOptimizer(FlatStateOptimizer):
         self._requests = Requests()
         self._start: Tensor | None = None
         self._norms: Tensor | None = None
+        self._secant: Secant | None = None
         self._progress = Progress()
         super().__init__(params, defaults)
         self._vector()  # complains now rather than at the first step
@@ -282,11 +299,24 @@ class HFOptimizer(FlatStateOptimizer):
             return StepDecision(
                 light.move, damping, None, operator, variance, same_data=False, light=light
             )
+        broyden = self._broyden_step(objective, here, same_data, timer)
+        if broyden is not None and (broyden.move.direction is not None or self._wants(BROYDEN)):
+            return StepDecision.of_broyden(broyden, damping, variance, same_data)
         with timer.part("gradient"):
-            curvature = ObjectiveOperator(objective, self.curvature, here=here)
+            kept = here if broyden is None else None  # trial points have spoiled its graph
+            curvature = ObjectiveOperator(objective, self.curvature, here=kept)
+        price = self._price_of_exact(curvature)
+        if price >= LEAST_PRICE and not self._progress.steps:  # the data may be gone at the next
+            curvature.release()
+            broyden = broyden_step(objective, here, None, timer, FIRST_ITERATIONS)
+            if broyden.move.direction is not None:
+                step = StepDecision.of_broyden(broyden, damping, variance, same_data)
+                return step._replace(price=price)
+            curvature = ObjectiveOperator(objective, self.curvature)
         exact = self._exact_step(objective, here, curvature, same_data, timer)
         if exact is not None:
-            return StepDecision.of_exact(exact, damping, curvature, variance, same_data)
+            step = StepDecision.of_exact(exact, damping, curvature, variance, same_data)
+            return step._replace(price=price, failed=broyden)
         with timer.part("products"):
             damping = self._damping(damping, here, curvature, space)
         seen: list[float] = []
@@ -330,6 +360,8 @@ class HFOptimizer(FlatStateOptimizer):
             variance,
             same_data=same_data,
             curvature_seen=seen[0] if seen else math.nan,
+            price=price,
+            failed=broyden,
         )
 
     def _light_step(
@@ -349,6 +381,47 @@ class HFOptimizer(FlatStateOptimizer):
         """``lr`` of each parameter."""
         return [float(g["lr"]) for g, _ in self._owned()]
 
+    def _wants(self, solver: str) -> bool:
+        return bool(self.param_groups[0]["solver"] == solver)
+
+    def _is_plain(self) -> bool:
+        """Whether no option asks for conjugate gradients or for other lengths of steps."""
+        return all(g["lr"] == 1.0 for g in self.param_groups) and self._chosen_solver_is_free()
+
+    def _broyden_step(
+        self, objective: Objective, here: Evaluation, same_data: bool, timer: StepTimer
+    ) -> BroydenStep | None:
+        """Quasi-Newton iterations, where it is their turn; else None."""
+        alone = self.process_group is None and not objective.vector.sums
+        if self._wants(BROYDEN):
+            self._check_rates(BROYDEN)
+            check_broyden(objective.vector, alone)
+        elif (
+            not (self._wants(AUTO) and same_data and self._progress.phase_quasi)
+            or not (self._is_plain() and alone)
+            or objective.own_curvature_batches
+        ):
+            return None
+        return broyden_step(objective, here, self._secant if same_data else None, timer)
+
+    def _price_of_exact(self, curvature: ObjectiveOperator) -> float:
+        """In gradients, where quasi-Newton iterations would be an alternative; else 0."""
+        vector = curvature.objective.vector
+        if not (self._wants(AUTO) and self._is_plain() and fits_broyden(vector)):
+            return 0.0
+        if self.process_group is not None or vector.sums:
+            return 0.0
+        if curvature.objective.own_curvature_batches:
+            return 0.0
+        return self._progress.phase_price or price_of_exact(curvature)
+
+    def _check_rates(self, wanted: str) -> None:
+        if any(g["lr"] != 1.0 for g in self.param_groups):
+            raise RuntimeError(
+                f'lr must be 1 with solver="{wanted}", which takes the step\'s length from the '
+                f'loss, got {[g["lr"] for g in self.param_groups]}. Remove lr, or use solver="cg".'
+            )
+
     def _exact_step(
         self,
         objective: Objective,
@@ -359,15 +432,11 @@ class HFOptimizer(FlatStateOptimizer):
     ) -> ExactStep | None:
         """The step by the Jacobian itself, where that is the cheaper way; else None."""
         options, progress = self.param_groups[0], self._progress.seeing(here.loss, same_data)
-        plain = all(g["lr"] == 1.0 for g in self.param_groups) and self._chosen_solver_is_free()
         wanted = options["solver"]
         forced = wanted in (EXACT, LANCZOS)
-        if forced and any(g["lr"] != 1.0 for g in self.param_groups):
-            raise RuntimeError(
-                f'lr must be 1 with solver="{wanted}", which takes the step\'s length from the '
-                f'loss, got {[g["lr"] for g in self.param_groups]}. Remove lr, or use solver="cg".'
-            )
-        if wanted == "auto" and not plain:
+        if forced:
+            self._check_rates(wanted)
+        if wanted == AUTO and not self._is_plain():
             return None
         most = max_iterations(self.preconditioner, same_data, progress.budget)
         data_stay = same_data or progress.budget > 1.0
@@ -383,9 +452,12 @@ class HFOptimizer(FlatStateOptimizer):
         if not exactly and not pairs:
             return None
         state = DampingState(progress.exact_damping, progress.exact_wall, progress.exact_stuck_at)
+        fresh = exactly and same_data and bool(progress.phase_fresh)
+        if fresh:
+            state = DampingState()
         first = options["damping"] if not progress.steps else None
         found = (
-            exact_step(objective, here, curvature, state, self._norms, first, timer, forced)
+            exact_step(objective, here, curvature, state, self._norms, first, timer, forced, fresh)
             if exactly
             else lanczos_step(objective, here, curvature, state, first, pairs, timer, forced)
         )
@@ -479,6 +551,7 @@ class HFOptimizer(FlatStateOptimizer):
         if outcome.exact is not None:
             norms = outcome.exact.norms
             self._norms = self._norms if norms is None else norms
+        self._secant = outcome.next_secant(self._secant)
         if outcome.light is not None:
             self._start = outcome.light.velocity
             if factors := factors_of(self.preconditioner):

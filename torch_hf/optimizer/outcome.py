@@ -8,14 +8,16 @@ from typing import NamedTuple
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
+from torch_hf.optimizer.broyden_step import BroydenStep, Secant
 from torch_hf.optimizer.exact_step import ExactStep
 from torch_hf.optimizer.light_step import LightStep, after_full, after_light
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
-from torch_hf.solver.choose_solver import CG, KRONECKER
+from torch_hf.solver.choose_solver import BROYDEN, CG, KRONECKER
 from torch_hf.solver.line_search import SearchResult
+from torch_hf.solver.phases import Phases
 from torch_hf.solver.trust_region import (
     EASY_ITERATIONS,
     THRESHOLDS_ON_NEW_DATA,
@@ -43,6 +45,9 @@ class StepDecision(NamedTuple):
         curvature_seen: Along the first vector that was multiplied.
         exact: What an exact step hands to the next.
         light: What a light step hands to the next.
+        broyden: What a step of quasi-Newton iterations hands to the next.
+        price: What an exact solve costs here, in gradients; 0 where none is in question.
+        failed: Quasi-Newton iterations that gained nothing, before the step that is taken.
     """
 
     move: SearchResult
@@ -55,6 +60,9 @@ class StepDecision(NamedTuple):
     curvature_seen: float = math.nan
     exact: ExactStep | None = None
     light: LightStep | None = None
+    broyden: BroydenStep | None = None
+    price: float = 0.0
+    failed: BroydenStep | None = None
 
     @classmethod
     def of_exact(
@@ -86,6 +94,14 @@ class StepDecision(NamedTuple):
             exact=exact,
         )
 
+    @classmethod
+    def of_broyden(
+        cls, broyden: BroydenStep, damping: float | None, variance: float | None, same_data: bool
+    ) -> StepDecision:
+        """That of quasi-Newton iterations, which have no lambda."""
+        move = broyden.move
+        return cls(move, damping, variance=variance, same_data=same_data, broyden=broyden)
+
     @property
     def accepted(self) -> bool:
         """Whether the parameters move."""
@@ -94,7 +110,7 @@ class StepDecision(NamedTuple):
     @property
     def is_by_cg(self) -> bool:
         """Whether lambda is that of conjugate gradients."""
-        return self.exact is None and self.light is None
+        return self.exact is None and self.light is None and self.broyden is None
 
     @property
     def solver(self) -> str:
@@ -103,13 +119,19 @@ class StepDecision(NamedTuple):
             return self.exact.solver
         if self.light is not None:
             return KRONECKER
+        if self.broyden is not None:
+            return BROYDEN
         return CG if self.solution else ""
 
     def cost(self, objective: Objective, here: Evaluation) -> float:
         """What the step cost, in gradients of its batch: roughly, but the same in every run."""
+        if self.broyden is not None:
+            return self.broyden.cost
         products = 0.0
         if self.curvature is not None:
             products = self.curvature.products * self.curvature.cases / here.cases
+        if self.exact is not None:
+            products = max(products, self.price / PRODUCT)
         return GRADIENT_WITH_GRAPH + PRODUCT * products + EVALUATION * objective.evaluations
 
     def next_progress(self, progress: Progress, objective: Objective, here: Evaluation) -> Progress:
@@ -133,6 +155,7 @@ class StepDecision(NamedTuple):
             squares = self.curvature is not None and self.curvature.squares
             exact = self.exact is not None
             progress = after_full(progress, here, cost, exact=exact, squares=squares)
+            progress = self._with_phases(progress, here, cost)
         if self.exact is not None:
             state, batched = self.exact.found.state, self.exact.batched
             progress = progress._replace(
@@ -164,6 +187,26 @@ class StepDecision(NamedTuple):
         if self.solution is not None:
             progress = progress.with_curvature(self.curvature_seen)
         return progress
+
+    def next_secant(self, secant: Secant | None) -> Secant | None:
+        """What is known of the Hessian after the step; on other data nothing."""
+        if self.broyden is not None:
+            return self.broyden.secant
+        if secant is None or not self.same_data:
+            return None if not self.nothing_to_do else secant
+        return secant.moved(self.move.direction, self.move.length)
+
+    def _with_phases(self, progress: Progress, here: Evaluation, cost: float) -> Progress:
+        """With the choice of the next step's kind; on other data it is made anew."""
+        if not self.same_data and progress.steps > 1:
+            return progress.with_phases(Phases())
+        phases = progress.phases.begun(self.price, here.loss) if self.price else progress.phases
+        if self.failed is not None:
+            phases = phases.handed_over(here.loss)
+            cost += self.failed.cost
+        if self.exact is None and self.broyden is None:
+            return progress.with_phases(phases)
+        return progress.with_phases(phases.after(here.loss, self.move.loss, cost))
 
     def next_damping(self) -> float | None:
         """Lambda for the next step."""
@@ -226,7 +269,7 @@ class StepDecision(NamedTuple):
     def _damping_used(self) -> float:
         if self.exact is not None:
             return self.exact.found.damping
-        return math.nan if self.damping is None else self.damping
+        return math.nan if self.damping is None or self.broyden else self.damping
 
 
 def _without_cg(here: Evaluation) -> Stop:

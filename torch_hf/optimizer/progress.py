@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch_hf.preconditioner.saved_state import number
+from torch_hf.solver.phases import Phases
 
 #: Weight of earlier steps' gains beside the last one's; so many steps before a budget grows.
 MEMORY, STEPS_OF_EVIDENCE = 0.9, 8.0
@@ -24,6 +25,8 @@ BETTER = 2.0
 #: Gradients that a light step costs.
 LIGHT_COST = 1.3
 
+#: What the choice between exact steps and quasi-Newton iterations rests on, as entries here.
+_OF_PHASES = tuple("phase_" + name for name in Phases._fields)
 #: Numbers of exact steps and of CG's budget in a state, by what they may be.
 _NOT_NEGATIVE = (
     "claimed",
@@ -40,6 +43,7 @@ _NOT_NEGATIVE = (
     "full_cost",
     "radius",
     "scatter",
+    *_OF_PHASES,
 )
 _ANY = (
     "last_start",
@@ -92,6 +96,7 @@ class Progress(NamedTuple):
         light_start: The loss where the light steps since the last full one began; else inf.
         light_rate: How much the last light steps lowered the loss per gradient, as a part of it;
             inf where there is nothing to compare.
+        phase_quasi, ...: See :class:`~torch_hf.solver.phases.Phases`.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
 
@@ -125,6 +130,25 @@ class Progress(NamedTuple):
     scatter: float = 0.0
     light_start: float = math.inf
     light_rate: float = math.inf
+    phase_quasi: float = 0.0
+    phase_trial: float = 0.0
+    phase_spent: float = 0.0
+    phase_price: float = 0.0
+    phase_check_at: float = 0.0
+    phase_trial_from: float = 0.0
+    phase_trial_loss: float = 0.0
+    phase_checked_loss: float = 0.0
+    phase_rate: float = 0.0
+    phase_fresh: float = 0.0
+
+    @property
+    def phases(self) -> Phases:
+        """What the choice between exact steps and quasi-Newton iterations rests on."""
+        return Phases(*(getattr(self, name) for name in _OF_PHASES))
+
+    def with_phases(self, phases: Phases) -> Progress:
+        """With what the choice between exact steps and quasi-Newton iterations rests on."""
+        return self._replace(**dict(zip(_OF_PHASES, phases, strict=True)))
 
     @property
     def ratio(self) -> float | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torch_hf import _checks
 from torch_hf.distributed import LOCAL, Sharded, Space
+from torch_hf.optimizer.broyden_step import Secant
 from torch_hf.optimizer.progress import Progress
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.preconditioner.saved_state import floats, is_dense, refused
@@ -25,6 +26,8 @@ _PREFIX = "preconditioner."
 #: columns (of up to ``MOST_NORMS`` parameters).
 VECTORS = ("cg_iterate", "column_norms")
 MOST_NORMS = 2**20
+#: What quasi-Newton iterations keep of length P, several rows each; only where there were any.
+SECANT = ("broyden_inverse", "broyden_anchor")
 Vectors = Mapping[str, Tensor | None]
 #: What every version wrote into each group; options that came later take their defaults.
 _ALWAYS_WRITTEN = (
@@ -113,12 +116,14 @@ class Unpacked(NamedTuple):
     Attributes:
         start: The last iterate of CG; None where there is none.
         norms: Squared norms of the Jacobian's columns; None where there are none.
+        secant: What quasi-Newton iterations keep; None where there were none.
         entries: The preconditioner's.
         progress: The numbers.
     """
 
     start: Tensor | None
     norms: Tensor | None
+    secant: Secant | None
     entries: dict[str, Any]
     progress: Progress
 
@@ -141,7 +146,7 @@ def unpack(
     progress = saved_progress(saved)
     owners = {id(p) for p, entries in original.items() if "cg_iterate" in entries}
     if owners != {id(p) for p in vector.params}:  # none, or of other parameters: of no use here
-        return Unpacked(None, None, {}, progress)
+        return Unpacked(None, None, None, {}, progress)
     first = {k: v for k, v in original[vector.params[0]].items() if k not in Progress._fields}
     flats: dict[str, Any] = {}
     for key, value in first.items():
@@ -165,13 +170,28 @@ def unpack(
     norms = flats.pop("column_norms", None)
     if norms is not None:
         norms = floats("column_norms", norms, "a vector by parameter")
+    secant = _secant(flats, vector.numel)
     entries = {k.removeprefix(_PREFIX): v for k, v in flats.items()}
     if check := getattr(preconditioner, "check_state", None):  # those brought need have none
         numel = space.length if isinstance(space, Sharded) else vector.numel
         check(entries, _PREFIX, vector.sizes, numel)
     nonzero = space.norm(start) > 0 if space.sharded else bool(torch.any(start))
     known = norms is not None and not space.sharded and bool(torch.any(norms))
-    return Unpacked(start if nonzero else None, norms if known else None, entries, progress)
+    return Unpacked(start if nonzero else None, norms if known else None, secant, entries, progress)
+
+
+def _secant(flats: dict[str, Any], numel: int) -> Secant | None:
+    """What quasi-Newton iterations keep, taken out of the entries."""
+    if not any(name in flats for name in SECANT):
+        return None
+    found = []
+    for name, rows in zip(SECANT, (numel, 2), strict=True):
+        expected = f"by parameter a tensor of {rows} rows"
+        value = floats(name, flats.pop(name, None), expected)
+        if value.shape != (rows, numel):
+            raise refused(name, expected, value)
+        found.append(value)
+    return Secant(*found)
 
 
 def saved_progress(saved: Mapping[str, Any]) -> Progress:
@@ -271,7 +291,7 @@ def check_state(
     params = [p for g in groups for p in g["params"]]
     for i, p in zip([i for g in given for i in g["params"]], params, strict=True):
         for key, value in saved["state"].get(i, {}).items():
-            if key not in VECTORS and key not in (_PREFIX + "s", _PREFIX + "y"):
+            if key not in (*VECTORS, *SECANT, _PREFIX + "s", _PREFIX + "y"):
                 continue
             if not _may_be_vector(value):
                 raise refused(key, f"a tensor of floating point, of parameter {i}", value)

@@ -26,6 +26,7 @@ _ATTRIBUTES = (
     "last_report",
     "_start",
     "_norms",
+    "_secant",
     "_format",
     "_progress",
     "_left",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch_hf.solver.exact import exact_cost
 from torch_hf.solver.golub_kahan import golub_kahan_cost
 
-SOLVERS = ("auto", "cg", "exact", "lanczos")
+SOLVERS = ("auto", "cg", "exact", "lanczos", "broyden")
 AUTO, CG, EXACT, LANCZOS, KRONECKER = "auto", "cg", "exact", "lanczos", "kronecker"
+BROYDEN = "broyden"
 
 #: A solver that was not asked for may hold so many bytes, R included; a forced one all there are.
 MOST_BYTES = 2**30
@@ -17,6 +18,10 @@ PASSES_OF_PRODUCT, PRODUCTS_OF_SOLVE = 4, 250
 #: A multiplication in a product of large matrices costs this part of one in a pass through a
 #: network of small layers (measured: 57 and under 5 thousand millions a second on one core).
 DENSE_DISCOUNT = 0.1
+#: The most parameters of a dense inverse Hessian that was not asked for.
+MOST_DENSE = 4096
+#: Passes through the network that a gradient takes, and one of a closure that takes derivatives.
+PASSES_OF_GRADIENT, PASSES_WITH_DERIVATIVES = 3, 9
 #: Cholesky factors and solves of a step beyond the first.
 MORE_FACTORS = 2.0
 
@@ -55,12 +60,35 @@ def exact_is_cheaper(
         >>> exact_is_cheaper(600_000, 10_000, 10, 60_000, 4)
         False
     """
-    order = min(rows, params)
     if not rows or exact_bytes(rows, params, element_size) > MOST_BYTES:
         return False
-    dense = exact_cost(rows, params).operations + MORE_FACTORS * order**3 / 3
-    one_pass = cases * params
-    return passes * one_pass + DENSE_DISCOUNT * dense <= products * PASSES_OF_PRODUCT * one_pass
+    return exact_passes(rows, params, passes, cases) <= products * PASSES_OF_PRODUCT
+
+
+def exact_passes(rows: int, params: int, passes: int, cases: int) -> float:
+    """What an exact solve costs, in passes through the network."""
+    dense = exact_cost(rows, params).operations + MORE_FACTORS * min(rows, params) ** 3 / 3
+    return passes + DENSE_DISCOUNT * dense / (cases * params)
+
+
+def exact_price(
+    rows: int, params: int, passes: int, cases: int, differentiates: bool = False
+) -> float:
+    """What an exact solve costs, in gradients.
+
+    Args:
+        rows: M, of R.
+        params: P.
+        passes: Backward passes that R takes.
+        cases: That a pass sees at once.
+        differentiates: Whether the closure itself takes derivatives.
+
+    Example:
+        >>> round(exact_price(1000, 2241, 3, 900, differentiates=True))
+        12
+    """
+    gradient = PASSES_WITH_DERIVATIVES if differentiates else PASSES_OF_GRADIENT
+    return exact_passes(rows, params, passes, cases) / gradient
 
 
 def lanczos_bytes(rows: int, params: int, element_size: int, pairs: int = MOST_PAIRS) -> float:

@@ -36,6 +36,8 @@ SHORT = 0.2
 #: Lambdas tried in one step: downwards, and upwards (by ``FACTOR`` the first six times, by
 #: ``FAR_FACTOR`` six more).
 TRIES_DOWN, TRIES_UP, TRIES_NEAR, TRIES_FAR = 6, 20, 6, 12
+#: After steps of another kind: between neighbouring lambdas, and how many.
+FRESH_FACTOR, TRIES_FRESH = 100.0, 9
 #: A smaller lambda is tried where it could lower the loss by this part.
 WORTH = 0.1
 #: From this ratio on the next step begins with a smaller lambda, untried.
@@ -149,6 +151,7 @@ class DampingSearch:
         state: What the last step's search left.
         first: The first lambda of all; None for the mean diagonal of the scaled matrix.
         noise: By how much the loss scatters beside its own rounding.
+        fresh: Whether the last steps were of another kind: lambda may have to fall far.
     """
 
     def __init__(
@@ -160,8 +163,10 @@ class DampingSearch:
         state: DampingState,
         first: float | None = None,
         noise: float = 0.0,
+        fresh: bool = False,
     ) -> None:
         self.solver = solver
+        self.fresh = fresh
         self.evaluate = evaluate
         self.loss = loss
         self.rounding = LOSS_ULPS * eps * abs(loss) + noise
@@ -179,7 +184,7 @@ class DampingSearch:
         if abs(trial.predicted) <= self.rounding:
             return self._flat(trial)
         if trial.ratio >= LEAST_RATIO:
-            return self._down(trial)
+            return self._far_down(trial) if self.fresh else self._down(trial)
         if self.loss == self.state.stuck_at:  # the same point again
             return self._stay(trial, self.state, STUCK)._replace(again=True)
         return self._up(trial)
@@ -216,6 +221,24 @@ class DampingSearch:
                 wall = 1.0
                 break
             best = trial
+        return self._take(best, DampingState(best.damping, wall))
+
+    def _far_down(self, best: _Trial) -> Found:
+        """Downwards in large steps, whatever each is worth; the last one in a smaller one."""
+        factor, wall = FRESH_FACTOR, 0.0
+        for _ in range(TRIES_FRESH):
+            if best.damping <= self.floor:
+                break
+            trial = self._try(max(best.damping / factor, self.floor))
+            if trial.ratio >= LEAST_RATIO:
+                best = trial
+                if factor < FRESH_FACTOR:
+                    break
+            elif factor < FRESH_FACTOR:
+                wall = 1.0
+                break
+            else:
+                factor = FAR_FACTOR
         return self._take(best, DampingState(best.damping, wall))
 
     def _up(self, trial: _Trial) -> Found:

@@ -1,0 +1,139 @@
+"""A step of quasi-Newton iterations: the dense inverse Hessian, and what it is kept with."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from torch_hf.objective.objective import Objective
+from torch_hf.objective.results import Evaluation
+from torch_hf.optimizer.exact_step import memory_of
+from torch_hf.optimizer.timer import StepTimer
+from torch_hf.solver.broyden import descend, updated
+from torch_hf.solver.choose_solver import MOST_DENSE
+from torch_hf.solver.levenberg_marquardt import LOSS_ULPS
+from torch_hf.solver.line_search import SearchResult
+from torch_hf.vector import ParameterVector
+
+#: Iterations of one step: as many as ``torch.optim.LBFGS`` makes.
+ITERATIONS = 20
+#: Of the first step of all, whose data may be a sample.
+FIRST_ITERATIONS = 5
+#: What a gradient at a trial point costs with its update, in gradients.
+PRICE_OF_TRIAL = 1.3
+#: Said where iterations lower the loss no further.
+NO_DECREASE = "the quasi-Newton iterations found no decrease"
+
+
+class Secant(NamedTuple):
+    """What quasi-Newton iterations have learnt of the Hessian.
+
+    Attributes:
+        inverse: H, of shape (P, P).
+        anchor: The gradient where H was last updated, and the way from there, of shape (2, P).
+    """
+
+    inverse: Tensor
+    anchor: Tensor
+
+    def moved(self, direction: Tensor | None, length: float) -> Secant:
+        """After a step of another kind; None for a step that stayed."""
+        if direction is None:
+            return self
+        slope, way = self.anchor
+        return self._replace(anchor=torch.stack([slope, way + length * direction]))
+
+    def begun(self, gradient: Tensor) -> Tensor:
+        """A copy of H that knows the way since its last update, from the gradient at its end."""
+        inverse = self.inverse.clone()
+        slope, way = self.anchor
+        if bool(way.any()):
+            updated(inverse, way, gradient - slope, math.nan, "bfgs")
+        return inverse
+
+
+class BroydenStep(NamedTuple):
+    """What a step of quasi-Newton iterations came to.
+
+    Attributes:
+        move: Where the parameters go.
+        secant: For the next step.
+        gradients: Taken at trial points.
+    """
+
+    move: SearchResult
+    secant: Secant | None
+    gradients: int
+
+    @property
+    def cost(self) -> float:
+        """In gradients, that at the beginning included."""
+        return 1.0 + PRICE_OF_TRIAL * self.gradients
+
+
+def check_broyden(vector: ParameterVector, alone: bool) -> None:
+    """Complains where ``solver="broyden"`` was asked for and cannot be.
+
+    Raises:
+        RuntimeError: It would not fit, or runs on several ranks.
+    """
+    needed = 3.0 * vector.numel**2 * vector.zeros().element_size()
+    if not alone:
+        raise RuntimeError(
+            'solver="broyden" must run in one process, got a process group or sharded parameters. '
+            'Use solver="auto".'
+        )
+    if needed > memory_of(vector.device):
+        raise RuntimeError(
+            f'solver="broyden" needs {needed:.3g} bytes for the inverse Hessian of {vector.numel} '
+            'parameters, more than this machine has. Use solver="auto".'
+        )
+
+
+def fits_broyden(vector: ParameterVector) -> bool:
+    """Whether quasi-Newton iterations may be taken without being asked for."""
+    return vector.numel <= MOST_DENSE
+
+
+def broyden_step(
+    objective: Objective,
+    here: Evaluation,
+    secant: Secant | None,
+    timer: StepTimer,
+    iterations: int = ITERATIONS,
+) -> BroydenStep:
+    """Iterations from the present parameters; the move has no direction where none gained.
+
+    Args:
+        objective: Whose loss and gradient count.
+        here: At the present parameters.
+        secant: What the last such step left.
+        timer: Takes the seconds.
+        iterations: At the most.
+    """
+    vector = objective.vector
+    first = objective.evaluations
+    with timer.part("preconditioner"):
+        inverse = None if secant is None else secant.begun(here.gradient)
+    with vector.trial() as trial, timer.part("gradient"):
+
+        def evaluate(displacement: Tensor) -> tuple[float, Tensor]:
+            trial.place(displacement, 1.0)
+            return objective.trial_gradient(here)
+
+        found = descend(evaluate, here.loss, here.gradient, inverse, iterations)
+        gained = here.loss - found.loss
+        least = LOSS_ULPS * torch.finfo(vector.dtype).eps * abs(here.loss)
+        moves = gained > least and trial.moves(found.displacement, 1.0)
+    taken = objective.evaluations - first
+    if not moves:
+        return BroydenStep(SearchResult(None, 0.0, here.loss, reason=NO_DECREASE), secant, taken)
+    move = SearchResult(found.displacement, 1.0, found.loss)
+    after = None
+    if found.inverse is not None:
+        anchor = torch.stack([found.gradient, torch.zeros_like(found.gradient)])
+        after = Secant(found.inverse, anchor)
+    return BroydenStep(move, after, taken)

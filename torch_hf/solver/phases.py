@@ -1,0 +1,119 @@
+"""Exact steps or quasi-Newton iterations: which of the two the next step takes, by evidence.
+
+Early on many cheap iterations beat a few dear solves; near the end, or along a curved valley, it
+may be the other way round, and no test at one point tells. So one of the two is at work, and the
+other is tried now and then for a while. It takes over where it lowered the logarithm of the loss
+further than the one at work would have at the same cost. Trials become rarer as the run becomes
+longer, so that their price stays a fixed part of it.
+
+``docs/records/quasi-newton.md`` has the experiments that chose rule and constants.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+#: Quasi-Newton iterations come into question where an exact solve costs so many gradients.
+LEAST_PRICE = 4.0
+#: A trial lasts for so many exact solves, and for so much of the run's cost at least.
+SOLVES_OF_TRIAL, PART_OF_TRIAL = 6.0, 0.1
+#: The next trial comes when the cost has grown by this factor.
+GROWTH = 2.0
+#: Exact steps take over from half of the other's gain on: they begin slowly.
+ENOUGH = 0.5
+#: A trial ends early, after this part, where it has gained less than this part of what it must.
+EARLY_EXACT, EARLY_QUASI, HOPELESS = 0.5, 0.125, 0.25
+#: Of a kind that lowers the loss by this factor while the cost doubles no trial is needed.
+FAST = math.log(1e3)
+#: How far back the rate of the one at work looks, as a part of the cost so far.
+MEMORY = 0.3
+
+
+class Phases(NamedTuple):
+    """What the choice between the two kinds of steps rests on; numbers alone.
+
+    Attributes:
+        quasi: 1 while quasi-Newton iterations are to be taken, else 0.
+        trial: 1 while the kind taken is on trial, else 0.
+        spent: What the steps on these data have cost, in gradients.
+        price: What an exact step costs; 0 before it is known.
+        check_at: The cost at which the other kind is tried next; 0 before there is one.
+        trial_from: The cost at which the trial began.
+        trial_loss: The loss there.
+        checked_loss: The loss at the end of the last trial.
+        rate: By how much the kind at work lowers the loss's logarithm per gradient.
+        fresh: 1 for the first exact step of a trial.
+    """
+
+    quasi: float = 0.0
+    trial: float = 0.0
+    spent: float = 0.0
+    price: float = 0.0
+    check_at: float = 0.0
+    trial_from: float = 0.0
+    trial_loss: float = 0.0
+    checked_loss: float = 0.0
+    rate: float = 0.0
+    fresh: float = 0.0
+
+    def begun(self, price: float, loss: float) -> Phases:
+        """At the first step that knows what an exact one costs: quasi-Newton iterations come first.
+
+        Args:
+            price: Of an exact step, in gradients.
+            loss: Where the step begins.
+        """
+        if self.price:
+            return self
+        first = SOLVES_OF_TRIAL * price
+        quasi = float(price >= LEAST_PRICE and loss > 0)
+        return Phases(quasi=quasi, price=price, check_at=first, checked_loss=loss)
+
+    def after(self, before: float, loss: float, cost: float) -> Phases:
+        """After a step from one loss to another, at this cost in gradients."""
+        if self.price < LEAST_PRICE or not (loss > 0 and math.isfinite(before)):
+            return self._replace(spent=self.spent + cost, fresh=0.0)
+        spent = self.spent + cost
+        now = self._replace(spent=spent, fresh=0.0)
+        if not self.trial:
+            weight = 1.0 - math.exp(-cost / (MEMORY * spent))
+            gain = max(math.log(before / loss), 0.0) / cost
+            now = now._replace(rate=self.rate + weight * (gain - self.rate))
+            if spent < self.check_at:
+                return now
+            if not self.quasi and math.log(self.checked_loss / loss) >= FAST:
+                return now._replace(check_at=GROWTH * spent, checked_loss=loss)
+            return now._try_other(loss)
+        taken = spent - self.trial_from
+        gain = math.log(self.trial_loss / loss)
+        expected = self.rate * taken * self.trial_from / spent  # rates fall as the run gets longer
+        needed = expected / ENOUGH if self.quasi else expected * ENOUGH
+        whole = max(SOLVES_OF_TRIAL * self.price, PART_OF_TRIAL * self.trial_from)
+        early = EARLY_QUASI if self.quasi else EARLY_EXACT
+        if taken < early * whole or (taken < whole and gain >= HOPELESS * needed):
+            return now
+        won = gain > 0 and gain >= needed
+        return now._replace(
+            trial=0.0,
+            quasi=self.quasi if won else 1.0 - self.quasi,
+            rate=gain / taken if won else self.rate,
+            check_at=GROWTH * spent,
+            checked_loss=loss,
+        )
+
+    def handed_over(self, loss: float) -> Phases:
+        """Where quasi-Newton iterations gained nothing: exact steps go on from this loss."""
+        if self.trial:  # it has failed
+            check = GROWTH * self.spent
+            return self._replace(trial=0.0, quasi=0.0, check_at=check, checked_loss=loss)
+        return self._try_other(loss)._replace(rate=0.0)
+
+    def _try_other(self, loss: float) -> Phases:
+        return self._replace(
+            trial=1.0,
+            quasi=1.0 - self.quasi,
+            trial_from=self.spent,
+            trial_loss=loss,
+            fresh=self.quasi,
+        )
