@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.lbfgs import _strong_wolfe
 
+from torch_hf.solver.broyden import UPDATES, update_inverse
+
 from .flat import FlatProblem
 
 #: Conditions of Wolfe, as in SciPy's BFGS and Urbán et al.
@@ -19,7 +21,6 @@ ARMIJO, CURVATURE = 1e-4, 0.9
 SEARCH_STEPS = 25
 #: Iterations on the same points where each step draws others.
 ON_NEW_POINTS = 20
-UPDATES = ("ssbroyden", "ssbfgs", "bfgs")
 
 
 class SelfScaledBroyden:
@@ -83,46 +84,3 @@ class SelfScaledBroyden:
             max_ls=SEARCH_STEPS,
         )
         return float(loss), slope, float(length)
-
-
-def update_inverse(inverse: Tensor, step: Tensor, change: Tensor, bend: float, update: str) -> None:
-    """``H+ = (H - H y y^T H / y^T H y + phi v v^T) / tau + s s^T / y^T s``, in place.
-
-    With ``v = sqrt(y^T H y) (s / y^T s - H y / y^T H y)``: equations 14 to 16 of Urbán et al.
-
-    Args:
-        inverse: H (P, P), symmetric.
-        step: s (P,).
-        change: y (P,), of the gradient, with ``y^T s > 0``.
-        bend: ``s^T H^-1 s``.
-        update: Which tau and phi.
-    """
-    moved = inverse @ change
-    along, width = float(step @ change), float(change @ moved)
-    tau, phi = scaling(bend / along, width / along, len(step), update)
-    v = step / along - moved / width
-    left = torch.stack([-moved / (width * tau), (phi * width / tau) * v, step / along], dim=1)
-    right = torch.stack([moved, v, step])
-    torch.addmm(inverse, left, right, beta=1 / tau, out=inverse)  # one pass through P^2 numbers
-
-
-def scaling(b: float, h: float, size: int, update: str) -> tuple[float, float]:
-    """The pair (tau, phi), from ``b = s^T B s / y^T s`` and ``h = y^T H y / y^T s``.
-
-    Published by Al-Baali & Khalfan (2005). In the other form of the family, for ``B = H^-1``,
-    theta stands for phi, with ``phi = (1 - theta) / (1 + a theta)`` and ``a = b h - 1``.
-    """
-    if update == "bfgs":
-        return 1.0, 1.0
-    least = min(1.0, 1 / b)
-    if update == "ssbfgs":
-        return least, 1.0
-    a = b * h - 1
-    if a <= 0:  # s and H y are parallel, to rounding: v is zero
-        return least, 1.0
-    low = min(1.0, h * (1 - math.sqrt(a / (1 + a))))
-    theta = max((low - 1) / a, min(1 / low, (1 - b) / b))
-    sigma = 1 + a * theta
-    even = sigma ** (-1 / (size - 1)) if sigma > 0 and size > 1 else 1.0
-    tau = least * min(even, 1 / theta) if theta > 0 else min(least * even, sigma)
-    return tau, (1 - theta) / (1 + a * theta)

@@ -20,6 +20,7 @@ PRECONDITIONERS: dict[str, Callable[[], Any]] = {
     "lbfgs": lambda: "lbfgs",
     "diagonal": lambda: "diagonal",
     "none": lambda: "none",
+    "broyden": lambda: "kronecker-lbfgs",  # whose solver is broyden
     "pairs on the diagonal": lambda: LBFGSPreconditioner(2, base="diagonal"),
 }
 X = torch.linspace(-1, 1, 24).view(8, 3)
@@ -36,7 +37,7 @@ class Run:
             self.model.parameters(),
             preconditioner=PRECONDITIONERS[preconditioner](),
             cg_tol=0.0,
-            solver="cg",
+            solver="broyden" if preconditioner == "broyden" else "cg",
         )
         for _ in range(steps):
             self.step()
@@ -51,6 +52,7 @@ class Run:
         found["report"] = {k: v for k, v in report.items() if not k.startswith("seconds")}
         own = {
             "start": optimizer._start,
+            "secant": optimizer._secant,
             "progress": optimizer._progress,
             "preconditioner": optimizer.preconditioner.state_dict(),
             "defaults": optimizer.defaults,

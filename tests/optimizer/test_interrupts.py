@@ -128,6 +128,7 @@ CASES = (
     Case("diagonal", options={"preconditioner": "diagonal"}),
     Case("none", options={"preconditioner": "none"}),
     Case("pairs on the diagonal", options={"preconditioner": "diagonal pairs"}),
+    Case("broyden", plain, options={"solver": "broyden"}),
     Case("hessian", options={"curvature": "hessian", "weight_decay": 0.01}),
     Case("rejected", plain, walled),
     Case("not finite", plain, spoilt),
@@ -176,6 +177,7 @@ class Run:
         found["report"] = {k: v for k, v in row.items() if not k.startswith("seconds")}
         own = {
             "start": optimizer._start,
+            "secant": optimizer._secant,
             "progress": optimizer._progress,
             "format": optimizer._format,
             "left": [ref() for ref in optimizer._left],

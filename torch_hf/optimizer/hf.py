@@ -306,7 +306,9 @@ class HFOptimizer(FlatStateOptimizer):
             kept = here if broyden is None else None  # trial points have spoiled its graph
             curvature = ObjectiveOperator(objective, self.curvature, here=kept)
         price = self._price_of_exact(curvature)
-        if price >= LEAST_PRICE and not self._progress.steps:  # the data may be gone at the next
+        # Of the first step, residuals of an equation alone: other data may be gone at the next.
+        inside = objective.runs.needs_graph
+        if price >= LEAST_PRICE and inside and not self._progress.steps:
             curvature.release()
             broyden = broyden_step(objective, here, None, timer, FIRST_ITERATIONS)
             if broyden.move.direction is not None:

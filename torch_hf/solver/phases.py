@@ -21,7 +21,7 @@ SOLVES_OF_TRIAL, PART_OF_TRIAL = 6.0, 0.1
 #: The next trial comes when the cost has grown by this factor.
 GROWTH = 2.0
 #: Exact steps take over from half of the other's gain on: they begin slowly.
-ENOUGH = 0.5
+ENOUGH = 0.8
 #: A trial ends early, after this part, where it has gained less than this part of what it must.
 EARLY_EXACT, EARLY_QUASI, HOPELESS = 0.5, 0.125, 0.25
 #: Of a kind that lowers the loss by this factor while the cost doubles no trial is needed.

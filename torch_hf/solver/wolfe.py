@@ -19,7 +19,7 @@ MOST_TRIALS = 25
 #: By how much a length grows where the loss still falls.
 LEAST_GROWTH, MOST_GROWTH = 1.01, 10.0
 #: An interpolation this close to an end, in parts of the width, is moved inwards the second time.
-INSIDE = 0.1
+INSIDE, NEXT = 0.1, 1e-3
 
 #: The loss and its gradient (P,) at a length along the direction.
 Along = Callable[[float], tuple[float, Tensor]]
@@ -110,7 +110,8 @@ def _between(low: Point, high: Point, was_close: bool) -> tuple[float, bool]:
     close = not left + margin <= length <= right - margin
     if close and (was_close or not left < length < right):
         return min(max(length, left + margin), right - margin), False
-    return length, close
+    least = NEXT * (right - left)  # nearer to an end rounding would hide the difference
+    return min(max(length, left + least), right - least), close
 
 
 def _minimum(a: Point, b: Point) -> float:

@@ -1,0 +1,339 @@
+"""Steps of quasi-Newton iterations: what they minimise, keep, refuse, and when auto takes them."""
+
+import copy
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from basics import assert_same, normal
+from problems import case_named
+from reference import flat
+from snapshots import assert_identical, snapshot
+from test_exact_steps import FORMS, gradient, values
+from torch import nn
+from torch.nn import functional as F
+
+from torch_hf import HFOptimizer
+from torch_hf.objective.objective import Objective
+from torch_hf.optimizer import broyden_step, hf
+from torch_hf.optimizer.broyden_step import NO_DECREASE
+from torch_hf.solver import phases
+
+GENERATOR = torch.Generator().manual_seed(0)
+POINTS = torch.rand(160, 2, generator=GENERATOR, dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch):
+    """Solves so small as these count as dear."""
+    monkeypatch.setattr(phases, "LEAST_PRICE", 1.0)
+    monkeypatch.setattr(hf, "LEAST_PRICE", 1.0)
+
+
+class Equation:
+    """``u_xx + u_yy + u = f`` with a network of 191 parameters, all points in every step."""
+
+    def __init__(self, seed=0, dtype=torch.float64, points=POINTS, **options):
+        torch.manual_seed(seed)
+        self.points = points.to(dtype)
+        self.model = nn.Sequential(
+            nn.Linear(2, 12), nn.Tanh(), nn.Linear(12, 11), nn.Tanh(), nn.Linear(11, 1)
+        ).to(dtype)
+        self.optimizer = HFOptimizer(self.model.parameters(), **options)
+
+    def loss(self):
+        p = self.points.clone().requires_grad_()
+        with torch.enable_grad():
+            u = self.model(p)
+            (slope,) = torch.autograd.grad(u.sum(), p, create_graph=True)
+            bend = sum(
+                torch.autograd.grad(slope[:, i].sum(), p, create_graph=True)[0][:, i]
+                for i in range(2)
+            )
+        target = 3 * torch.sin(3 * self.points[:, 0]) * torch.cos(2 * self.points[:, 1])
+        return (bend + u[:, 0] - target).square().mean()
+
+    def steps(self, n):
+        reports = []
+        for _ in range(n):
+            self.optimizer.step(self.loss)
+            reports.append(self.optimizer.last_report)
+        return reports
+
+
+# --- one step ---
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["mlp-mse", "cnn-cross_entropy", "huber"])
+def test_every_iteration_lowers_the_loss_whatever_the_form(name, form):
+    case = case_named(name)
+    model = case.model()
+    optimizer = HFOptimizer(model.parameters(), solver="broyden", weight_decay=0.02)
+    before = case.closure_loss(model).item() + 0.01 * float(values(model).square().sum())
+    optimizer.step(lambda: form(case, model, optimizer))
+    report = optimizer.last_report
+    assert report.solver == "broyden" and report.accepted
+    after = case.closure_loss(model).item() + 0.01 * float(values(model).square().sum())
+    assert report.loss == pytest.approx(before) and report.new_loss == pytest.approx(after)
+    assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gradients_at_trial_points_are_those_of_the_objective(monkeypatch, decay, maximize, parts):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    x, y = normal(0, 12, 3), normal(1, 12, 2)
+    sign = -1.0 if maximize else 1.0
+    seen = []
+    original = Objective.trial_gradient
+
+    def watched(self, here):
+        found = original(self, here)
+        theta = values(model)
+        with torch.enable_grad():
+            slope = gradient(F.mse_loss(model(x), y), model) + decay * theta
+        loss = float(F.mse_loss(model(x), y)) + 0.5 * decay * float(theta.square().sum())
+        seen.append((found, loss, slope))
+        return found
+
+    monkeypatch.setattr(Objective, "trial_gradient", watched)
+    options = {"solver": "broyden", "weight_decay": decay, "maximize": maximize}
+    optimizer = HFOptimizer(model.parameters(), **options)
+    batches = list(zip(x.split([3, 5, 4]), y.split([3, 5, 4]), strict=True))[:parts]
+    batches = [(x, y)] if parts == 1 else batches
+    optimizer.step(lambda b: sign * F.mse_loss(model(b[0]), b[1]), batches=batches)
+    assert len(seen) > 5
+    for (loss, slope), true_loss, true_slope in seen:
+        assert loss == pytest.approx(true_loss, rel=1e-12)
+        assert_same(slope, true_slope)
+
+
+def test_masks_of_hooks_hold_parameters():
+    case = case_named("mlp-mse")
+    model = case.model()
+    mask = torch.arange(model[0].weight.numel()).view_as(model[0].weight) % 2 == 0
+    model[0].weight.register_hook(lambda g: g * mask)
+    before = model[0].weight.detach().clone()
+    optimizer = HFOptimizer(model.parameters(), solver="broyden")
+    for _ in range(2):
+        optimizer.step(lambda: case.closure_loss(model))
+    assert torch.equal(model[0].weight[~mask], before[~mask])
+    assert not torch.equal(model[0].weight[mask], before[mask])
+
+
+def test_dropout_is_the_same_at_every_trial_point():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Linear(8, 1))
+    x, y = torch.randn(30, 3), torch.randn(30, 1)
+    optimizer = HFOptimizer(model.parameters(), solver="broyden")
+    optimizer.step(lambda: F.mse_loss(model(x), y))
+    assert optimizer.last_report.new_loss < optimizer.last_report.loss
+    assert model[2].num_batches_tracked == 1
+
+
+def test_a_minimum_is_left_alone():
+    case = case_named("mlp-mse")
+    model = case.model()
+    optimizer = HFOptimizer(model.parameters(), solver="broyden")
+    for p in model.parameters():
+        nn.init.zeros_(p)
+    optimizer.step(lambda: sum(p.square().sum() for p in model.parameters()) + 1.0)
+    report = optimizer.last_report
+    assert not report.accepted and report.new_loss == report.loss == 1.0
+
+
+def test_the_report_has_no_damping():
+    run = Equation(solver="broyden")
+    (report,) = run.steps(1)
+    assert math.isnan(report.damping) and math.isnan(report.reduction_ratio)
+    assert "damping" not in str(report) and "solver broyden" in str(report)
+    assert report.evaluations >= 20
+
+
+# --- what is kept ---
+
+
+@pytest.mark.parametrize("first", [3, 9])
+@pytest.mark.parametrize("solver", ["broyden", "auto"])
+def test_a_resumed_run_is_the_same_to_the_bit(solver, first):
+    whole = Equation(solver=solver)
+    whole.steps(first)
+    saved = copy.deepcopy((whole.model.state_dict(), whole.optimizer.state_dict()))
+    assert any("broyden_inverse" in s for s in saved[1]["state"].values())
+    rest = [r.new_loss for r in whole.steps(12)]
+    again = Equation(seed=1, solver=solver)
+    again.model.load_state_dict(saved[0])
+    again.optimizer.load_state_dict(saved[1])
+    assert [r.new_loss for r in again.steps(12)] == rest
+    assert torch.equal(flat(again.model.parameters()), flat(whole.model.parameters()))
+
+
+def test_a_failing_closure_leaves_all_as_it_was():
+    run = Equation(solver="broyden")
+    run.steps(2)
+    before, calls = snapshot(run.model, run.optimizer), 0
+
+    def failing():
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise OSError("the disk is full")
+        return run.loss()
+
+    with pytest.raises(OSError, match="full"):
+        run.optimizer.step(failing)
+    assert_identical(snapshot(run.model, run.optimizer), before)
+
+
+def test_the_inverse_follows_the_model_to_another_type():
+    run = Equation(solver="broyden", dtype=torch.float32)
+    run.steps(2)
+    run.model.double()
+    run.points = run.points.double()
+    (report,) = run.steps(1)
+    assert report.accepted
+    assert run.optimizer._secant.inverse.dtype == torch.float64
+
+
+def test_the_way_of_other_steps_becomes_a_pair():
+    run = Equation(solver="broyden")
+    run.steps(3)
+    secant = run.optimizer._secant
+    way = 1e-3 * torch.randn(secant.inverse.shape[0], generator=GENERATOR, dtype=torch.float64)
+    moved = secant.moved(way, 0.5).moved(way, 0.5).moved(None, 0.0)
+    slope = secant.anchor[0] + 2.0 * way  # of a curvature of 2 along the way
+    inverse = moved.begun(slope)
+    torch.testing.assert_close(inverse @ (slope - secant.anchor[0]), way)
+    assert inverse is not secant.inverse
+
+
+# --- the choice ---
+
+
+def test_auto_begins_with_iterations_and_ends_with_exact_steps():
+    reports = Equation().steps(40)
+    solvers = [r.solver for r in reports]
+    assert solvers[0] == "broyden" and "exact" in solvers
+    assert all(b.loss == a.new_loss for a, b in pairwise(reports))
+    assert all(r.new_loss <= r.loss for r in reports)
+    assert reports[-1].new_loss < 1e-5 * reports[0].loss
+
+
+def test_where_a_solve_costs_few_gradients_steps_are_exact(monkeypatch):
+    monkeypatch.setattr(phases, "LEAST_PRICE", math.inf)
+    monkeypatch.setattr(hf, "LEAST_PRICE", math.inf)
+    assert {r.solver for r in Equation().steps(8)[1:]} == {"exact"}
+
+
+def test_new_data_forget_the_inverse():
+    run = Equation()
+    run.steps(3)
+    assert run.optimizer._secant is not None and run.optimizer._progress.phase_price > 0
+    run.points = torch.rand(160, 2, generator=GENERATOR, dtype=torch.float64)
+    run.steps(1)
+    assert run.optimizer._secant is None
+    assert run.optimizer._progress.phase_quasi == run.optimizer._progress.phase_spent == 0.0
+    assert run.steps(20)[-1].new_loss < 1e-2
+
+
+@pytest.mark.parametrize(
+    "options", [{"lr": 0.5}, {"solver": "cg"}, {"solver": "exact"}, {"cg_max_iter": 9}]
+)
+def test_options_that_ask_for_something_else_keep_iterations_away(options):
+    assert "broyden" not in {r.solver for r in Equation(**options).steps(6)}
+
+
+def test_a_network_too_large_for_the_inverse_does_without(monkeypatch):
+    monkeypatch.setattr(broyden_step, "MOST_DENSE", 100)
+    assert "broyden" not in {r.solver for r in Equation().steps(6)}
+
+
+def test_iterations_that_gain_nothing_hand_over_in_the_same_step(monkeypatch):
+    run = Equation()
+    run.steps(3)
+    original = broyden_step.descend
+
+    def stays(evaluate, loss, gradient, inverse, iterations):
+        found = original(evaluate, loss, gradient, inverse, 1)
+        return found._replace(displacement=torch.zeros_like(gradient), loss=loss)
+
+    monkeypatch.setattr(broyden_step, "descend", stays)
+    (report,) = run.steps(1)
+    assert report.solver == "exact" and report.accepted
+    assert run.optimizer._progress.phase_trial == 1.0
+
+
+def test_a_converged_run_says_so_once_and_costs_next_to_nothing():
+    x = torch.linspace(-1, 1, 60, dtype=torch.float64)[:, None]
+    y = 0.3 + torch.sin(5 * x) + 0.2 * torch.cos(31 * x)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    optimizer = HFOptimizer(model.parameters())
+    calls = 0
+
+    def closure():
+        nonlocal calls
+        calls += 1
+        return F.mse_loss(model(x), y)
+
+    for _ in range(400):
+        optimizer.step(closure)
+        if optimizer.last_report.converged:
+            break
+    assert optimizer.last_report.converged
+    calls = 0
+    optimizer.step(closure)
+    assert calls <= 3 and optimizer.last_report.converged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_types_get_down(dtype):
+    reports = Equation(dtype=dtype).steps(40)
+    assert reports[-1].new_loss < (1e-4 if dtype == torch.float32 else 1e-6)
+
+
+# --- refusals ---
+
+
+def test_the_solver_asked_for_wants_a_rate_of_1():
+    with pytest.raises(RuntimeError, match='lr must be 1 with solver="broyden"'):
+        Equation(solver="broyden", lr=0.5).steps(1)
+
+
+def test_an_inverse_that_does_not_fit_is_refused_with_its_bytes(monkeypatch):
+    run = Equation(solver="broyden")
+    monkeypatch.setattr(broyden_step, "memory_of", lambda device: 1e5)
+    before = snapshot(run.model, run.optimizer)
+    with pytest.raises(RuntimeError, match=r"needs 8.76e\+05 bytes .* of 191 parameters"):
+        run.steps(1)
+    assert_identical(snapshot(run.model, run.optimizer), before)
+
+
+def test_where_nothing_is_lower_it_says_so():
+    run = Equation(solver="broyden")
+    start = flat(run.model.parameters()).clone()
+
+    def walled():
+        away = not torch.equal(flat(run.model.parameters()), start)
+        return run.loss() + 100.0 * away
+
+    run.optimizer.step(walled)
+    report = run.optimizer.last_report
+    assert not report.accepted and report.reason == NO_DECREASE
+    assert torch.equal(flat(run.model.parameters()), start)
+
+
+def test_several_forms_agree():
+    case = case_named("mlp-mse")
+    found = []
+    for form in FORMS:
+        model = case.model()
+        optimizer = HFOptimizer(model.parameters(), solver="broyden")
+        optimizer.step(lambda form=form, model=model, o=optimizer: form(case, model, o))
+        found.append(values(model))
+    for theta in found[1:]:
+        assert_same(theta, found[0])

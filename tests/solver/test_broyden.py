@@ -1,0 +1,103 @@
+"""Quasi-Newton iterations against textbook formulas, and on functions that can be solved."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from torch_hf.solver.broyden import UPDATES, descend, update_inverse, updated
+
+N = 7
+
+
+def random_pair(seed):
+    """H, s and y with positive curvature, and ``s^T H^-1 s``."""
+    g = torch.Generator().manual_seed(seed)
+    root = torch.randn(N, N, generator=g, dtype=torch.float64)
+    inverse = root @ root.T + 0.1 * torch.eye(N, dtype=torch.float64)
+    s = torch.randn(N, generator=g, dtype=torch.float64)
+    hessian = root.T @ root + torch.eye(N, dtype=torch.float64)
+    return inverse, s, hessian @ s, float(s @ torch.linalg.solve(inverse, s))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("seed", range(5))
+def test_updates_keep_the_secant_condition_symmetry_and_definiteness(update, seed):
+    inverse, s, y, bend = random_pair(seed)
+    update_inverse(inverse, s, y, bend, update)
+    torch.testing.assert_close(inverse @ y, s)
+    torch.testing.assert_close(inverse, inverse.T)
+    assert torch.linalg.eigvalsh(inverse)[0] > 0
+
+
+def test_bfgs_is_the_textbook_formula():
+    inverse, s, y, bend = random_pair(0)
+    eye = torch.eye(N, dtype=torch.float64)
+    left = eye - torch.outer(s, y) / (s @ y)
+    expected = left @ inverse @ left.T + torch.outer(s, s) / (s @ y)
+    update_inverse(inverse, s, y, bend, "bfgs")
+    torch.testing.assert_close(inverse, expected)
+
+
+def test_a_pair_without_curvature_changes_nothing():
+    inverse, s, y, bend = random_pair(0)
+    before = inverse.clone()
+    for change in (-y, torch.zeros_like(y), y * math.nan, y * math.inf):
+        assert updated(inverse, s, change, bend) is inverse
+    assert torch.equal(inverse, before)
+    assert updated(None, s, -y, bend) is None
+
+
+def rosenbrock(x):
+    x = x.clone().requires_grad_()
+    with torch.enable_grad():
+        loss = (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+        (slope,) = torch.autograd.grad(loss, x)
+    return float(loss.detach()), slope
+
+
+def test_rosenbrock_is_solved_and_every_iteration_lowers_the_loss():
+    x = torch.tensor([-1.2, 1.0] * 5, dtype=torch.float64)
+    loss, slope = rosenbrock(x)
+    inverse, losses = None, [loss]
+    for _ in range(150):
+        found = descend(lambda d, x=x: rosenbrock(x + d), loss, slope, inverse, 1)
+        x, loss, slope, inverse = (
+            x + found.displacement,
+            found.loss,
+            found.gradient,
+            found.inverse,
+        )
+        if not found.iterations:
+            break
+        losses.append(loss)
+    assert all(b < a for a, b in pairwise(losses))
+    assert loss < 1e-20
+    torch.testing.assert_close(x, torch.ones_like(x))
+
+
+def test_many_iterations_at_once_are_those_one_by_one():
+    x = torch.tensor([-1.2, 1.0] * 5, dtype=torch.float64)
+    start = rosenbrock(x)
+    at_once = descend(lambda d: rosenbrock(x + d), *start, None, 9)
+    first = descend(lambda d: rosenbrock(x + d), *start, None, 5)
+    between = x + first.displacement
+    second = descend(
+        lambda d: rosenbrock(between + d), first.loss, first.gradient, first.inverse, 4
+    )
+    assert at_once.iterations == 9
+    assert second.loss == pytest.approx(at_once.loss, rel=1e-6)
+
+
+def test_a_spoiled_inverse_is_begun_anew():
+    x = torch.tensor([-1.2, 1.0], dtype=torch.float64)
+    for bad in (-torch.eye(2), torch.full((2, 2), math.nan), torch.zeros(2, 2)):
+        found = descend(lambda d: rosenbrock(x + d), *rosenbrock(x), bad.double(), 3)
+        assert found.iterations == 3 and found.loss < rosenbrock(x)[0]
+
+
+def test_at_a_minimum_nothing_moves():
+    x = torch.ones(4, dtype=torch.float64)
+    found = descend(lambda d: rosenbrock(x + d), *rosenbrock(x), None, 5)
+    assert found.iterations == 0 and not found.displacement.any()

@@ -1,0 +1,107 @@
+"""The choice between exact steps and quasi-Newton iterations, on runs made up of rates."""
+
+import math
+from itertools import pairwise
+
+import pytest
+
+from torch_hf.solver.phases import FAST, GROWTH, LEAST_PRICE, SOLVES_OF_TRIAL, Phases
+
+PRICE = 20.0
+
+
+def played(exact, quasi, cost=20_000.0, loss=1.0):
+    """A run in which each kind lowers the logarithm of the loss at a rate (of what was spent).
+
+    Returns:
+        What was spent on exact steps and on iterations, in the order taken, and the end.
+    """
+    phases, spent, taken = Phases().begun(PRICE, loss), 0.0, []
+    while spent < cost:
+        kind = "quasi" if phases.quasi else "exact"
+        paid = 30.0
+        rate = (quasi if phases.quasi else exact)(spent)
+        before, loss = loss, loss * math.exp(-rate * paid)
+        phases = phases.after(before, loss, paid)
+        spent += paid
+        taken.append(kind)
+    return taken, phases
+
+
+def share(taken, kind):
+    return taken.count(kind) / len(taken)
+
+
+def test_it_begins_with_iterations_and_tries_exact_steps_after_some_solves():
+    taken, _ = played(lambda t: 0.0, lambda t: 0.1 / (t + 30))
+    first = taken.index("exact")
+    assert first == pytest.approx(SOLVES_OF_TRIAL * PRICE / 30.0, abs=1)
+
+
+@pytest.mark.parametrize("better", ["exact", "quasi"])
+def test_the_better_kind_gets_most_of_the_run(better):
+    fast, slow = (lambda t: 3.0 / (t + 100), lambda t: 0.3 / (t + 100))
+    exact, quasi = (fast, slow) if better == "exact" else (slow, fast)
+    taken, _ = played(exact, quasi)
+    assert share(taken, better) > 0.8
+    assert len(set(taken)) == 2  # the other was tried
+
+
+def test_a_kind_that_begins_slowly_gets_its_chance_later():
+    exact = lambda t: 0.0 if t < 3000 else 5.0 / t  # noqa: E731
+    taken, _ = played(exact, lambda t: 0.5 / (t + 100))
+    assert share(taken[-200:], "exact") > 0.9
+
+
+def test_an_exact_kind_that_stalls_is_left_again():
+    exact = lambda t: 4.0 / (t + 100) if t < 2000 else 0.0  # noqa: E731
+    taken, _ = played(exact, lambda t: 1.0 / (t + 100))
+    assert share(taken[-200:], "quasi") > 0.8
+
+
+def test_trials_become_rarer():
+    taken, _ = played(lambda t: 0.3 / (t + 100), lambda t: 3.0 / (t + 100), cost=100_000.0)
+    starts = [i for i, pair in enumerate(pairwise(taken)) if pair == ("quasi", "exact")]
+    assert len(starts) > 3
+    assert all(b > 0.9 * GROWTH * a for a, b in pairwise(starts))
+
+
+def test_exact_steps_that_are_fast_are_left_alone():
+    phases = Phases(0.0, 0.0, 1000.0, PRICE, 1000.0, checked_loss=1.0, rate=1.0)
+    slow = phases.after(1.0, 2.0 * math.exp(-FAST), 10.0)
+    fast = phases.after(1.0, 0.5 * math.exp(-FAST), 10.0)
+    assert slow.trial and slow.quasi
+    assert not fast.trial and not fast.quasi and fast.check_at == GROWTH * fast.spent
+
+
+def test_the_first_exact_step_of_a_trial_is_fresh():
+    taken, phases, fresh = [], Phases().begun(PRICE, 1.0), []
+    for _ in range(40):
+        taken.append(phases.quasi)
+        fresh.append(phases.fresh)
+        phases = phases.after(1.0, 0.99, 30.0)
+    first = taken.index(0.0)
+    assert fresh[first] == 1.0 and sum(fresh[: first + 4]) == 1.0
+
+
+def test_cheap_solves_never_give_way():
+    phases = Phases().begun(0.9 * LEAST_PRICE, 1.0)
+    for _ in range(50):
+        phases = phases.after(1.0, 0.99, 30.0)
+        assert not phases.quasi and not phases.trial
+
+
+@pytest.mark.parametrize(("before", "loss"), [(1.0, 0.0), (-1.0, -2.0), (math.inf, 1.0)])
+def test_losses_without_a_logarithm_change_no_kind(before, loss):
+    phases = Phases().begun(PRICE, 1.0)
+    for _ in range(50):
+        phases = phases.after(before, loss, 30.0)
+        assert phases.quasi and all(map(math.isfinite, phases))
+
+
+def test_iterations_that_gain_nothing_hand_over():
+    phases = Phases().begun(PRICE, 1.0).after(1.0, 0.5, 30.0)
+    handed = phases.handed_over(0.5)
+    assert not handed.quasi and handed.trial and handed.fresh
+    back = Phases(quasi=1.0, trial=1.0, spent=100.0, price=PRICE).handed_over(0.5)
+    assert not back.quasi and not back.trial
