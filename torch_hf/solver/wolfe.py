@@ -121,7 +121,7 @@ def _minimum(a: Point, b: Point) -> float:
         return a.length + 0.5 * width
     d1 = a.slope + b.slope - 3.0 * (b.loss - a.loss) / width
     square = d1 * d1 - a.slope * b.slope
-    if not square >= 0:
+    if not 0 <= square < math.inf:
         return a.length + 0.5 * width
     d2 = math.copysign(math.sqrt(square), width)
     below = b.slope - a.slope + 2.0 * d2
