@@ -109,6 +109,14 @@ def small_rate(rate: float) -> str:
     )
 
 
+NO_FACTORS_WHEN_SHARDED = (
+    "Kronecker factors are not measured under fully_shard, where no rank sees a whole layer. "
+    'Steps are preconditioned by L-BFGS pairs alone, if at all. Pass preconditioner="lbfgs" to '
+    "accept that without this warning. Where the model fits on each GPU, "
+    "DistributedDataParallel with shard_state=True has the factors."
+)
+
+
 def rejected(steps: int, reason: str) -> str:
     """What to look at after a run of rejected steps."""
     return (

@@ -296,9 +296,9 @@ def test_an_iteration_of_cg_costs_one_sum_of_a_vector_and_a_few_numbers():
     small = [[n for _, n in sent if n < size] for sent in (few, many)]
     assert [len(n) for n in large] == [1 + 1 + 3, 1 + 1 + 8]  # the gradient, CG's start
     assert len(small[1]) - len(small[0]) - (more - tries) == SMALL_3_TO_8
-    # Beside the vector: a flag of failure, with the gradient also loss, cases and two more, each
+    # Beside the vector: a flag of failure, with the gradient also loss, cases and three more, each
     # as two numbers for each of two ranks.
-    assert sorted(large[1]) == [size + 32] * 9 + [size + 5 * 32]
+    assert sorted(large[1]) == [size + 32] * 9 + [size + 6 * 32]
     assert sum(small[1]) < 4 * size  # most of it the pairs' small matrices, once a step
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from torch_hf.curvature.precision import WithoutAutocast, casts, full_precision, lowered
+from torch_hf.curvature.products import scaled
 from torch_hf.distributed import LOCAL, Space
 from torch_hf.loss.ggn_split import Split
 from torch_hf.vector import ParameterVector
@@ -234,6 +235,4 @@ class DifferenceGaussNewton:
         for loss_term in self.loss_terms:
             along = [next(pushed) for _ in loss_term.outputs]
             curved.extend(loss_term.hessian(*(t for t in along if t is not None)))
-        if (scale := self.scale()) != 1.0:
-            curved = [c * scale for c in curved]
-        return self.vector.pull(self.outputs, curved, True)
+        return self.vector.pull(self.outputs, scaled(curved, self.scale()), True)

@@ -87,10 +87,7 @@ class LayerStatistics:
         at = self._places()
         found = objective.reducer.attempt(lambda: self._own_factors(salt, at))
         blocks, rows = found or ([], self.vector.zeros()[:0])
-        seen, ranks = objective.reducer.numbers([len(blocks), 1.0])
-        if not seen or seen != len(blocks) * ranks:  # a rank without cases has no factors
-            return []
-        return averaged(blocks, rows, objective.reducer)
+        return averaged(blocks, rows, objective.reducer, self.vector.zeros())
 
     def _places(self) -> list[list[Places]]:
         """Where the rows of each batch stand among those of all batches and ranks, by output."""

@@ -277,16 +277,23 @@ class ObjectiveOperator(SymmetricOperator):
         vector = self.objective.vector
         total = None
         for i, weight in enumerate(self.weights):
-            if not weight and not vector.sums:  # a batch of ignored targets is all NaN
+            if not weight and not self._weighs_inside:  # a batch of ignored targets is all NaN
                 continue
             found = self._product(i, tangents)
             if i == len(self.weights) - 1:
                 tangents.clear()  # a vector less while the product is put together
             part = vector.flatten(found)
             del found
-            part = part if weight == 1.0 or vector.sums else part * weight
+            part = part if weight == 1.0 or self._weighs_inside else part * weight
             total = part if total is None else total.add_(part)
         return vector.zeros() if total is None else total
+
+    @property
+    def _weighs_inside(self) -> bool:
+        """Whether a batch's weight goes in before the backward pass, which may cross ranks."""
+        if self.objective.vector.sums:
+            return True
+        return self.curvature == "ggn" and self.objective.reducer.group is not None
 
     def graph(self, i: int) -> Graph:
         """The graph of curvature batch ``i``: the one kept, or that of a new run.
@@ -367,7 +374,8 @@ class ObjectiveOperator(SymmetricOperator):
 
     def _gauss_newton(self, i: int, graph: Graph) -> LocalProduct:
         assert self.split is not None
-        local = BatchGaussNewton(self.split, self.objective.vector.params, self._checks)
+        scale = self._scale(i)
+        local = BatchGaussNewton(self.split, self.objective.vector.params, self._checks, scale)
         self._check_loss(i, graph, local.jacobian.push)
         return local
 
@@ -397,13 +405,15 @@ class ObjectiveOperator(SymmetricOperator):
         if is_derivative and not agree(found, truth):  # else the user's slopes are another loss's
             raise LostPartError(cut_loss(names))
 
+    def _scale(self, i: int) -> Callable[[], float]:
+        """The factor on the product of batch ``i``, known once all batches are counted."""
+        return lambda: self.weights[i] if self._weighs_inside else 1.0
+
     def _by_differences(self, i: int, graph: Graph) -> LocalProduct:
         objective, vector = self.objective, self.objective.vector
         space = objective.space if vector.sums else LOCAL  # else values are whole on each rank
 
-        def scale() -> float:
-            return self.weights[i] if vector.sums else 1.0
-
+        scale = self._scale(i)
         if self.curvature == "hessian":
             return CentralDifference(
                 lambda values: objective.gradient_at(i, values, scale()),

@@ -138,9 +138,18 @@ class BatchGaussNewton:
         split: The loss's.
         params: The parameters.
         check: Whether to look for what autograd does not see through.
+        scale: The factor on the product, which goes in before the backward pass: in a module that
+            communicates it crosses ranks.
     """
 
-    def __init__(self, split: Split, params: Sequence[Tensor], check: bool = True) -> None:
+    def __init__(
+        self,
+        split: Split,
+        params: Sequence[Tensor],
+        check: bool = True,
+        scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        self.scale = scale
         self.loss_terms: list[LossTerm] = split.loss_terms
         self.jacobian = Jacobian(
             [z for loss_term in self.loss_terms for z in loss_term.outputs], params
@@ -160,10 +169,19 @@ class BatchGaussNewton:
         curved: list[Tensor] = []
         for loss_term in self.loss_terms:
             curved.extend(loss_term.hessian(*(next(pushed) for _ in loss_term.outputs)))
-        product = list(self.jacobian.pull(curved))
+        scale = self.scale()
+        product = list(self.jacobian.pull(scaled(curved, scale)))
         if self.remainder is not None:
-            product = [_added(a, b) for a, b in zip(product, self.remainder(tangents), strict=True)]
+            rest = [None if t is None else scaled([t], scale)[0] for t in self.remainder(tangents)]
+            product = [_added(a, b) for a, b in zip(product, rest, strict=True)]
         return product
+
+
+def scaled(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:
+    """Multiples; zeros where the scale is 0, though a batch without cases is all NaN."""
+    if scale == 1.0:
+        return list(tensors)
+    return [t * scale if scale else torch.zeros_like(t) for t in tensors]
 
 
 def refuse_errors(tensors: Sequence[Tensor]) -> None:

@@ -119,6 +119,18 @@ class Reducer:
         self._run(dist.all_reduce, packed)
         return packed.to(values.dtype)
 
+    def agreed(self, v: Tensor) -> Tensor:
+        """The first rank's vector (P,), on all ranks to the bit.
+
+        Replicas stay the same where ranks round differently: other GPUs, other libraries.
+        """
+        if self.group is None:
+            return v
+        v = v.contiguous()
+        first = dist.get_global_rank(self.group, 0)
+        self._run(lambda x, group: dist.broadcast(x, first, group=group), v)
+        return v
+
     # --- vectors cut over ranks ---
 
     def scatter(self, v: Tensor, part: int) -> Tensor:

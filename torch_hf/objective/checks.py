@@ -17,8 +17,8 @@ from torch_hf.capture.capture import Record
 from torch_hf.loss.linear_terms import summands
 
 
-def listed(name: str, batches: Any) -> list[Any]:
-    """Batches as a list; an iterator is read once."""
+def listed(name: str, batches: Any, empty: bool = False) -> list[Any]:
+    """Batches as a list, which may be empty or not; an iterator is read once."""
     single = isinstance(batches, (Tensor, Mapping, str, bytes)) or hasattr(batches, "__array__")
     if single or not isinstance(batches, Iterable):
         raise TypeError(
@@ -27,7 +27,7 @@ def listed(name: str, batches: Any) -> list[Any]:
             f"{name}=split_batch(batch, size)."
         )
     found = list(batches)
-    if not found:
+    if not found and not empty:
         raise ValueError(
             f"{name} must hold at least one batch, got none. Pass {name}=[batch]; an iterator must "
             "be new for each step."

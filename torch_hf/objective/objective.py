@@ -69,9 +69,10 @@ class Objective:
         checks.takes_batch(closure, batches is not None)
         self.reducer = reducer
         self.space = space or space_of(reducer, vector)
-        self.batches = self._listed("batches", batches) or [NO_BATCH]
-        self.curvature_batches = self._listed("curvature_batches", curvature_batches)
-        self.curvature_batches = self.curvature_batches or self.batches
+        self.batches = [NO_BATCH] if batches is None else self._listed("batches", batches)
+        self.curvature_batches = self.batches
+        if curvature_batches is not None:
+            self.curvature_batches = self._listed("curvature_batches", curvature_batches)
         self.decay = decay
         self.penalty = WeightDecay(decay, vector, self.space, reducer)
         self.sign = -1.0 if maximize else 1.0
@@ -86,10 +87,10 @@ class Objective:
         self.evaluations = 0  # at trial points
         self.fixed: Tensor | None = None  # entries of (P,) that hooks on gradients hold
 
-    def _listed(self, name: str, batches: Iterable[Any] | None) -> list[Any]:
-        if batches is None:
-            return []
-        return self.reducer.attempt(lambda: checks.listed(name, batches)) or []
+    def _listed(self, name: str, batches: Iterable[Any]) -> list[Any]:
+        """The batches; one rank of several may have none."""
+        alone = self.reducer.group is None
+        return self.reducer.attempt(lambda: checks.listed(name, batches, empty=not alone)) or []
 
     # --- the first run: loss and gradient ---
 
@@ -113,18 +114,18 @@ class Objective:
         flat = self.vector.flatten(found.gradient)
         reached = [g is not None or self.reducer.group is not None for g in found.gradient]
         flat, table = self.space.reduce_with(flat, found.numbers())
-        loss, cases, divisor = (sum(column) for column in list(zip(*table, strict=True))[:3])
-        if found.counts[0].adds or self._alone():
+        loss, cases, divisor, adds = (sum(column) for column in list(zip(*table, strict=True))[:4])
+        if adds or self._alone():
             divisor = 1.0
         elif divisor <= 0:
             raise ValueError(
                 "The batches must hold at least one case, got none. Leave out empty batches."
             )
-        checks.same_terms([row[3] for row in table if row[2]])
+        checks.same_terms([row[4] for row in table if row[2]])
         if divisor != 1.0:
             loss, flat = loss / divisor, flat.div_(divisor)
         returned = found.returned
-        if len(found.losses) > 1:
+        if len(found.losses) != 1:
             dtype, device = self.vector.dtype, self.vector.device
             returned = torch.tensor(self.sign * loss, dtype=dtype, device=device)
         closures_gradient = flat.clone() if any(self.decay) else None
@@ -168,7 +169,7 @@ class Objective:
             raise RuntimeError(message)
         if self.runs.uncleared:
             check(self.runs.uncleared)
-        shares = [1.0] if self._alone() else shares_of(counts, "batches")
+        shares = [1.0] if self._alone() else shares_of(counts, "batches") if counts else []
         return LocalEvaluation(gradient, losses, counts, shares, returned, kept)
 
     def _look_at_hooks(self) -> None:
@@ -193,12 +194,12 @@ class Objective:
         self, total: list[Tensor | None], graph: Graph, share: float, keep: bool
     ) -> None:
         """One batch's gradient onto the sum so far, so that no two batches' are held."""
-        inside, share = (share, 1.0) if self.vector.sums else (1.0, share)
-        found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, inside)], keep)
+        # A backward that crosses ranks brings slopes of other ranks' losses, weighted by theirs.
+        found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, share)], keep)
         checks.gradients(found)
         for i, g in enumerate(found):
             if g is not None:
-                part = g if share == 1 else g * share if share else torch.zeros_like(g)
+                part = g if share or bool(g.isfinite().all()) else torch.zeros_like(g)
                 before = total[i]
                 total[i] = part if before is None else before.add_(part)
 
@@ -326,20 +327,22 @@ class Objective:
             counts: Of this rank's batches; None where it failed, which all learn of here.
             here: Whose cases a sample stands for; it may lack where there is no sample.
         """
-        if counts and len(counts) == 1 and self.reducer.group is None:
+        counts = counts or []
+        if len(counts) == 1 and self.reducer.group is None:
             shares = [1.0]
+        elif counts:
+            shares = self.reducer.attempt(lambda: shares_of(counts, "curvature_batches")) or []
         else:
-            name = "curvature_batches"
-            shares = self.reducer.attempt(lambda: shares_of(counts or [], name)) or []
-        own = sum(c.number or 0.0 for c in counts or [])
-        cases, divisor = self.reducer.numbers([own, sum(shares)])
-        assert counts is not None
+            shares = []
+        own = sum(c.number or 0.0 for c in counts)
+        own_adds = float(bool(counts) and counts[0].adds)
+        cases, divisor, adds = self.reducer.numbers([own, sum(shares), own_adds])
         if divisor <= 0:
             raise ValueError(
                 "The curvature_batches must hold at least one case, got none. Leave out empty "
                 "batches."
             )
-        if not counts[0].adds:
+        if not adds:
             return [x / divisor for x in shares], cases or 1.0
         if self.own_curvature_batches:
             assert here is not None

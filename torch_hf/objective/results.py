@@ -32,10 +32,13 @@ class LocalEvaluation(NamedTuple):
     graph: Graph | None = None  # of a single batch whose products are taken on it, too
 
     def numbers(self) -> list[float]:
-        """Loss, cases, shares, and what must agree on all ranks."""
+        """Loss, cases, shares, whether losses add, and what must agree on all ranks."""
         loss = sum(s * x for s, x in zip(self.shares, self.losses, strict=True) if s)
         cases = sum(c.number or 0.0 for c in self.counts)
-        return [loss, cases, sum(self.shares), agreed_terms(self.counts[0])]
+        if not self.counts:
+            return [0.0] * 5
+        adds = float(self.counts[0].adds)
+        return [loss, cases, sum(self.shares), adds, agreed_terms(self.counts[0])]
 
 
 class Evaluation:

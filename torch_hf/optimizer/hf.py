@@ -230,7 +230,8 @@ class HFOptimizer(FlatStateOptimizer):
             KeyboardInterrupt: All is as before the call, or the step is whole.
 
         Warns:
-            UserWarning: ``lr`` is below 0.1; products are rounded (TF32). Each is said once; as an
+            UserWarning: ``lr`` is below 0.1; products are rounded (TF32); there are no factors
+                under ``fully_shard``. Each is said once; as an
                 error it leaves all as before the call.
             RuntimeWarning: Five steps in a row, ten and so on, were rejected. As an error it
                 leaves the step whole, with its report.
@@ -270,6 +271,8 @@ class HFOptimizer(FlatStateOptimizer):
         if not self._knows_precision:
             self._knows_precision = True
             vector = objective.vector
+            if vector.sums and factors_of(self.preconditioner) is not None:
+                warn_user(_messages.NO_FACTORS_WHEN_SHARDED, UserWarning)
             warn_of_tf32(vector.device, vector.dtype, objective.replay.buffers.seen)
 
     # --- the parts of a step, in the order it takes them ---
@@ -547,7 +550,10 @@ class HFOptimizer(FlatStateOptimizer):
         move, solution = outcome.move, outcome.solution
         gradients = here.hand_over_gradients()
         if move.direction is not None:
-            vector.move(space.whole(move.direction), move.length)
+            direction = space.whole(move.direction)
+            if not space.sharded and not vector.sums:
+                direction = objective.reducer.agreed(direction)
+            vector.move(direction, move.length)
         if solution is not None:
             self.preconditioner.end()
         if outcome.exact is not None:

@@ -148,7 +148,8 @@ class Progress(NamedTuple):
 
     def with_phases(self, phases: Phases) -> Progress:
         """With what the choice between exact steps and quasi-Newton iterations rests on."""
-        return self._replace(**dict(zip(_OF_PHASES, phases, strict=True)))
+        given: dict[str, Any] = dict(zip(_OF_PHASES, phases, strict=True))
+        return self._replace(**given)
 
     @property
     def ratio(self) -> float | None:

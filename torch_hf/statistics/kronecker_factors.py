@@ -111,8 +111,26 @@ def rows_of(loss_terms: Sequence[LossTerm], params: Sequence[Tensor]) -> list[in
     return [z.shape[0] if z.ndim else 1 for z in outputs]
 
 
-def averaged(blocks: list[LayerFactors], rows: Tensor, reducer: Reducer) -> list[LayerFactors]:
-    """Sums over batches, summed over processes as well, as factors: inputs' means over rows."""
+def averaged(
+    blocks: list[LayerFactors], rows: Tensor, reducer: Reducer, like: Tensor
+) -> list[LayerFactors]:
+    """Sums over batches, summed over processes as well, as factors: inputs' means over rows.
+
+    A rank without cases has no blocks and adds nothing; ranks that saw other layers than each other
+    have none together.
+
+    Args:
+        blocks: Of this rank.
+        rows: Of each block, how many rows it saw.
+        reducer: Sums over processes.
+        like: A tensor of the parameters' device.
+    """
+    counts = [int(row[0]) for row in reducer.table([float(len(blocks))])]
+    if not any(counts) or len({n for n in counts if n}) > 1:
+        return []
+    if 0 in counts:
+        blocks = _as_others(blocks, max(counts), reducer, like)
+        rows = rows if len(rows) else like.new_zeros(len(blocks))
     tensors = [t for b in blocks for t in (b.inputs, b.outputs)]
     flat = torch.cat([*(t.reshape(-1) for t in tensors), rows.to(tensors[0].dtype)])
     flat, _ = reducer.vector(flat)
@@ -122,6 +140,34 @@ def averaged(blocks: list[LayerFactors], rows: Tensor, reducer: Reducer) -> list
         LayerFactors(b.weight, b.bias, shaped[2 * k] / rows[k].clamp(min=1), shaped[2 * k + 1])
         for k, b in enumerate(blocks)
     ]
+
+
+def _as_others(
+    blocks: list[LayerFactors], count: int, reducer: Reducer, like: Tensor
+) -> list[LayerFactors]:
+    """This rank's blocks, or zeros of the shapes that other ranks' blocks have."""
+    own = [
+        [
+            *(b.weight, b.bias),
+            *(n for t in (b.inputs, b.outputs) for n in (t.ndim, len(t))),
+            b.inputs.element_size(),
+        ]
+        for b in blocks
+    ] or [[0] * 7] * count
+    table = reducer.table([float(n) for row in own for n in row])
+    if blocks:
+        return blocks
+    told = next(row for row in table if any(row))
+    found = []
+    for k in range(count):
+        weight, bias, *sizes, item = (int(n) for n in told[7 * k : 7 * k + 7])
+        dtype = torch.float64 if item == 8 else torch.float32
+        inputs, outputs = (
+            torch.zeros((n,) * ndim, dtype=dtype, device=like.device)
+            for ndim, n in (sizes[:2], sizes[2:])
+        )
+        found.append(LayerFactors(weight, bias, inputs, outputs))
+    return found
 
 
 def _eligible(
