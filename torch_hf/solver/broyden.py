@@ -80,7 +80,7 @@ def descend(
         if inverse is not None:
             first = min(1.0, LONGER * last)
         else:
-            first = min(1.0, 1.0 / float(gradient.abs().sum()))
+            first = 1.0 / float(gradient.abs().sum())  # a step of length 1, whatever the scale
         start = Point(0.0, loss, gradient, slope)
         base = here
 
