@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help venv figures paper swap train test test-all lint format docs dist bench bench-report bench-cg bench-products bench-step bench-kronecker bench-scaling clean
+.PHONY: help venv figures paper swap train test test-all lint format docs dist bench bench-report bench-cg bench-products bench-step bench-kronecker bench-scaling gpu clean
 .SECONDARY:
 
 help: ## list the targets
@@ -89,6 +89,9 @@ bench-step: $(VENV)/.with-benchmarks ## print where the time and memory of a ste
 
 bench-kronecker: $(VENV)/.with-benchmarks ## print what a Kronecker step costs beside dense layers; table and plot
 	$(BIN)/python benchmarks/kronecker.py
+
+gpu: $(VENV)/.with-benchmarks $(VENV)/.with-test ## test and measure everything on a CUDA GPU, at most 9 minutes; exits with 2 without one
+	$(BIN)/python benchmarks/gpu.py $(GPU)
 
 bench-scaling: $(VENV)/.with-benchmarks ## print how steps scale over processes, and a model's predictions for GPUs; plot
 	$(BIN)/python benchmarks/scaling.py
