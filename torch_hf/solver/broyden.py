@@ -17,8 +17,6 @@ from torch import Tensor
 from torch_hf.solver.wolfe import Point, strong_wolfe
 
 UPDATES = ("ssbroyden", "ssbfgs", "bfgs")
-#: Only after a step of so much of its full length H is scaled, which makes it larger.
-LONG = 0.5
 #: A search begins at the full step, or at so many times the length of the last one's end.
 LONGER = 4.0
 
@@ -98,8 +96,7 @@ def descend(
         last = end.length if inverse is not None else 1.0
         step, change = end.length * direction, end.gradient - gradient
         # B s = -length g, as the step is -length H g
-        update = "ssbroyden" if inverse is None or end.length >= LONG else "bfgs"
-        inverse = updated(inverse, step, change, -end.length * float(gradient @ step), update)
+        inverse = updated(inverse, step, change, -end.length * float(gradient @ step))
         here, loss, gradient, done = base + step, end.loss, end.gradient, done + 1
     return Descent(here, loss, gradient, inverse, done)
 
