@@ -42,6 +42,39 @@ def sharded(ranks, each_layer=True, norm=False):
     return fully_shard(model, mesh=mesh)
 
 
+def copied(copies, parts):
+    """HSDP: copies of a model that is cut into parts."""
+    model = network()
+    mesh = init_device_mesh("cpu", (copies, parts), mesh_dim_names=("copies", "parts"))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def hybrid(rank, group, copies, parts):
+    model = copied(copies, parts)
+    optimizer = HFOptimizer(model.parameters(), **GGN)
+    run = train(model, lambda k: [share(union(k), rank, copies * parts)], 6, optimizer=optimizer)
+    saved = optimizer.state_dict()
+    again = HFOptimizer(model.parameters(), **GGN)
+    again.load_state_dict(saved)
+    same = all(
+        torch.equal(again.state[p]["cg_iterate"].to_local(), v["cg_iterate"].to_local())
+        for p, v in optimizer.state.items()
+    )
+    return run, same
+
+
+@pytest.mark.parametrize(("copies", "parts"), [(2, 2), (2, 1)])
+def test_copies_of_sharded_modules_follow_the_unsharded(copies, parts):
+    truth = train(network(), lambda k: [union(k)], 6, **GGN)
+    for run, same in launch(copies * parts, hybrid, copies, parts):
+        assert distance(run, truth) <= TOLERANCE
+        assert same_turns(run, truth)
+        assert same
+
+
 def job(rank, group, options, each_layer, steps):
     model = sharded(2, each_layer)
     optimizer = HFOptimizer(model.parameters(), **options)
@@ -187,8 +220,10 @@ def stepping(rank, group, how):
         model = network()
         fully_shard(model[0], mesh=init_device_mesh("cpu", (2,)))
     if how == "two meshes":
+        model = network()
         mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("copies", "parts"))
-        model = fully_shard(network(), mesh=mesh)
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model[2], mesh=init_device_mesh("cpu", (2,)))
     optimizer = HFOptimizer(model.parameters(), **options)
 
     def closure():

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from torch_hf.capture.autograd_graph import reaches
@@ -40,7 +41,11 @@ class FullyShardedVector(ParameterVector):
     """The entries that this rank holds of DTensor parameters, in order.
 
     Raises:
-        ValueError: The parameters lie on several meshes, or on one of several dimensions.
+        ValueError: The parameters lie on several meshes, or on one that is neither of one dimension
+            nor, for HSDP, of two: copies and parts.
+
+    Attributes:
+        copies: How many ranks hold the same entries (HSDP); 1 elsewhere.
     """
 
     sums = True
@@ -50,14 +55,16 @@ class FullyShardedVector(ParameterVector):
             local = [p.to_local() for p in params]
         super().__init__(params, local)
         mesh = params[0].device_mesh
-        if any(p.device_mesh != mesh for p in params) or mesh.ndim != 1:
+        if any(p.device_mesh != mesh for p in params) or not _is_of_data(mesh, params):
             raise ValueError(
-                "Fully sharded parameters must be on one device mesh of one dimension, got "
-                "several meshes or dimensions. Call fully_shard(model, "
-                'mesh=init_device_mesh("cuda", (ranks,))).'
+                "Fully sharded parameters must be on one device mesh of one dimension, or of two "
+                "over all ranks for HSDP (copies, parts), got other meshes. Call fully_shard(model, "
+                'mesh=init_device_mesh("cuda", (ranks,))), or with (copies, parts).'
             )
-        self.group = mesh.get_group()
-        self.ranks, self.rank = mesh.size(), mesh.get_local_rank()
+        self.group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
+        self.copies = mesh.size() // mesh.size(-1 + mesh.ndim)
+        self.parts, self.part = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
+        self.ranks = mesh.size()
         self.checked = False
 
     def pull(
@@ -115,11 +122,11 @@ class FullyShardedVector(ParameterVector):
         """This rank's entries of a piece (..., *shape), as ``fully_shard`` cuts the parameter."""
         if is_fully_sharded(piece):
             own: Tensor = piece.to_local()
-        elif p.placements[0].is_shard():
-            dim = p.placements[0].dim + lead
-            parts = piece.chunk(self.ranks, dim)
+        elif p.placements[-1].is_shard():
+            dim = p.placements[-1].dim + lead
+            parts = piece.chunk(self.parts, dim)
             none = piece.narrow(dim, 0, 0)
-            own = (*parts, *[none] * (self.ranks - len(parts)))[self.rank]
+            own = (*parts, *[none] * (self.parts - len(parts)))[self.part]
         else:
             own = piece
         if own.shape[lead:] != p.to_local().shape:
@@ -132,14 +139,18 @@ class FullyShardedVector(ParameterVector):
 
     def like(self, p: Any, local: Tensor) -> Tensor:
         """Local entries (..., *local shape) as a DTensor sharded as the parameter is."""
-        tensor, placement = sys.modules["torch.distributed.tensor"], p.placements[0]
+        tensor, placement = sys.modules["torch.distributed.tensor"], p.placements[-1]
         lead = local.ndim - p.ndim
         shape = torch.Size([*local.shape[:lead], *p.shape])
         if placement.is_shard():
             placement = tensor.Shard(placement.dim + lead)
         stride = torch.empty(shape, device="meta").stride()
         whole: Tensor = tensor.DTensor.from_local(
-            local.contiguous(), p.device_mesh, [placement], shape=shape, stride=stride
+            local.contiguous(),
+            p.device_mesh,
+            [*p.placements[:-1], placement],
+            shape=shape,
+            stride=stride,
         )
         return whole
 
@@ -165,3 +176,12 @@ class FullyShardedVector(ParameterVector):
             reshard = getattr(module, "reshard", None)
             if reshard is not None:
                 reshard()
+
+
+def _is_of_data(mesh: Any, params: Sequence[Any]) -> bool:
+    """Whether a mesh is that of ``fully_shard``: parts, or copies of parts over all ranks."""
+    if mesh.ndim == 1:
+        return True
+    if mesh.ndim != 2 or mesh.size() != dist.get_world_size():
+        return False
+    return all(p.placements[0].is_replicate() for p in params)

@@ -145,9 +145,14 @@ class Own(Replicated):
 
     sharded = True
 
-    def __init__(self, reducer: Reducer) -> None:
+    def __init__(self, reducer: Reducer, copies: int = 1) -> None:
         super().__init__(reducer, 0)
-        self.share = 1.0
+        self.share = 1.0 / copies  # ranks that hold the same entries share them (HSDP)
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum over ranks, each entry once."""
+        total = super().sum(partial)
+        return total if self.share == 1.0 else total * self.share
 
     def cut(self, v: Tensor) -> Tensor:
         """All of what this rank holds."""
@@ -165,7 +170,7 @@ class Own(Replicated):
 def space_of(reducer: Reducer, vector: ParameterVector, sharded: bool = False) -> Space:
     """The space of a step's vectors."""
     if vector.sums:
-        return Own(reducer)
+        return Own(reducer, getattr(vector, "copies", 1))
     if reducer.group is None:
         return LOCAL
     return (Sharded if sharded else Replicated)(reducer, vector.numel)

@@ -32,7 +32,9 @@ class WeightDecay:
     def loss(self) -> float:
         """The penalty; of sharded parameters that on all ranks."""
         own = self.own_loss()
-        return self.reducer.numbers([own])[0] if self.vector.sums and any(self.decay) else own
+        if not (self.vector.sums and any(self.decay)):
+            return own
+        return self.reducer.numbers([own * self.space.share])[0]
 
     def own_loss(self) -> float:
         """The penalty of what this rank holds of the parameters."""
