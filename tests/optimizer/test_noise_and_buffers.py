@@ -122,3 +122,37 @@ def test_a_rejected_step_counts_the_batch_once():
     training.closure = lambda batch: training._criterion(model, batch) + walled(model, walls)
     assert not training.step().accepted
     assert model[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_in_any_order_do_not_look_like_other_data(dtype):
+    """Kernels with atomic sums scatter the loss and its gradient by some ten units of rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).to(dtype)
+    x, y = normal(1, 40, 4).to(dtype), 3.0 * normal(2, 40, 1).to(dtype)
+    eps, dice = torch.finfo(dtype).eps, random.Random(0)
+
+    def closure():
+        loss = F.mse_loss(model(x), y)
+        return loss * (1.0 + dice.choice((-50, 50)) * eps)
+
+    optimizer = HFOptimizer(model.parameters())
+    for step in range(20):
+        optimizer.step(closure)
+        if step:
+            assert optimizer._progress.changes == 0.0
+            assert optimizer.last_report.solver == "exact"
+    assert optimizer.last_report.new_loss < 0.5 * float(F.mse_loss(0 * y, y))
+
+
+def test_other_data_are_seen_at_once_and_the_same_data_soon_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    x, y = normal(1, 80, 4).float(), normal(2, 80, 1).float()
+    optimizer, parts = HFOptimizer(model.parameters()), [slice(0, 40), slice(40, 80)]
+    changes = []
+    for part in (0, 0, 0, 1, 1, 1, 0, 1, 0):
+        rows = parts[part]
+        optimizer.step(lambda rows=rows: F.mse_loss(model(x[rows]), y[rows]))
+        changes.append(optimizer._progress.changes)
+    assert changes == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0]

@@ -13,15 +13,17 @@ from torch_hf.preconditioner.protocol import Preconditioner
 #: Most iterations of CG: on the data of the last step; on new data with Kronecker factors; on new
 #: data without them.
 MAX_ITER_SAME_DATA, MAX_ITER_WITH_FACTORS, MAX_ITER_WITHOUT_FACTORS = 250, 3, 20
-#: By how many units of rounding the loss at the same parameters and data may differ.
-SAME_LOSS_ULPS = 10
+#: By how many units of rounding the loss at the same parameters and data may differ: where data
+#: were seen to change, and where they were not. Kernels with atomic sums scatter by more than ten.
+SAME_LOSS_ULPS, STILL_SAME_ULPS = 10, 1000
 
 
 def is_same_data(last: Mapping[str, Any], loss: float, cases: float, dtype: torch.dtype) -> bool:
     """Whether a step sees the data of the one before: as many cases, and the loss it ended with.
 
     Args:
-        last: ``last_loss`` and ``last_cases`` of the step before.
+        last: ``last_loss`` and ``last_cases`` of the step before, and ``changes``, the number of
+            steps in a row that saw other data.
         loss: Where this one begins.
         cases: How many this one sees.
         dtype: Of the parameters.
@@ -30,13 +32,16 @@ def is_same_data(last: Mapping[str, Any], loss: float, cases: float, dtype: torc
         >>> last = {"last_loss": 2.0, "last_cases": 500.0}
         >>> [is_same_data(last, 2.0, cases, torch.float32) for cases in (500.0, 505.0)]
         [True, False]
-        >>> is_same_data(last, 2.00001, 500.0, torch.float32)  # another batch may come as near
+        >>> is_same_data(last | {"changes": 0.0}, 2.0001, 500.0, torch.float32)  # sums in any order
+        True
+        >>> is_same_data(last | {"changes": 3.0}, 2.0001, 500.0, torch.float32)  # another batch
         False
     """
     before = last.get("last_loss")
     if before is None or not math.isfinite(before) or last.get("last_cases") != cases:
         return False
-    allowed = SAME_LOSS_ULPS * torch.finfo(dtype).eps * max(abs(before), abs(loss))
+    ulps = SAME_LOSS_ULPS if last.get("changes", 0.0) else STILL_SAME_ULPS
+    allowed = ulps * torch.finfo(dtype).eps * max(abs(before), abs(loss))
     return bool(abs(before - loss) <= allowed)
 
 
