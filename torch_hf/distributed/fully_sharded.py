@@ -58,8 +58,8 @@ class FullyShardedVector(ParameterVector):
         if any(p.device_mesh != mesh for p in params) or not _is_of_data(mesh, params):
             raise ValueError(
                 "Fully sharded parameters must be on one device mesh of one dimension, or of two "
-                "over all ranks for HSDP (copies, parts), got other meshes. Call fully_shard(model, "
-                'mesh=init_device_mesh("cuda", (ranks,))), or with (copies, parts).'
+                "over all ranks for HSDP, got other meshes. Call fully_shard(model, "
+                'mesh=init_device_mesh("cuda", (ranks,))), or with a mesh of (copies, parts).'
             )
         self.group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
         self.copies = mesh.size() // mesh.size(-1 + mesh.ndim)
