@@ -161,7 +161,9 @@ class KroneckerPreconditioner:
             return
         known, self._decays = self._known, decays
         held = MEAN_CURVATURE_SHARE * mean_curvature(known.blocks, self._sizes)
-        self._inverses = [invert(b, known.damping + decays[b.weight]) for b in known.blocks]
+        self._inverses = inverses(
+            known.blocks, [known.damping + decays[b.weight] for b in known.blocks]
+        )
         self._rest = [known.damping + held + decay for decay in decays]
 
     def apply(self, r: Tensor) -> Tensor:
@@ -269,9 +271,10 @@ class KroneckerPreconditioner:
         weight = min(HISTORY_WEIGHT, 1 - 1 / (known.measured + 1))
         old = {(b.weight, b.bias): b for b in known.blocks}
         blocks = []
+        finite = [t.isfinite().all() for b in found for t in (b.inputs, b.outputs)]
+        if finite and not bool(torch.stack(finite).all()):
+            return known
         for new in found:
-            if not all(bool(t.isfinite().all()) for t in (new.inputs, new.outputs)):
-                return known
             last = old.get((new.weight, new.bias))
             if last is not None and last.inputs.shape == new.inputs.shape:
                 inputs = new.inputs.lerp(last.inputs, weight)
@@ -301,32 +304,66 @@ def covered(blocks: Sequence[LayerFactors], sizes: Sequence[int]) -> int:
     return sum(sizes[b.weight] + (sizes[b.bias] if b.bias >= 0 else 0) for b in blocks)
 
 
-def invert(block: LayerFactors, damping: float) -> Inverse:
-    """``(S + e/pi I)^-1`` and ``(A + pi e I)^-1`` with ``e^2`` the damping."""
-    a = float(_trace(block.inputs)) / len(block.inputs)
-    s = float(_trace(block.outputs)) / len(block.outputs)
-    if not (a > 0 and s > 0):  # a layer that nothing goes through: damping is all there is
-        left = block.outputs.new_full((len(block.outputs),), 1 / damping if damping else 1.0)
-        return Inverse(block, left, block.inputs.new_ones(len(block.inputs)))
-    pi = math.sqrt(a / s)
-    eps = torch.finfo(block.inputs.dtype).eps
-    e = max(math.sqrt(damping), eps * math.sqrt(a * s))
+def inverses(blocks: Sequence[LayerFactors], damping: Sequence[float]) -> list[Inverse]:
+    """``(S + e/pi I)^-1`` and ``(A + pi e I)^-1`` of each block, with ``e^2`` its damping.
+
+    The host reads a few tensors of numbers for all blocks together, and not some for each.
+    """
+    if not blocks:
+        return []
+    traces = torch.stack([_trace(t).double() for b in blocks for t in (b.inputs, b.outputs)])
+    numbers = iter(traces.tolist())
+    found: list[Inverse | None] = [None] * len(blocks)
+    open_: dict[int, tuple[float, float]] = {}
+    means = []
+    for k, block in enumerate(blocks):
+        a, s = next(numbers) / len(block.inputs), next(numbers) / len(block.outputs)
+        means.append((a, s))
+        if a > 0 and s > 0:
+            eps = torch.finfo(block.inputs.dtype).eps
+            open_[k] = math.sqrt(a / s), max(math.sqrt(damping[k]), eps * math.sqrt(a * s))
+        else:  # a layer that nothing goes through: damping is all there is
+            fill = 1 / damping[k] if damping[k] else 1.0
+            left = block.outputs.new_full((len(block.outputs),), fill)
+            found[k] = Inverse(block, left, block.inputs.new_ones(len(block.inputs)))
     for _ in range(INVERSION_TRIES):
-        found = _inverse(block.outputs, e / pi), _inverse(block.inputs, pi * e)
-        if found[0] is not None and found[1] is not None:
-            return Inverse(block, found[0], found[1])
-        e *= 10
-    sides = block.outputs.new_full((len(block.outputs),), 1 / s)
-    return Inverse(block, sides, block.inputs.new_full((len(block.inputs),), 1 / a))
+        if not open_:
+            break
+        roots = {
+            k: (_root(blocks[k].outputs, e / pi), _root(blocks[k].inputs, pi * e))
+            for k, (pi, e) in open_.items()
+        }
+        failed = torch.stack([r.failed for pair in roots.values() for r in pair]).tolist()
+        for i, (k, (outputs, inputs)) in enumerate(roots.items()):
+            if failed[2 * i] or failed[2 * i + 1]:
+                open_[k] = open_[k][0], 10 * open_[k][1]
+            else:
+                found[k] = Inverse(blocks[k], outputs.inverse(), inputs.inverse())
+                del open_[k]
+    for k in open_:
+        block, (a, s) = blocks[k], means[k]
+        sides = block.outputs.new_full((len(block.outputs),), 1 / s)
+        found[k] = Inverse(block, sides, block.inputs.new_full((len(block.inputs),), 1 / a))
+    return [x for x in found if x is not None]
 
 
-def _inverse(factor: Tensor, damping: float) -> Tensor | None:
+class _Root(NamedTuple):
+    """The Cholesky factor of a damped factor, or its diagonal, and whether that failed."""
+
+    root: Tensor
+    failed: Tensor
+
+    def inverse(self) -> Tensor:
+        """Of what it is the root of."""
+        return self.root.reciprocal() if self.root.ndim == 1 else torch.cholesky_inverse(self.root)
+
+
+def _root(factor: Tensor, damping: float) -> _Root:
     if factor.ndim == 1:
-        return (factor + damping).reciprocal()
+        return _Root(factor + damping, torch.zeros((), dtype=torch.int32, device=factor.device))
     damped = factor.clone()
     damped.diagonal().add_(damping)
-    root, failed = torch.linalg.cholesky_ex(damped)
-    return None if int(failed) else torch.cholesky_inverse(root)
+    return _Root(*torch.linalg.cholesky_ex(damped))
 
 
 def _trace(factor: Tensor) -> Tensor:
