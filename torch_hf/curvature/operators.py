@@ -17,7 +17,7 @@ from torch_hf.curvature.finite_differences import (
     StepChoice,
 )
 from torch_hf.curvature.linear_operator import SymmetricOperator, alive
-from torch_hf.curvature.products import BatchGaussNewton, BatchHessian, LocalProduct
+from torch_hf.curvature.products import BatchGaussNewton, BatchHessian, Later, LocalProduct
 from torch_hf.curvature.unknown_functions import (
     COARSE,
     LostPartError,
@@ -285,6 +285,8 @@ class ObjectiveOperator(SymmetricOperator):
             part = vector.flatten(found)
             del found
             part = part if weight == 1.0 or self._weighs_inside else part * weight
+            if not weight:  # a batch without cases adds nothing of its own
+                part = part.nan_to_num(0.0, 0.0, 0.0)
             total = part if total is None else total.add_(part)
         return vector.zeros() if total is None else total
 
@@ -293,7 +295,8 @@ class ObjectiveOperator(SymmetricOperator):
         """Whether a batch's weight goes in before the backward pass, which may cross ranks."""
         if self.objective.vector.sums:
             return True
-        return self.curvature == "ggn" and self.objective.reducer.group is not None
+        by_differences = self.engine == DIFFERENCES and self.curvature == "hessian"
+        return self.objective.reducer.group is not None and not by_differences
 
     def graph(self, i: int) -> Graph:
         """The graph of curvature batch ``i``: the one kept, or that of a new run.
@@ -370,7 +373,10 @@ class ObjectiveOperator(SymmetricOperator):
                 if not agree(hessian(v), truth):
                     raise RuntimeError(cut(names))
         hessian.check_curved()
-        return hessian
+        if self._scale(i) is None:
+            return hessian
+        loss = graph.loss
+        return Later(lambda: BatchHessian([loss], [loss.new_full((), self.weights[i])], params))
 
     def _gauss_newton(self, i: int, graph: Graph) -> LocalProduct:
         assert self.split is not None
@@ -405,15 +411,17 @@ class ObjectiveOperator(SymmetricOperator):
         if is_derivative and not agree(found, truth):  # else the user's slopes are another loss's
             raise LostPartError(cut_loss(names))
 
-    def _scale(self, i: int) -> Callable[[], float]:
-        """The factor on the product of batch ``i``, known once all batches are counted."""
+    def _scale(self, i: int) -> Callable[[], float] | None:
+        """The factor on the product of batch ``i``, known once all batches are counted; or None."""
+        if self.objective.reducer.group is None and not self.objective.vector.sums:
+            return None
         return lambda: self.weights[i] if self._weighs_inside else 1.0
 
     def _by_differences(self, i: int, graph: Graph) -> LocalProduct:
         objective, vector = self.objective, self.objective.vector
         space = objective.space if vector.sums else LOCAL  # else values are whole on each rank
 
-        scale = self._scale(i)
+        scale = self._scale(i) or (lambda: 1.0)
         if self.curvature == "hessian":
             return CentralDifference(
                 lambda values: objective.gradient_at(i, values, scale()),

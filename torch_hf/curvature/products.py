@@ -139,7 +139,7 @@ class BatchGaussNewton:
         params: The parameters.
         check: Whether to look for what autograd does not see through.
         scale: The factor on the product, which goes in before the backward pass: in a module that
-            communicates it crosses ranks.
+            communicates it crosses ranks; None for 1. It is known at the first product.
     """
 
     def __init__(
@@ -147,21 +147,27 @@ class BatchGaussNewton:
         split: Split,
         params: Sequence[Tensor],
         check: bool = True,
-        scale: Callable[[], float] = lambda: 1.0,
+        scale: Callable[[], float] | None = None,
     ) -> None:
-        self.scale = scale
+        self.scale = scale or (lambda: 1.0)
         self.loss_terms: list[LossTerm] = split.loss_terms
         self.jacobian = Jacobian(
             [z for loss_term in self.loss_terms for z in loss_term.outputs], params
         )
-        self.remainder = None
+        self.remainder: LocalProduct | None = None
         if split.remainders:
             edges, weights = zip(*split.remainders, strict=True)
-            self.remainder = BatchHessian(edges, weights, params)
+            remainder = BatchHessian(edges, weights, params)
+            self.remainder = remainder
+            if scale is not None:
+                own = scale
+                self.remainder = Later(
+                    lambda: BatchHessian(edges, [w * own() for w in weights], params)
+                )
         if check:
             self.jacobian.check()
-            if self.remainder is not None:
-                self.remainder.check_symmetric([edge.node for edge in edges])
+            if split.remainders:
+                remainder.check_symmetric([edge.node for edge in edges])
 
     def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The product, by parameter."""
@@ -172,9 +178,25 @@ class BatchGaussNewton:
         scale = self.scale()
         product = list(self.jacobian.pull(scaled(curved, scale)))
         if self.remainder is not None:
-            rest = [None if t is None else scaled([t], scale)[0] for t in self.remainder(tangents)]
-            product = [_added(a, b) for a, b in zip(product, rest, strict=True)]
+            product = [_added(a, b) for a, b in zip(product, self.remainder(tangents), strict=True)]
         return product
+
+
+class Later:
+    """A product that is built at its first use, when the factor in it is known.
+
+    Args:
+        build: Builds it.
+    """
+
+    def __init__(self, build: Callable[[], LocalProduct]) -> None:
+        self.build = build
+        self.built: LocalProduct | None = None
+
+    def __call__(self, tangents: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The product, by parameter."""
+        self.built = self.built or self.build()
+        return self.built(tangents)
 
 
 def scaled(tensors: Sequence[Tensor], scale: float) -> list[Tensor]:

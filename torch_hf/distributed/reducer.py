@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -171,7 +172,9 @@ class Reducer:
         own, self.failure = self.failure, None
         reports: list[Any] = [None] * self.ranks
         report = None if own is None else f"{type(own).__name__}: {own}"
-        dist.all_gather_object(reports, report, group=self.group)
+        on_gpu = self.device.type == "cuda"  # NCCL sends objects by the current device
+        with torch.cuda.device(self.device) if on_gpu else nullcontext():
+            dist.all_gather_object(reports, report, group=self.group)
         if own is not None:
             if hasattr(own, "add_note"):  # from Python 3.11 on
                 own.add_note(f"Raised on rank {self.rank}; all ranks leave the step with it.")
