@@ -1,6 +1,7 @@
 """The choice between exact steps and quasi-Newton iterations, on runs made up of rates."""
 
 import math
+import random
 from itertools import pairwise
 
 import pytest
@@ -97,6 +98,19 @@ def test_losses_without_a_logarithm_change_no_kind(before, loss):
     for _ in range(50):
         phases = phases.after(before, loss, 30.0)
         assert phases.quasi and all(map(math.isfinite, phases))
+
+
+def test_every_number_may_be_saved_whatever_the_losses_are():
+    """Losses of any sign and size, in any order, at steps of either kind."""
+    dice = random.Random(0)
+    for _ in range(200):
+        phases = Phases().begun(PRICE, dice.choice((1.0, -1.0, 0.0, 1e-300, 1e30)))
+        for _ in range(60):
+            before, after = (dice.choice((1.0, -1.0, 0.0, 5e-324, 1e300, 0.9)) for _ in range(2))
+            if dice.random() < 0.1:
+                phases = phases.handed_over(before)
+            phases = phases.after(before, after, dice.choice((0.0, 1.0, 1000.0)))
+            assert all(0 <= x < math.inf for x in phases)
 
 
 def test_iterations_that_gain_nothing_hand_over():

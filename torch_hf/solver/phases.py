@@ -68,25 +68,25 @@ class Phases(NamedTuple):
             return self
         first = SOLVES_OF_TRIAL * price
         quasi = float(price >= LEAST_PRICE and loss > 0)
-        return Phases(quasi=quasi, price=price, check_at=first, checked_loss=loss)
+        return Phases(quasi=quasi, price=price, check_at=first, checked_loss=max(loss, 0.0))
 
     def after(self, before: float, loss: float, cost: float) -> Phases:
         """After a step from one loss to another, at this cost in gradients."""
-        if self.price < LEAST_PRICE or not (loss > 0 and math.isfinite(before)):
+        if self.price < LEAST_PRICE or not (loss > 0 and math.isfinite(before) and cost > 0):
             return self._replace(spent=self.spent + cost, fresh=0.0)
         spent = self.spent + cost
         now = self._replace(spent=spent, fresh=0.0)
         if not self.trial:
             weight = 1.0 - math.exp(-cost / (MEMORY * spent))
-            gain = max(math.log(before / loss), 0.0) / cost
+            gain = max(_fall(before, loss), 0.0) / cost
             now = now._replace(rate=self.rate + weight * (gain - self.rate))
             if spent < self.check_at:
                 return now
-            if not self.quasi and math.log(self.checked_loss / loss) >= FAST:
+            if not self.quasi and _fall(self.checked_loss, loss) >= FAST:
                 return now._replace(check_at=GROWTH * spent, checked_loss=loss)
             return now._try_other(loss)
         taken = spent - self.trial_from
-        gain = math.log(self.trial_loss / loss)
+        gain = _fall(self.trial_loss, loss)
         expected = self.rate * taken * self.trial_from / spent  # rates fall as the run gets longer
         needed = expected / ENOUGH if self.quasi else expected * ENOUGH
         whole = max(SOLVES_OF_TRIAL * self.price, PART_OF_TRIAL * self.trial_from)
@@ -106,7 +106,8 @@ class Phases(NamedTuple):
         """Where quasi-Newton iterations gained nothing: exact steps go on from this loss."""
         if self.trial:  # it has failed
             check = GROWTH * self.spent
-            return self._replace(trial=0.0, quasi=0.0, check_at=check, checked_loss=loss)
+            checked = max(loss, 0.0)
+            return self._replace(trial=0.0, quasi=0.0, check_at=check, checked_loss=checked)
         return self._try_other(loss)._replace(rate=0.0)
 
     def _try_other(self, loss: float) -> Phases:
@@ -114,6 +115,11 @@ class Phases(NamedTuple):
             trial=1.0,
             quasi=1.0 - self.quasi,
             trial_from=self.spent,
-            trial_loss=loss,
+            trial_loss=max(loss, 0.0),
             fresh=self.quasi,
         )
+
+
+def _fall(before: float, loss: float) -> float:
+    """Of the loss's logarithm; 0 where there is none."""
+    return math.log(before) - math.log(loss) if before > 0 and loss > 0 else 0.0
