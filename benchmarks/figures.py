@@ -26,6 +26,8 @@ OVERVIEW = (
     ("Poisson equation by its residual", "training loss", "poisson-cpu-seconds", "train_loss"),
     ("Burgers equation by its residual", "training loss", "burgers-cpu-seconds", "train_loss"),
     ("smooth regression", "training loss", "regression-cpu-seconds", "train_loss"),
+    ("fast advection by its residual", "training loss", "advection-cpu-seconds", "train_loss"),
+    ("Helmholtz equation by its residual", "training loss", "helmholtz-cpu-seconds", "train_loss"),
     (
         "heat equation, unknown coefficient, resampled points",
         "error of the coefficient",

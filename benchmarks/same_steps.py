@@ -591,7 +591,7 @@ def one_layer(record: Record, widths: Any = (3, 4), layer: Any = None, **options
     data = kronecker.KroneckerFactors(*(torch.randn(24, w) for w in widths), normalize=True)
     hidden = kronecker.KroneckerLinear(data, 10, **layer or {})
     walk(record, nn.Sequential(hidden, nn.ReLU(), nn.Linear(10, 3)), CE, **options)
-    points = kronecker.KroneckerFactors(*(torch.randn(2, w) for w in widths))
+    points = kronecker.KroneckerFactors(*(torch.randn(2, w) for w in widths), normalize=True)
     record.note(predicted=hidden.predict(points))
 
 
