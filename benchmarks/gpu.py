@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -34,9 +35,12 @@ ROOT = Path(__file__).resolve().parent.parent
 WHOLE, MOST = 540.0, {"tests": 200.0, "nccl": 60.0, "products": 120.0}
 #: What a process has to keep for itself, and the least that a training run is worth.
 RESERVE, LEAST = 15.0, 60.0
+#: Between a request to end and the end.
+GRACE = 5.0
 TESTS = ("tests/integration/test_on_a_gpu.py", "tests/integration/test_cuda.py")
 #: Names by which the profiler counts launches, and waits of the host.
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+LAUNCHES += ("cudaGraphLaunch",)
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -139,7 +143,8 @@ def run_nccl(device: str, seconds: float, quick: bool) -> dict[str, Any]:
     for count in range(1, ranks + 1):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         script = [str(Path(__file__).resolve()), "--part", "rank", "--device", device]
-        found[f"{count} ranks"] = _run([*command, f"--nproc-per-node={count}", *script], seconds)
+        limit = seconds / ranks
+        found[f"{count} ranks"] = _run([*command, f"--nproc-per-node={count}", *script], limit)
     return found
 
 
@@ -253,6 +258,8 @@ def run_training(device: str, seconds: float, data_root: str) -> dict[str, Any]:
     budget = (seconds - 2 * RESERVE) / 3
     command += ["--budget", f"{budget:.0f}", "--device", device, "--data-root", data_root]
     done = _run(command, seconds)
+    if "left out" in done["end"]:
+        done["error"] = "MNIST was not found: GPU='--data-root FOLDER', or --no-training"
     return done | {"budget": budget}
 
 
@@ -261,20 +268,26 @@ def _run(command: list[str], seconds: float, most: int = 3000) -> dict[str, Any]
     start = time.monotonic()
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     surroundings = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
+    done = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=surroundings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=surroundings,
-            timeout=max(seconds, 1.0),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        status, printed = done.returncode, done.stdout
-    except subprocess.TimeoutExpired as late:
+        printed, _ = done.communicate(timeout=max(seconds, 1.0))
+        status = done.returncode
+    except subprocess.TimeoutExpired:
+        done.terminate()  # torchrun ends its workers, which have sessions of their own
+        try:
+            printed, _ = done.communicate(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(done.pid, signal.SIGKILL)
+            printed, _ = done.communicate()
         status = 124
-        printed = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
     return {"exit": status, "seconds": time.monotonic() - start, "end": printed[-most:]}
 
 
@@ -289,6 +302,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few rounds and tests, no training")
     parser.add_argument("--seconds", type=float, default=WHOLE, help="in all")
     parser.add_argument("--data-root", default="data", help="folder of MNIST")
+    parser.add_argument("--no-training", action="store_true", help="leave the autoencoder out")
     parser.add_argument("--record", action="store_true", help="keep the JSON in benchmarks/results")
     parser.add_argument("--part", choices=("rank", "products"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -322,7 +336,7 @@ def main() -> int:
     done = _run(own, left("products") + RESERVE, most=10**6)
     last = (done["end"].strip().splitlines() or [""])[-1]
     found["products"] = json.loads(last) if not done["exit"] and last[:1] == "[" else done
-    if not options.quick:
+    if not (options.quick or options.no_training):
         rest = end - time.monotonic() - RESERVE
         found["training"] = run_training(options.device, rest, options.data_root)
     path = folder / f"gpu-{options.device}.json"
@@ -336,6 +350,8 @@ def failed(found: dict[str, Any]) -> bool:
     """Whether a part did not come to its end."""
     runs = [found["tests"], *found["nccl"].values()]
     rows = found["products"] if isinstance(found["products"], list) else [{"error": "no table"}]
+    rows = [*rows, found.get("training", {})]
+    runs += [found["training"]] if "exit" in found.get("training", {}) else []
     return any(run["exit"] for run in runs) or any("error" in row for row in rows)
 
 

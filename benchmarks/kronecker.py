@@ -177,15 +177,21 @@ def fits(name: str, case: Case, device: torch.device) -> bool:
 
 
 def measure(
-    case: Case, args: argparse.Namespace, slow: set[str]
+    case: Case, args: argparse.Namespace, slow: dict[str, int]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Seconds a step in each round, and why a contender has none."""
+    """Seconds a step in each round, and why a contender has none.
+
+    Args:
+        case: What is measured.
+        args: Of the command line.
+        slow: Contenders that were too slow, and the m d at which they were; it is added to.
+    """
     data, missing = Data(case, args.device), {}
     groups: list[list[str]] = [[]]
     for name in case.contenders:
         if name in (LINEAR, BILINEAR) and not fits(name, case, args.device):
             missing[name] = f"{2 * 4 * case.m * case.d / 1e9:.0f} GB"
-        elif name in slow:
+        elif slow.get(name, math.inf) <= case.m * case.d:
             missing[name] = "too slow"
         elif name in (LINEAR, BILINEAR) and 16 * case.m * case.d > 2**32:
             groups.append([KRONECKER, name])  # one large one in memory at a time
@@ -207,7 +213,7 @@ def measure(
                 mine = [t / turns[KRONECKER][1] for t in rounds[KRONECKER]]
                 seconds[f"{KRONECKER} beside {name}"] = mine
         del turns
-    slow |= {name for name, times in seconds.items() if min(times) > SLOW}
+    slow |= {name: case.m * case.d for name, times in seconds.items() if min(times) > SLOW}
     return seconds, missing
 
 
@@ -273,7 +279,7 @@ def main() -> None:
     if args.peak_of:
         print_peak(args.peak_of)
         return
-    rows, results, slow = [], [], set[str]()
+    rows, results, slow = [], [], dict[str, int]()
     for case in all_cases(args.quick):
         seconds, missing = measure(case, args, slow)
         weighed = (KRONECKER,) if args.quick else (KRONECKER, LINEAR)

@@ -56,6 +56,11 @@ found = {"tests": {"exit": 0}, "nccl": {"1 ranks": bad}, "products": []}
 assert gpu.failed(found)
 assert not gpu.failed(found | {"nccl": {"1 ranks": {"exit": 0}}})
 assert gpu.failed(found | {"nccl": {}, "products": [{"error": "no time left"}]})
+good = found | {"nccl": {}}
+assert not gpu.failed(good | {"training": {"exit": 0}})
+assert gpu.failed(good | {"training": {"exit": 1}})
+assert gpu.failed(good | {"training": {"error": "3 s left, 60 needed"}})
+assert gpu.failed(good | {"training": {"exit": 0, "error": "MNIST was not found"}})
 """
 
 
