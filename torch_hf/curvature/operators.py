@@ -17,7 +17,12 @@ from torch_hf.curvature.finite_differences import (
     StepChoice,
 )
 from torch_hf.curvature.linear_operator import SymmetricOperator, alive
-from torch_hf.curvature.products import BatchGaussNewton, BatchHessian, Later, LocalProduct
+from torch_hf.curvature.products import (
+    BatchGaussNewton,
+    BatchHessian,
+    DeferredProduct,
+    LocalProduct,
+)
 from torch_hf.curvature.unknown_functions import (
     COARSE,
     LostPartError,
@@ -376,7 +381,9 @@ class ObjectiveOperator(SymmetricOperator):
         if self._scale(i) is None:
             return hessian
         loss = graph.loss
-        return Later(lambda: BatchHessian([loss], [loss.new_full((), self.weights[i])], params))
+        return DeferredProduct(
+            lambda: BatchHessian([loss], [loss.new_full((), self.weights[i])], params)
+        )
 
     def _gauss_newton(self, i: int, graph: Graph) -> LocalProduct:
         assert self.split is not None

@@ -161,7 +161,7 @@ class BatchGaussNewton:
             self.remainder = remainder
             if scale is not None:
                 own = scale
-                self.remainder = Later(
+                self.remainder = DeferredProduct(
                     lambda: BatchHessian(edges, [w * own() for w in weights], params)
                 )
         if check:
@@ -182,7 +182,7 @@ class BatchGaussNewton:
         return product
 
 
-class Later:
+class DeferredProduct:
     """A product that is built at its first use, when the factor in it is known.
 
     Args:

@@ -62,9 +62,9 @@ class FullyShardedVector(ParameterVector):
                 'mesh=init_device_mesh("cuda", (ranks,))), or with a mesh of (copies, parts).'
             )
         self.group = mesh.get_group() if mesh.ndim == 1 else dist.group.WORLD
-        self.copies = mesh.size() // mesh.size(-1 + mesh.ndim)
-        self.parts, self.part = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-        self.ranks = mesh.size()
+        last = mesh.ndim - 1
+        self.parts, self.part = mesh.size(last), mesh.get_local_rank(last)
+        self.ranks, self.copies = mesh.size(), mesh.size() // self.parts
         self.checked = False
 
     def pull(

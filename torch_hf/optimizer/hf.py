@@ -279,7 +279,6 @@ class HFOptimizer(FlatStateOptimizer):
 
     def _decide(self, objective: Objective, here: Evaluation, timer: StepTimer) -> StepDecision:
         """Everything that is computed; nothing that lasts is changed."""
-        vector, space = objective.vector, objective.space
         damping = self.param_groups[0]["damping"]
         if self._progress.still_converged(here.loss, here.gradient_norm):
             move = SearchResult(None, 0.0, here.loss, reason=CONVERGED, converged=True)
@@ -295,16 +294,24 @@ class HFOptimizer(FlatStateOptimizer):
         with timer.part("gradient"):
             asked = self._requests.gradient_variance
             variance = objective.gradient_variance(here) if asked else None
-        same_data = is_same_data(self._progress._asdict(), here.loss, here.cases, vector.dtype)
+        dtype = objective.vector.dtype
+        same_data = is_same_data(self._progress._asdict(), here.loss, here.cases, dtype)
         light = self._light_step(objective, here, same_data, timer)
         if light is not None:
             operator = light.curvature
             return StepDecision(
                 light.move, damping, None, operator, variance, same_data=False, light=light
             )
+        return self._full_step(objective, here, same_data, timer)._replace(variance=variance)
+
+    def _full_step(
+        self, objective: Objective, here: Evaluation, same_data: bool, timer: StepTimer
+    ) -> StepDecision:
+        """By quasi-Newton iterations where it is their turn, else exactly, else by CG."""
+        damping = self.param_groups[0]["damping"]
         broyden = self._broyden_step(objective, here, same_data, timer)
         if broyden is not None and (broyden.move.direction is not None or self._wants(BROYDEN)):
-            return StepDecision.of_broyden(broyden, damping, variance, same_data)
+            return StepDecision.of_broyden(broyden, damping, same_data)
         with timer.part("gradient"):
             kept = here if broyden is None else None  # trial points have spoiled its graph
             curvature = ObjectiveOperator(objective, self.curvature, here=kept)
@@ -315,13 +322,26 @@ class HFOptimizer(FlatStateOptimizer):
             curvature.release()
             broyden = broyden_step(objective, here, None, timer, FIRST_ITERATIONS)
             if broyden.move.direction is not None:
-                step = StepDecision.of_broyden(broyden, damping, variance, same_data)
-                return step._replace(price=price)
+                return StepDecision.of_broyden(broyden, damping, same_data)._replace(price=price)
             curvature = ObjectiveOperator(objective, self.curvature)
         exact = self._exact_step(objective, here, curvature, same_data, timer)
         if exact is not None:
-            step = StepDecision.of_exact(exact, damping, curvature, variance, same_data)
-            return step._replace(price=price, failed=broyden)
+            step = StepDecision.of_exact(exact, damping, curvature, same_data)
+        else:
+            step = self._cg_step(objective, here, curvature, same_data, timer)
+        return step._replace(price=price, failed=broyden)
+
+    def _cg_step(
+        self,
+        objective: Objective,
+        here: Evaluation,
+        curvature: ObjectiveOperator,
+        same_data: bool,
+        timer: StepTimer,
+    ) -> StepDecision:
+        """Conjugate gradients, then the walk back over their iterates and the line search."""
+        vector, space = objective.vector, objective.space
+        damping = self.param_groups[0]["damping"]
         with timer.part("products"):
             damping = self._damping(damping, here, curvature, space)
         seen: list[float] = []
@@ -362,11 +382,8 @@ class HFOptimizer(FlatStateOptimizer):
             damping,
             solution,
             curvature,
-            variance,
             same_data=same_data,
             curvature_seen=seen[0] if seen else math.nan,
-            price=price,
-            failed=broyden,
         )
 
     def _light_step(

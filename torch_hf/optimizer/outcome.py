@@ -70,7 +70,6 @@ class StepDecision(NamedTuple):
         exact: ExactStep,
         damping: float | None,
         curvature: ObjectiveOperator,
-        variance: float | None,
         same_data: bool,
     ) -> StepDecision:
         """An exact step's; the lambda of conjugate gradients stays."""
@@ -88,7 +87,6 @@ class StepDecision(NamedTuple):
             damping,
             None,
             curvature,
-            variance,
             nothing_to_do=found.again,
             same_data=same_data,
             exact=exact,
@@ -96,11 +94,11 @@ class StepDecision(NamedTuple):
 
     @classmethod
     def of_broyden(
-        cls, broyden: BroydenStep, damping: float | None, variance: float | None, same_data: bool
+        cls, broyden: BroydenStep, damping: float | None, same_data: bool
     ) -> StepDecision:
         """That of quasi-Newton iterations, which have no lambda."""
         move = broyden.move
-        return cls(move, damping, variance=variance, same_data=same_data, broyden=broyden)
+        return cls(move, damping, same_data=same_data, broyden=broyden)
 
     @property
     def accepted(self) -> bool:
