@@ -1,6 +1,7 @@
 """Roots of the loss terms' Hessians against dense Hessians, float64."""
 
 import math
+from itertools import permutations
 
 import pytest
 import torch
@@ -229,3 +230,24 @@ def test_outputs_of_half_precision_have_no_root_by_eigenvectors(dtype):
     split = split_by_outputs(Record(), z.float().logsumexp(1).mean(), [z], [z])
     with pytest.raises(NoRootError, match=r"precision is too low.*outputs\.float\(\)"):
         hessian_root(split.loss_terms[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
+)
+@pytest.mark.parametrize("target", [0, 1, 2])
+def test_residual_of_sure_classes(dtype, order, target):
+    """``|r|^2 = g^T H^+ g`` is 1 / p - 1 of the target's class, however sure the others are."""
+    near, far = {torch.float32: (-8.0, -40.0), torch.float64: (-16.0, -90.0)}[dtype]
+    logits = torch.tensor([[0.0, near, far]], dtype=dtype)[:, list(order)].requires_grad_()
+    record = Capture([logits]).run(lambda: F.cross_entropy(1.0 * logits, torch.tensor([target])))
+    (term,) = split_by_calls(record, record.returned, [logits]).loss_terms
+    found = hessian_root(term).residual
+    p = torch.softmax(logits.detach().double(), 1)[0]
+    others = p[[i for i in range(3) if i != target]].sum()  # no difference of large numbers
+    if found is None:  # the gradient that autograd gives is too coarse: it does not sum to 0
+        assert p[target] > 0.99
+        return
+    square = float(found.double().square().sum())
+    assert square == pytest.approx(float(others / p[target]), rel=1e-3, abs=1e-6)

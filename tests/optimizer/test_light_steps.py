@@ -81,8 +81,9 @@ def test_a_change_now_and_then_gets_none():
 def test_data_that_stay_after_batches_are_found_out():
     run = Run()
     run.steps(*range(40))
-    kinds = [r.solver for r in run.steps(*[99] * (MEASURE_EVERY_LIGHT + 3))]
-    assert kinds[-1] in ("cg", "exact")
+    reports = run.steps(*[99] * (MEASURE_EVERY_LIGHT + 3))
+    assert {r.solver for r in reports[-3:] if not r.converged} <= {"cg", "exact", "broyden"}
+    assert reports[-1].loss < 1e-6 * reports[0].loss
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,11 @@ def root_size(operator: ObjectiveOperator) -> RootSize | None:
     return RootSize(rows, sum(p.numel() for p in params), passes, most)
 
 
+def leaves_out_gradient(operator: ObjectiveOperator) -> bool:
+    """Whether the loss has terms without curvature, whose gradient R does not give."""
+    return any(split.affine for split in _splits(operator))
+
+
 def joint_root(operator: ObjectiveOperator) -> JacobianRoot | None:
     """R over all batches; None where a term of the loss has no root."""
     params = operator.objective.vector.params

@@ -54,10 +54,13 @@ class Split:
     Attributes:
         loss_terms: Terms that are convex in network outputs.
         remainders: Edges of further terms and their weights in the loss.
+        affine: Whether the loss has terms affine in the same outputs, which have no curvature:
+            loss terms and remainders do not make up the gradient.
     """
 
     loss_terms: list[LossTerm]
     remainders: list[tuple[GradientEdge, Tensor]] = field(default_factory=list)
+    affine: bool = False
 
 
 def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Split:
@@ -83,7 +86,7 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
         found, concave = without_concave(loss_terms)
     known = _of_data(found, own)
     calculus = Calculus(record, found)
-    found, others = _add_convex(calculus, found, [*others, *concave])
+    found, others, affine = _add_convex(calculus, found, [*others, *concave])
     pieces = [t for t in others if calculus.is_flat((t.node, t.place))]
     curved = [t for t in others if t not in pieces and kind(t.node) != "AccumulateGrad"]
     of_data = _of_data(found, own)
@@ -99,7 +102,7 @@ def split_by_calls(record: Record, loss: Tensor, params: Sequence[Tensor]) -> Sp
             and all(calculus.is_layer((t.node, t.place)) for t in curved)
         )
         raise RuntimeError(_no_split(record, flat, ends, linear, penalty, bool(concave)))
-    return Split(found, _remainders(curved))
+    return Split(found, _remainders(curved), affine)
 
 
 def _of_data(found: Sequence[LossTerm], own: set[int]) -> bool:
@@ -109,8 +112,11 @@ def _of_data(found: Sequence[LossTerm], own: set[int]) -> bool:
 
 def _add_convex(
     calculus: Calculus, found: list[LossTerm], terms: list[LinearTerm]
-) -> tuple[list[LossTerm], list[LinearTerm]]:
-    """Further terms that the calculus proves convex; what is affine in their outputs is dropped."""
+) -> tuple[list[LossTerm], list[LinearTerm], bool]:
+    """Further terms that the calculus proves convex, the others, and whether some are left out.
+
+    Those are affine in the terms' outputs.
+    """
     taken = {edge_of(z) for h in found for z in h.outputs}
     added: list[LossTerm] = []
     left: list[tuple[LinearTerm, list[Edge]]] = []
@@ -125,7 +131,7 @@ def _add_convex(
             left.append((term, cuts or [edge]))
     roots = calculus.roots(outputs)
     others = [t for t, places in left if not (roots and calculus.roots(places) <= roots)]
-    return found + added, others
+    return found + added, others, len(others) < len(left)
 
 
 def split_by_outputs(

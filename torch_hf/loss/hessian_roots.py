@@ -178,8 +178,10 @@ def nonnegative(weight: Tensor) -> Tensor:
     Raises:
         NoRootError: Some are negative.
     """
-    below = -weight.min() if weight.numel() else 0.0
-    if below > ROUNDINGS * torch.finfo(weight.dtype).eps * weight.abs().max():
+    if not weight.numel():
+        return weight
+    kind = torch.finfo(weight.dtype)
+    if -weight.min() > ROUNDINGS * kind.eps * weight.abs().max() + kind.tiny:
         raise NoRootError(_NOT_CONVEX)
     return weight.clamp(min=0)
 
@@ -278,10 +280,13 @@ def _softmax_root(term: SoftmaxTerm) -> HessianRoot:
         return of_outputs(rows)
 
     slope = term.gradient()[0].detach().movedim(dim, -1).reshape(-1, classes).to(p.dtype)
-    earlier = slope.cumsum(-1) - slope
-    solved = slope + torch.where(sums > 0, p / sums * earlier, 0.0)  # L^-1 g
-    solved = solved[:, :-1]
+    # L^-1 g. A slope in the range sums to 0; the sums of later classes cancel only where g does.
+    later = slope.flip(-1).cumsum(-1).flip(-1)[:, 1:]
+    solved = (slope[:, :-1] * after - p[:, :-1] * later) / sums[:, :-1]
+    solved = torch.where(sums[:, :-1] > 0, solved, slope[:, :-1])
+    zero = ROUNDINGS * torch.finfo(slope.dtype).eps * slope.abs().sum(-1)
     in_range = bool(((pivots > 0) | (solved == 0)).all())
+    in_range = in_range and bool((slope.sum(-1).abs() <= zero).all())
     residual = torch.where(pivots > 0, solved / pivots.sqrt(), 0.0).reshape(-1)
     width = places * (classes - 1)
     found = residual if in_range else None

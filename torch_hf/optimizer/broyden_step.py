@@ -12,10 +12,10 @@ from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.exact_step import memory_of
 from torch_hf.optimizer.timer import StepTimer
-from torch_hf.solver.broyden import descend, updated
+from torch_hf.solver.broyden import Evaluate, descend, updated
 from torch_hf.solver.choose_solver import MOST_DENSE
 from torch_hf.solver.levenberg_marquardt import LOSS_ULPS
-from torch_hf.solver.line_search import SearchResult
+from torch_hf.solver.line_search import CONVERGED, SearchResult
 from torch_hf.vector import ParameterVector
 
 #: Iterations of one step: as many as ``torch.optim.LBFGS`` makes.
@@ -24,6 +24,8 @@ ITERATIONS = 20
 FIRST_ITERATIONS = 5
 #: What a gradient at a trial point costs with its update, in gradients.
 PRICE_OF_TRIAL = 1.3
+#: Units of what rounding hides, in the last look at whether it does.
+TOLD = 64.0
 #: Said where iterations lower the loss no further.
 NO_DECREASE = "the quasi-Newton iterations found no decrease"
 
@@ -128,12 +130,42 @@ def broyden_step(
         gained = here.loss - found.loss
         least = LOSS_ULPS * torch.finfo(vector.dtype).eps * abs(here.loss)
         moves = gained > least and trial.moves(found.displacement, 1.0)
+        hidden = not moves and rounding_hides(evaluate, here.loss, here.gradient, least)
     taken = objective.evaluations - first
     if not moves:
-        return BroydenStep(SearchResult(None, 0.0, here.loss, reason=NO_DECREASE), secant, taken)
+        reason = CONVERGED if hidden else NO_DECREASE
+        stay = SearchResult(None, 0.0, here.loss, reason=reason, converged=hidden)
+        return BroydenStep(stay, secant, taken)
     move = SearchResult(found.displacement, 1.0, found.loss)
     after = None
     if found.inverse is not None:
         anchor = torch.stack([found.gradient, torch.zeros_like(found.gradient)])
         after = Secant(found.inverse, anchor)
     return BroydenStep(move, after, taken)
+
+
+def rounding_hides(evaluate: Evaluate, loss: float, gradient: Tensor, least: float) -> bool:
+    """Whether rounding is why no search finds a decrease: a last look along the gradient.
+
+    At a length where the slope promises what could well be told from rounding, the loss lies on a
+    parabola, whose lowest point is as good as the gradient alone gets. Where it is not worth
+    telling, rounding hides it. Where the gradient is not that of the loss, it would be.
+
+    Args:
+        evaluate: The objective.
+        loss: Where the search began.
+        gradient: There, of shape (P,).
+        least: The least change of the loss that says something.
+    """
+    square = float(gradient @ gradient)
+    if not square > 0:
+        return True  # it underflows
+    most = math.sqrt(torch.finfo(gradient.dtype).eps) * abs(loss)
+    promise = TOLD * least
+    while True:
+        rise = evaluate(-promise / square * gradient)[0] - loss
+        if rise <= most:
+            return rise > -promise and promise**2 <= 4.0 * (rise + promise) * least
+        if promise < least:  # no rounding moves a loss so far
+            return False
+        promise /= 4.0

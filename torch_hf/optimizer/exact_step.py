@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from torch_hf.curvature.joint_root import (
     joint_root,
+    leaves_out_gradient,
     root_size,
     took_one_backward,
     why_no_root,
@@ -148,7 +150,8 @@ def exact_step(
 
     The loss's own gradient may not be the one that R gives: where a backward pass is a user's own,
     or where cross-entropy is near 0 and its gradient cancels. Then conjugate gradients do better,
-    and an exact step that was asked for takes the loss's gradient.
+    and an exact step that was asked for takes the loss's gradient. So does one whose loss has terms
+    without curvature, as ``z.exp() - y * z``.
 
     Args:
         objective: Whose trial losses decide.
@@ -164,8 +167,11 @@ def exact_step(
     vector = objective.vector
     with timer.part("products"):
         root = joint_root(operator)
-        if root is None or not len(root.rows):
+        if root is None or not (len(root.rows) or forced):
             return None
+        if not len(root.rows):  # all curvature has vanished
+            none = root.rows.new_zeros(1, vector.numel)
+            root = replace(root, rows=none, residual=none[:, 0])
         decay = operator.decay if root.diagonal is None else operator.decay + root.diagonal
         squares = _squares(root.rows)
         seen = remembered_norms(squares, norms).to(vector.dtype)
@@ -178,7 +184,7 @@ def exact_step(
         )
         rounding = rounding_of_gradient(solver.norm, solver.residual, vector.dtype)
         agrees = gradients_agree(solver.gradient(), here.gradient, rounding)
-        if not agrees and not forced:
+        if not agrees and not forced and not leaves_out_gradient(operator):
             return None
         if not agrees:
             solver = solver.towards(here.gradient)

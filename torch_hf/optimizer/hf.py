@@ -57,6 +57,7 @@ from torch_hf.solver.phases import LEAST_PRICE
 from torch_hf.solver.trust_region import (
     curvature_along,
     damping_ceiling,
+    damping_without_curvature,
     initial_damping,
     ratio_is_absurd,
     resolution,
@@ -309,9 +310,11 @@ class HFOptimizer(FlatStateOptimizer):
     ) -> StepDecision:
         """By quasi-Newton iterations where it is their turn, else exactly, else by CG."""
         damping = self.param_groups[0]["damping"]
+        eps = torch.finfo(objective.vector.dtype).eps
         broyden = self._broyden_step(objective, here, same_data, timer)
         if broyden is not None and (broyden.move.direction is not None or self._wants(BROYDEN)):
-            return StepDecision.of_broyden(broyden, damping, same_data)
+            step = StepDecision.of_broyden(broyden, damping, same_data)
+            return step.settled(self._progress, here, eps)
         with timer.part("gradient"):
             kept = here if broyden is None else None  # trial points have spoiled its graph
             curvature = ObjectiveOperator(objective, self.curvature, here=kept)
@@ -329,6 +332,7 @@ class HFOptimizer(FlatStateOptimizer):
             step = StepDecision.of_exact(exact, damping, curvature, same_data)
         else:
             step = self._cg_step(objective, here, curvature, same_data, timer)
+        step = step.settled(self._progress, here, eps)
         return step._replace(price=price, failed=broyden)
 
     def _cg_step(
@@ -509,7 +513,8 @@ class HFOptimizer(FlatStateOptimizer):
             if given is None:
                 return initial_damping(slope, product, space)
             known = curvature_along(slope, product, space)
-        return min(given, damping_ceiling(known, here.gradient.dtype))
+        ceiling = damping_ceiling(known, here.gradient.dtype)
+        return min(given, max(ceiling, damping_without_curvature(here.gradient_norm, here.loss)))
 
     def _no_step(self, here: Evaluation) -> str:
         """Why there is nothing to solve; empty where there is."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_hf import _messages
-from torch_hf.curvature.joint_root import root_size, why_no_root
+from torch_hf.curvature.joint_root import leaves_out_gradient, root_size, why_no_root
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.curvature.root_products import RootProducts
 from torch_hf.loss.hessian_roots import NoRootError, sums_of_squares
@@ -136,7 +136,7 @@ def lanczos_step(
     rounding = rounding_of_gradient(solver.trace, root.residual, vector.dtype)
     agrees = gradients_agree(gradient, here.gradient, rounding)
     if not agrees:
-        if not forced:
+        if not forced and not leaves_out_gradient(operator):
             return None
         solver = solver_of(None, here.gradient)
     sums = agrees and (operator.split is None or sums_of_squares(operator.split.loss_terms))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
+from torch_hf.optimizer.broyden_step import NO_DECREASE as NO_QUASI_NEWTON_DECREASE
 from torch_hf.optimizer.broyden_step import BroydenStep, Secant
 from torch_hf.optimizer.exact_step import ExactStep
 from torch_hf.optimizer.light_step import LightStep, after_full, after_light
@@ -16,7 +17,8 @@ from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
 from torch_hf.solver.choose_solver import BROYDEN, CG, KRONECKER
-from torch_hf.solver.line_search import SearchResult
+from torch_hf.solver.levenberg_marquardt import STUCK
+from torch_hf.solver.line_search import NO_DECREASE, NO_DESCENT, SearchResult
 from torch_hf.solver.phases import Phases
 from torch_hf.solver.trust_region import (
     EASY_ITERATIONS,
@@ -28,6 +30,12 @@ from torch_hf.solver.trust_region import (
 
 #: What parts of a full step cost, in gradients (measured on small convolutional networks).
 GRADIENT_WITH_GRAPH, PRODUCT, EVALUATION = 1.5, 1.2, 0.4
+#: Units of rounding of the loss at the start, of what is nothing beside it.
+REST_ULPS = 64.0
+#: Said where a search fails at a loss that is nothing beside where it began.
+NOTHING_LEFT = "converged: the loss is below the rounding of its value at the start"
+#: What a step says that found nothing to gain.
+FAILURES = (STUCK, NO_DECREASE, NO_DESCENT, NO_QUASI_NEWTON_DECREASE)
 
 
 class StepDecision(NamedTuple):
@@ -132,6 +140,27 @@ class StepDecision(NamedTuple):
             products = max(products, self.price / PRODUCT)
         return GRADIENT_WITH_GRAPH + PRODUCT * products + EVALUATION * objective.evaluations
 
+    def settled(self, progress: Progress, here: Evaluation, eps: float) -> StepDecision:
+        """The decision, as a converged one where no search finds what rounding has hidden.
+
+        Cross-entropy near 0 cancels: its gradient is wrong long before the loss is too coarse. That
+        of squares vanishes with the residual.
+
+        Args:
+            progress: That the step began with.
+            here: Where it began.
+            eps: The rounding unit of the loss.
+        """
+        move = self.move
+        if move.reason not in FAILURES:
+            return self
+        highest = progress.with_highest(here.loss, self.same_data).highest
+        squares = self.curvature is not None and self.curvature.squares
+        if not abs(here.loss) <= REST_ULPS * (eps**2 if squares else eps) * highest:
+            return self
+        move = move._replace(reason=NOTHING_LEFT, ratio=math.nan, converged=True)
+        return self._replace(move=move, nothing_to_do=False)
+
     def next_progress(self, progress: Progress, objective: Objective, here: Evaluation) -> Progress:
         """The numbers for the next step.
 
@@ -142,6 +171,7 @@ class StepDecision(NamedTuple):
         """
         before, move = progress, self.move
         progress = before.seeing(here.loss, self.same_data)
+        progress = progress.with_highest(here.loss, self.same_data)
         changed = before.steps and not self.same_data and not self.nothing_to_do
         progress = progress._replace(
             steps=before.steps + 1, changes=progress.changes + 1.0 if changed else 0.0
@@ -221,6 +251,7 @@ class StepDecision(NamedTuple):
             easy=self.same_data and self._soon_solved(),
             curvature=self.curvature_seen,
             doubt=self.move.doubt,
+            promise=self.move.promise,
         )
 
     def _soon_solved(self) -> bool:

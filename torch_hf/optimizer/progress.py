@@ -43,6 +43,7 @@ _NOT_NEGATIVE = (
     "full_cost",
     "radius",
     "scatter",
+    "highest",
     *_OF_PHASES,
 )
 _ANY = (
@@ -96,6 +97,7 @@ class Progress(NamedTuple):
         light_start: The loss where the light steps since the last full one began; else inf.
         light_rate: How much the last light steps lowered the loss per gradient, as a part of it;
             inf where there is nothing to compare.
+        highest: The largest size of a loss where a step on these data began.
         phase_quasi, ...: See :class:`~torch_hf.solver.phases.Phases`.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
@@ -130,6 +132,7 @@ class Progress(NamedTuple):
     scatter: float = 0.0
     light_start: float = math.inf
     light_rate: float = math.inf
+    highest: float = 0.0
     phase_quasi: float = 0.0
     phase_trial: float = 0.0
     phase_spent: float = 0.0
@@ -164,6 +167,12 @@ class Progress(NamedTuple):
     def still_converged(self, loss: float, gradient_norm: float) -> bool:
         """Whether the last step ended converged, and nothing has changed since."""
         return self.converged_at == gradient_norm and self.last_loss == loss
+
+    def with_highest(self, loss: float, same_data: bool) -> Progress:
+        """With the loss where a step begins."""
+        if not math.isfinite(loss):
+            return self
+        return self._replace(highest=max(self.highest if same_data else 0.0, abs(loss)))
 
     def seeing(self, loss: float, same_data: bool) -> Progress:
         """With what a step's first loss says of the step before, if its data are others.

@@ -38,6 +38,8 @@ SHORT = 0.2
 TRIES_DOWN, TRIES_UP, TRIES_NEAR, TRIES_FAR = 6, 20, 6, 12
 #: After steps of another kind: between neighbouring lambdas, and how many.
 FRESH_FACTOR, TRIES_FRESH = 100.0, 9
+#: Curvature has vanished, as of saturated classes, where a gradient step asks for so many times it.
+VANISHED = 1e6
 #: A smaller lambda is tried where it could lower the loss by this part.
 WORTH = 0.1
 #: From this ratio on the next step begins with a smaller lambda, untried.
@@ -252,12 +254,15 @@ class DampingSearch:
         return self._stay(trial, DampingState(self.first, 0.0, self.loss), STUCK)
 
     def _factor(self, k: int, damping: float) -> float:
-        """Upwards in small steps, then in larger ones, at last so that the trace is passed."""
+        """Upwards in small steps, then in larger ones, at last so that nothing is above it."""
         if k <= TRIES_NEAR:
             return FACTOR
         if k <= TRIES_FAR:
             return FAR_FACTOR
-        return max(math.sqrt(self.trace / damping), FAR_FACTOR)
+        most = self._without_curvature()
+        if not most > VANISHED * self.trace:
+            most = self.trace
+        return max(math.sqrt(most / damping), FAR_FACTOR)
 
     def _take(self, trial: _Trial, state: DampingState) -> Found:
         if not trial.loss < self.loss:

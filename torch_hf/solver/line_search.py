@@ -19,6 +19,9 @@ SUFFICIENT_DECREASE, SHRINK, MAX_TRIES = 1e-2, 0.8, 60
 MAX_DOUBLINGS = 30
 #: Said where rounding hides what is left to gain.
 CONVERGED = "converged: the predicted decrease is below the rounding of the loss"
+#: Said where no length lowers the loss.
+NO_DECREASE = "the line search found no decrease of the loss"
+NO_DESCENT = "CG found no descent direction"
 
 #: The loss at ``theta + length * direction``.
 LossAlong = Callable[[Tensor, float], float]
@@ -52,6 +55,7 @@ class SearchResult(NamedTuple):
         doubt: By how much rounding of the loss may have changed the ratio.
         noise: By how much the loss scatters, as far as this search saw.
         converged: Whether rounding hides what is left to gain.
+        promise: The predicted fall, in units of the loss; 0 where nothing was predicted.
     """
 
     direction: Tensor | None
@@ -63,6 +67,7 @@ class SearchResult(NamedTuple):
     doubt: float = 0.0
     noise: float = 0.0
     converged: bool = False
+    promise: float = 0.0
 
 
 def search(
@@ -90,7 +95,7 @@ def search(
     if length == 0.0:
         return SearchResult(None, 0.0, start_loss, reason="lr is 0")
     if not candidates[-1].slope < 0:
-        return SearchResult(None, 0.0, start_loss, reason="CG found no descent direction")
+        return SearchResult(None, 0.0, start_loss, reason=NO_DESCENT)
     predicted, floor = predict(candidates[-1], length, damping, space)
     if -least < predicted < 0 and -least < length * candidates[-1].slope:
         return SearchResult(None, 0.0, start_loss, floor=floor, reason=CONVERGED, converged=True)
@@ -121,11 +126,12 @@ def search(
         floor,
         doubt=noise / abs(predicted) if predicted else 0.0,
         noise=step.noise,
+        promise=-predicted / abs(start_loss) if start_loss else 0.0,
     )
     if step.length == 0.0:
         if abs(predicted) <= noise:
             return found._replace(reason=CONVERGED, converged=True)
-        return found._replace(reason="the line search found no decrease of the loss")
+        return found._replace(reason=NO_DECREASE)
     if step.length != length:
         reason = f"line search shortened the step to {step.length / length:.3g} of its length"
         return found._replace(reason=reason)

@@ -29,6 +29,8 @@ EASY_FACTOR, EASY_ITERATIONS = 4.0, 20
 TRUSTED_RATIO = 0.75
 #: Beyond it a ratio says less about the model than about the closure.
 ABSURD_RATIO = 10.0
+#: By how much lambda rises at once, at the most.
+MOST_PROMISED = 1e16
 #: What the next solve starts from of CG's last solution, where the ratio is trusted.
 WARM_START_FACTOR = 0.9
 #: From a warm start, so few iterations act as momentum.
@@ -75,6 +77,18 @@ def resolution(loss: float, dtype: torch.dtype, noise: float = 0.0) -> float:
         noise: By how much it was seen to scatter where it should have fallen.
     """
     return max(LOSS_ULPS * torch.finfo(dtype).eps * abs(loss), noise)
+
+
+def damping_without_curvature(gradient_norm: float, loss: float) -> float:
+    """Lambda of a gradient step that promises a fall by half of the loss; 0 where there is none.
+
+    Example:
+        >>> damping_without_curvature(2.0, 0.5)
+        8.0
+    """
+    if not loss or not math.isfinite(loss):
+        return 0.0
+    return gradient_norm / abs(loss) * gradient_norm
 
 
 def damping_ceiling(curvature: float, dtype: torch.dtype) -> float:
@@ -132,6 +146,7 @@ def next_damping(
     easy: bool = False,
     curvature: float = math.nan,
     doubt: float = 0.0,
+    promise: float = 0.0,
 ) -> float:
     """Lambda for the next step.
 
@@ -150,6 +165,8 @@ def next_damping(
             seen, if that is more.
         curvature: The curvature seen, if it is known.
         doubt: By how much rounding of the loss may have changed the ratio.
+        promise: The predicted fall, in units of the loss. Where a rejected step promised many times
+            the loss, as from curvature that has vanished, lambda rises by that factor at once.
 
     Example:
         >>> next_damping(3.0, 0.9, True, 1e-8), next_damping(2.0, 0.5, True, 1e-8)
@@ -158,7 +175,9 @@ def next_damping(
         (3.0, 3.0)
     """
     low, high = thresholds
-    if not ratio + doubt >= low or (not accepted and doubt < low):
+    if not accepted and doubt < low and promise > ABSURD_RATIO:
+        damping = damping * min(promise, MOST_PROMISED)
+    elif not ratio + doubt >= low or (not accepted and doubt < low):
         damping = damping * DAMPING_FACTOR
     elif easy and abs(ratio - 1.0) + doubt <= 0.1:
         damping = min(damping / EASY_FACTOR, halfway(damping, curvature))
