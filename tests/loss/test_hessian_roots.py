@@ -233,9 +233,7 @@ def test_outputs_of_half_precision_have_no_root_by_eigenvectors(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    "order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)]
-)
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
 @pytest.mark.parametrize("target", [0, 1, 2])
 def test_residual_of_sure_classes(dtype, order, target):
     """``|r|^2 = g^T H^+ g`` is 1 / p - 1 of the target's class, however sure the others are."""
