@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
 from torch_hf.optimizer.broyden_step import rounding_hides
+from torch_hf.optimizer.hf import GAVE_UP
 
 LOSSES = {
     "cross entropy": lambda z, y: F.cross_entropy(z, y),
@@ -124,3 +125,40 @@ def test_what_rounding_hides(loss, slope, x, hidden):
     evaluate, here, gradient = of(loss, slope, x)
     least = 16 * torch.finfo(torch.float64).eps * here
     assert rounding_hides(evaluate, here, gradient, least) is hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("solver", ["auto", "cg", "exact", "broyden"])
+def test_a_new_optimizer_at_the_end_soon_gives_up_and_goes_on_with_other_data(solver, dtype):
+    """It does not know how far the loss has come. So it tries, warns once at most, and rests."""
+    old = Separable("cross entropy", dtype)
+    old.steps(120)
+    old.optimizer = HFOptimizer(old.model.parameters(), solver=solver)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        reports = old.steps(40)
+    assert len(said) <= 1
+    assert sum(r.evaluations for r in reports[-20:]) <= 40
+    assert all(r.new_loss <= r.loss for r in reports)
+    old.y = 1 - old.y
+    later = old.steps(25)
+    assert later[-1].loss < 0.1 * later[0].loss
+
+
+def test_another_damping_is_tried_after_giving_up():
+    run = Separable("cross entropy", torch.float64, solver="cg")
+    start = [p.detach().clone() for p in run.model.parameters()]
+    plain = run.loss
+
+    def walled(z, y):
+        here = run.model.parameters()
+        return plain(z, y) + any(not torch.equal(p, s) for p, s in zip(here, start, strict=True))
+
+    run.loss = walled
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reports = run.steps(9)
+    assert [r.reason == GAVE_UP for r in reports] == [False] * 6 + [True] * 3
+    assert [r.evaluations for r in reports[6:]] == [0, 0, 0]
+    run.optimizer.param_groups[0]["damping"] *= 2.0
+    assert run.steps(1)[0].evaluations > 0

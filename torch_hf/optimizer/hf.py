@@ -35,7 +35,7 @@ from torch_hf.optimizer.exact_step import ExactStep, exact_step, price_of_exact,
 from torch_hf.optimizer.lanczos_step import lanczos_step, pairs_of_step
 from torch_hf.optimizer.light_step import LightStep, light_step, takes_light_step, undo
 from torch_hf.optimizer.outcome import StepDecision
-from torch_hf.optimizer.progress import Progress
+from torch_hf.optimizer.progress import PATIENCE, Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.optimizer.transaction import Transaction
 from torch_hf.preconditioner.choose import factors_of, make_preconditioner, worth_observing
@@ -67,8 +67,8 @@ from torch_hf.vector import ParameterVector
 
 #: Said where the direction found is lost in the parameters' rounding.
 NO_BIT_MOVES = "converged: the step is below the rounding of the parameters"
-#: After so many rejections in a row a warning says what to look at.
-PATIENCE = 5
+#: Said where steps were rejected so often that no more are tried.
+GAVE_UP = "the steps before were all rejected here, and nothing has changed since"
 #: Below this a factor on the Newton step is one that was meant for a gradient.
 SMALL_RATE = 0.1
 
@@ -285,6 +285,8 @@ class HFOptimizer(FlatStateOptimizer):
             move = SearchResult(None, 0.0, here.loss, reason=CONVERGED, converged=True)
             return StepDecision(move, damping)
         reason = self._no_step(here)
+        if not reason and self._progress.gave_up(here.loss, here.gradient_norm, damping):
+            reason = GAVE_UP
         if reason and not math.isfinite(here.loss):
             undone = undo(objective, here, self._progress, self._start, self._rates())
             if undone is not None:
@@ -588,9 +590,10 @@ class HFOptimizer(FlatStateOptimizer):
                 factors.end()
         elif not outcome.nothing_to_do and not move.converged:
             self._start = solution.last.vector if outcome.accepted and solution else None
+        damping = outcome.next_damping(self._progress.rejected_here)
         self._progress = outcome.next_progress(self._progress, objective, here)
         for group in self.param_groups:
-            group["damping"] = outcome.next_damping()
+            group["damping"] = damping
         self._pack(vector, space)
         for p, g in zip(vector.params, gradients, strict=True):
             p.grad = g

@@ -201,6 +201,11 @@ class StepDecision(NamedTuple):
                 converged_at=here.gradient_norm,
             )
         elif not self.nothing_to_do:
+            if self.accepted:
+                progress = progress._replace(rejected_here=0.0)
+            else:
+                damping = self.next_damping(before.rejected_here)
+                progress = progress.with_rejection(here.loss, here.gradient_norm, damping)
             progress = progress._replace(
                 rejections=0 if self.accepted else progress.rejections + 1,
                 last_loss=move.loss,
@@ -236,8 +241,12 @@ class StepDecision(NamedTuple):
             return progress.with_phases(phases)
         return progress.with_phases(phases.after(here.loss, self.move.loss, cost))
 
-    def next_damping(self) -> float | None:
-        """Lambda for the next step."""
+    def next_damping(self, rejections: float = 0) -> float | None:
+        """Lambda for the next step.
+
+        Args:
+            rejections: How many steps in a row were rejected here before this one.
+        """
         if self.damping is None or self.nothing_to_do or not self.is_by_cg:
             return self.damping
         if self.move.converged:  # unless lambda is what hides it, and not rounding
@@ -252,6 +261,7 @@ class StepDecision(NamedTuple):
             curvature=self.curvature_seen,
             doubt=self.move.doubt,
             promise=self.move.promise,
+            rejections=rejections if self.same_data else 0,
         )
 
     def _soon_solved(self) -> bool:

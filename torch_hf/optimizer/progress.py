@@ -25,6 +25,9 @@ BETTER = 2.0
 #: Gradients that a light step costs.
 LIGHT_COST = 1.3
 
+#: After so many rejections in a row a warning says what to look at, and after one more no further
+#: step is tried at the same point.
+PATIENCE = 5
 #: What the choice between exact steps and quasi-Newton iterations rests on, as entries here.
 _OF_PHASES = tuple("phase_" + name for name in Phases._fields)
 #: Numbers of exact steps and of CG's budget in a state, by what they may be.
@@ -44,6 +47,8 @@ _NOT_NEGATIVE = (
     "radius",
     "scatter",
     "highest",
+    "rejected_damping",
+    "rejected_here",
     *_OF_PHASES,
 )
 _ANY = (
@@ -55,6 +60,7 @@ _ANY = (
     "light_rate",
     "usual_loss",
     "slopes",
+    "rejected_at",
 )
 
 
@@ -98,6 +104,9 @@ class Progress(NamedTuple):
         light_rate: How much the last light steps lowered the loss per gradient, as a part of it;
             inf where there is nothing to compare.
         highest: The largest size of a loss where a step on these data began.
+        rejected_at: The gradient's norm where the last step was rejected; -1 elsewhere.
+        rejected_damping: Lambda after it.
+        rejected_here: Steps in a row that were rejected at the same point and data.
         phase_quasi, ...: See :class:`~torch_hf.solver.phases.Phases`.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
@@ -133,6 +142,9 @@ class Progress(NamedTuple):
     light_start: float = math.inf
     light_rate: float = math.inf
     highest: float = 0.0
+    rejected_at: float = -1.0
+    rejected_damping: float = 0.0
+    rejected_here: float = 0.0
     phase_quasi: float = 0.0
     phase_trial: float = 0.0
     phase_spent: float = 0.0
@@ -167,6 +179,26 @@ class Progress(NamedTuple):
     def still_converged(self, loss: float, gradient_norm: float) -> bool:
         """Whether the last step ended converged, and nothing has changed since."""
         return self.converged_at == gradient_norm and self.last_loss == loss
+
+    def gave_up(self, loss: float, gradient_norm: float, damping: float | None) -> bool:
+        """Whether many steps in a row were rejected just here, and nothing has changed since.
+
+        What is still to be tried, a larger lambda yet, the line searches have gone beyond.
+        """
+        many = self.rejected_here > PATIENCE and self.rejected_damping == (damping or 0.0)
+        return many and self._rejected_at(loss, gradient_norm)
+
+    def with_rejection(self, loss: float, gradient_norm: float, damping: float | None) -> Progress:
+        """With a step rejected at this point, and lambda after it."""
+        again = self._rejected_at(loss, gradient_norm)
+        return self._replace(
+            rejected_at=gradient_norm,
+            rejected_damping=damping or 0.0,
+            rejected_here=self.rejected_here + 1.0 if again else 1.0,
+        )
+
+    def _rejected_at(self, loss: float, gradient_norm: float) -> bool:
+        return self.rejected_at == gradient_norm and self.last_loss == loss
 
     def with_highest(self, loss: float, same_data: bool) -> Progress:
         """With the loss where a step begins."""

@@ -29,6 +29,8 @@ EASY_FACTOR, EASY_ITERATIONS = 4.0, 20
 TRUSTED_RATIO = 0.75
 #: Beyond it a ratio says less about the model than about the closure.
 ABSURD_RATIO = 10.0
+#: After so many rejections at one point lambda rises by this factor.
+PATIENT_REJECTIONS, HURRIED_FACTOR = 2, 10.0
 #: By how much lambda rises at once, at the most.
 MOST_PROMISED = 1e16
 #: What the next solve starts from of CG's last solution, where the ratio is trusted.
@@ -147,6 +149,7 @@ def next_damping(
     curvature: float = math.nan,
     doubt: float = 0.0,
     promise: float = 0.0,
+    rejections: float = 0,
 ) -> float:
     """Lambda for the next step.
 
@@ -167,6 +170,8 @@ def next_damping(
         doubt: By how much rounding of the loss may have changed the ratio.
         promise: The predicted fall, in units of the loss. Where a rejected step promised many times
             the loss, as from curvature that has vanished, lambda rises by that factor at once.
+        rejections: How many steps in a row were rejected before this one, on the same data. From
+            the third on lambda rises by 10.
 
     Example:
         >>> next_damping(3.0, 0.9, True, 1e-8), next_damping(2.0, 0.5, True, 1e-8)
@@ -178,7 +183,8 @@ def next_damping(
     if not accepted and doubt < low and promise > ABSURD_RATIO:
         damping = damping * min(promise, MOST_PROMISED)
     elif not ratio + doubt >= low or (not accepted and doubt < low):
-        damping = damping * DAMPING_FACTOR
+        hurry = not accepted and rejections >= PATIENT_REJECTIONS
+        damping = damping * (HURRIED_FACTOR if hurry else DAMPING_FACTOR)
     elif easy and abs(ratio - 1.0) + doubt <= 0.1:
         damping = min(damping / EASY_FACTOR, halfway(damping, curvature))
     elif accepted and ratio - doubt > high:
