@@ -70,7 +70,7 @@ def _is_of_torch(hook: Any) -> bool:
 
 
 def _name(i: int, p: Tensor) -> str:
-    return f"parameter {i}, of shape {tuple(p.shape)},"
+    return f"parameter {i} of shape {tuple(p.shape)}"
 
 
 def watched(hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:

@@ -17,6 +17,7 @@ from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.exact_step import (
     ROUNDINGS,
     ExactStep,
+    exact_step,
     gradients_agree,
     memory_of,
     rest_of_gradient,
@@ -111,12 +112,15 @@ def lanczos_step(
             root = RootProducts(operator)
         except NoRootError:
             return None
-        if not root.rows:
+        if not root.rows and not forced:
             return None
         decay = operator.decay if root.diagonal is None else operator.decay + root.diagonal
         rest = rest_of_gradient(root.rest, objective)
-        gradient = root.transposed(root.residual)
+        gradient = root.transposed(root.residual) if root.rows else vector.zeros()
         gradient = gradient if rest is None else gradient + rest
+    if not root.rows:  # all curvature has vanished: nothing is there to be multiplied
+        step = exact_step(objective, here, operator, state, None, first, timer, forced)
+        return None if step is None else step._replace(norms=None, solver=LANCZOS)
     times, transposed = (
         timer.timed("products", root.times),
         timer.timed("products", root.transposed),
