@@ -12,7 +12,11 @@ from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
 from torch_hf.optimizer import light_step
-from torch_hf.preconditioner.kfac import LIGHT_DAMPING, MEASURE_EVERY_LIGHT
+from torch_hf.preconditioner.kfac import (
+    LIGHT_DAMPING,
+    MEASURE_EVERY_LIGHT,
+    KroneckerPreconditioner,
+)
 from torch_hf.solver.natural_gradient import (
     AFTER_OVERSHOT,
     AFTER_REJECTION,
@@ -179,6 +183,20 @@ def test_a_measuring_step_that_raises_its_own_loss_is_rejected():
     assert report.reason == light_step.RAISED
     assert torch.equal(run.values(), before)
     assert run.optimizer._progress.radius < 1.3 * AFTER_REJECTION * radius
+
+
+def test_a_step_that_overflows_moves_nothing(monkeypatch):
+    run = Run()
+    run.steps(*range(6))
+    before, radius = run.values(), run.optimizer._progress.radius
+    apply = KroneckerPreconditioner.apply
+    monkeypatch.setattr(KroneckerPreconditioner, "apply", lambda self, v: apply(self, v) * math.inf)
+    report = run.step(6)
+    assert (report.accepted, report.reason) == (False, light_step.OVERFLOW)
+    assert torch.equal(run.values(), before)
+    assert run.optimizer._progress.radius < 1.3 * AFTER_REJECTION * radius
+    monkeypatch.undo()
+    assert all(r.accepted for r in run.steps(7, 8))
 
 
 def test_a_step_after_which_the_loss_jumps_is_taken_back():

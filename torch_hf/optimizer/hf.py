@@ -515,8 +515,10 @@ class HFOptimizer(FlatStateOptimizer):
             if given is None:
                 return initial_damping(slope, product, space)
             known = curvature_along(slope, product, space)
-        ceiling = damping_ceiling(known, here.gradient.dtype)
-        return min(given, max(ceiling, damping_without_curvature(here.gradient_norm, here.loss)))
+        dtype = here.gradient.dtype
+        free = damping_without_curvature(here.gradient_norm, here.loss)
+        least = min(free, damping_ceiling(0.0, dtype))
+        return min(given, max(damping_ceiling(known, dtype), least))
 
     def _no_step(self, here: Evaluation) -> str:
         """Why there is nothing to solve; empty where there is."""

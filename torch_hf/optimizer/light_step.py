@@ -35,6 +35,7 @@ CHANGES = 1.0
 LOSS_MEMORY, STEPS_TO_KNOW, MOST_DEVIATIONS = 0.9, 8, 5.0
 #: Said where a step is undone.
 TAKEN_BACK = "the last light step overshot and was taken back"
+OVERFLOW = "the light step overflows the dtype of the parameters"
 RAISED = "the light step raised the loss of its own batch"
 
 
@@ -146,6 +147,10 @@ def light_step(
     if last is not None:
         d.add_(last, alpha=natural_gradient.MOMENTUM)
     (slope,) = map(float, space.dots((here.gradient, d)))
+    if not math.isfinite(slope):
+        radius *= natural_gradient.AFTER_REJECTION
+        move = SearchResult(None, 0.0, here.loss, reason=OVERFLOW)
+        return LightStep(move, None, 0.0, radius, slopes, operator)
     move = _scaled(objective, d, rates, SearchResult(None, 1.0, math.nan))
     if measured:
         move = _tried(objective, here, move, slope, timer)

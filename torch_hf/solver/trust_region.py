@@ -94,15 +94,15 @@ def damping_without_curvature(gradient_norm: float, loss: float) -> float:
 
 
 def damping_ceiling(curvature: float, dtype: torch.dtype) -> float:
-    """The largest lambda of use beside this curvature; inf where none was seen.
+    """The largest lambda of use beside this curvature; the largest there is where none was seen.
 
     Example:
-        >>> f"{damping_ceiling(2.0, torch.float32):.1e}", damping_ceiling(0.0, torch.float32)
-        ('3.1e+05', inf)
+        >>> f"{damping_ceiling(2.0, torch.float32):.1e}, {damping_ceiling(0.0, torch.float32):.1e}"
+        '3.1e+05, 4.1e+31'
     """
-    if not curvature > 0:
-        return math.inf
-    return float(curvature / torch.finfo(dtype).eps ** CEILING_POWER)
+    kind = torch.finfo(dtype)
+    most = kind.max * kind.eps
+    return float(min(curvature / kind.eps**CEILING_POWER, most)) if curvature > 0 else most
 
 
 def predict(
