@@ -6,7 +6,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from torch_hf.solver.broyden import UPDATES, descend, update_inverse, updated
+from torch_hf.solver.broyden import (
+    UPDATES,
+    InverseHessian,
+    descend,
+    next_length,
+    scaling,
+    update_inverse,
+    updated,
+)
 
 N = 7
 
@@ -101,3 +109,59 @@ def test_at_a_minimum_nothing_moves():
     x = torch.ones(4, dtype=torch.float64)
     found = descend(lambda d: rosenbrock(x + d), *rosenbrock(x), None, 5)
     assert found.iterations == 0 and not found.displacement.any()
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("dense", [True, False])
+def test_pending_updates_are_those_written_at_once(update, dense):
+    inverse = random_pair(0)[0] if dense else torch.eye(N, dtype=torch.float64) * 0.3
+    known = InverseHessian(inverse) if dense else InverseHessian(torch.ones(N).double(), 0.3)
+    before, expected = inverse.clone(), inverse.clone()
+    for seed in range(1, 9):
+        _, s, y, _ = random_pair(seed)
+        bend = float(s @ torch.linalg.solve(expected, s))
+        v = torch.linspace(-1, 1, N, dtype=torch.float64)
+        moved, product = expected @ y, expected @ v
+        torch.testing.assert_close(known.times(y), moved)
+        update_inverse(expected, s, y, bend, update)
+        torch.testing.assert_close(
+            known.update(s, y, moved, bend, product, v, update), expected @ v
+        )
+        torch.testing.assert_close(known.times(v), expected @ v)
+    torch.testing.assert_close(known.dense(), expected)
+    assert torch.equal(inverse, before)
+
+
+def test_iterations_follow_the_dense_update():
+    """A whole trajectory, against the update written into the matrix after every iteration."""
+    x = torch.tensor([-1.2, 1.0] * 3, dtype=torch.float64)
+    found = descend(lambda d: rosenbrock(x + d), *rosenbrock(x), None, 12)
+    here, inverse = torch.zeros_like(x), None
+    loss, slope = rosenbrock(x)
+    for k in range(1, 13):
+        whole = descend(lambda d: rosenbrock(x + d), *rosenbrock(x), None, k)
+        step, change = whole.displacement - here, whole.gradient - slope
+        if inverse is None:
+            inverse = updated(None, step, change, math.nan)
+        else:
+            bend = float(step @ torch.linalg.solve(inverse, step))
+            inverse = updated(inverse, step, change, bend)
+        here, slope = whole.displacement, whole.gradient
+        torch.testing.assert_close(whole.inverse, inverse, rtol=1e-7, atol=1e-9)
+    assert loss > found.loss == whole.loss
+
+
+@pytest.mark.parametrize("b", [0.0, 1e-320, 1.0, 1e308, math.inf, math.nan])
+@pytest.mark.parametrize("h", [0.0, 1e-320, 1e-8, 1.0, 1e308, math.inf, math.nan])
+def test_factors_are_numbers_at_any_scale(b, h):
+    tau, phi = scaling(b, h, N, "ssbroyden")
+    assert math.isfinite(tau) and tau > 0 and math.isfinite(phi)
+
+
+def test_where_a_search_begins():
+    assert next_length(0.25, 0.0) == 0.25  # it ended where the slope is zero
+    assert next_length(0.25, -3.0) == 0.125  # beyond that
+    assert next_length(0.25, 0.75) == 0.5  # before it
+    assert next_length(0.25, 0.99) == 0.5  # at most twice as far (4 in the secant)
+    assert next_length(0.25, 1.5) == 0.5  # the slope has grown
+    assert next_length(0.9, 0.75) == 1.0

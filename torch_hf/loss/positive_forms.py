@@ -36,8 +36,9 @@ def is_positive(hessian: Callable[..., tuple[Tensor, ...]], outputs: tuple[Tenso
 
 
 def _has_positive_eigenvalues(matrix: Tensor) -> bool:
-    values = torch.linalg.eigvalsh((matrix + matrix.mT) / 2)
-    rounding = 10 * matrix.shape[-1] * torch.finfo(values.dtype).eps
+    rounding = 10 * matrix.shape[-1] * torch.finfo(matrix.dtype).eps
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))  # eigenvalues need it
+    values = torch.linalg.eigvalsh((wide + wide.mT) / 2)
     return bool((values >= -rounding * values.abs().max()).all())
 
 

@@ -207,7 +207,8 @@ def exact_step(
             found = found._replace(direction=direction)
             if not trial.moves(direction, 1.0):
                 found = found._replace(direction=None, loss=here.loss, converged=True)
-    return ExactStep(found, seen, not took_one_backward(root))
+    kept = seen if bool(seen.isfinite().all()) else norms  # their squares may overflow
+    return ExactStep(found, kept, not took_one_backward(root))
 
 
 def rounding_of_gradient(norm: float, residual: Tensor, dtype: torch.dtype) -> float:

@@ -1,8 +1,11 @@
 """Dense self-scaled quasi-Newton iterations (Al-Baali & Khalfan 2005; Urbán et al. 2024).
 
 They keep the inverse Hessian, P^2 numbers, learn it from changes of the gradient, and scale it in
-every update. An iteration costs one gradient, or little more. Unlike Gauss-Newton steps they see
-the residual's own curvature, so on strongly nonconvex starts they get ahead.
+every update. An iteration costs little more than a gradient: one product of the matrix and one of
+a few vectors. Unlike Gauss-Newton steps they see the residual's own curvature, so on strongly
+nonconvex starts they get ahead.
+
+``docs/records/quasi-newton.md`` has the experiments that chose the line search's first length.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch_hf.solver.wolfe import Point, strong_wolfe
 
 UPDATES = ("ssbroyden", "ssbfgs", "bfgs")
-#: A search begins at the full step, or at so many times the length of the last one's end.
+#: By how much a search's first length may exceed the last one's end, at the most.
 LONGER = 4.0
 
 #: The loss, inf where it is no number, and its gradient (P,) at a displacement (P,).
@@ -55,7 +58,7 @@ def descend(
         evaluate: The objective.
         loss: Where they begin.
         gradient: There, of shape (P,).
-        inverse: H (P, P), changed in place; None for none, which is a multiple of the identity.
+        inverse: H (P, P); None for none, which is a multiple of the identity.
         iterations: At the most.
 
     Example:
@@ -68,37 +71,151 @@ def descend(
         >>> found.loss < 1e-12
         True
     """
-    here, done, last = torch.zeros_like(gradient), 0, 1.0
+    here, done, first = torch.zeros_like(gradient), 0, 1.0
+    known = None if inverse is None else InverseHessian(inverse)
+    newton = gradient if known is None else known.times(gradient)  # H g
     while done < iterations:
-        direction = -gradient if inverse is None else -(inverse @ gradient)
-        slope = float(gradient @ direction)
+        slope = -float(gradient @ newton)
         if not slope < 0 or not math.isfinite(slope):
-            if inverse is None:
+            if known is None:
                 break
-            inverse = None  # rounding has spoiled it: begin anew
+            known, newton = None, gradient  # rounding has spoiled it: begin anew
             continue
-        if inverse is not None:
-            first = min(1.0, LONGER * last)
-        else:
-            first = 1.0 / float(gradient.abs().sum())  # a step of length 1, whatever the scale
+        length = first if known is not None else 1.0 / float(gradient.abs().sum())
         start = Point(0.0, loss, gradient, slope)
-        base = here
+        base, direction = here, -newton
 
         def along(t: float, base: Tensor = base, direction: Tensor = direction):  # type: ignore[no-untyped-def]
             return evaluate(base + t * direction)
 
-        end = strong_wolfe(along, start, direction, first)
+        end = strong_wolfe(along, start, direction, length)
         if not end.loss < loss:
-            if inverse is None:
+            if known is None:
                 break
-            inverse = None
+            known, newton = None, gradient
             continue
-        last = end.length if inverse is not None else 1.0
+        first = 1.0 if known is None else next_length(end.length, end.slope / slope)
         step, change = end.length * direction, end.gradient - gradient
-        # B s = -length g, as the step is -length H g
-        inverse = updated(inverse, step, change, -end.length * float(gradient @ step))
-        here, loss, gradient, done = base + step, end.loss, end.gradient, done + 1
-    return Descent(here, loss, gradient, inverse, done)
+        curved = 0 < float(step @ change) < math.inf
+        if known is None and curved:
+            known = InverseHessian.of_pair(step, change)
+            newton = known.times(gradient)
+        ahead = end.gradient if known is None else known.times(end.gradient)
+        if known is not None and curved:
+            # B s = -length g, as the step is -length H g; of the first pair it is s / scale
+            bend = end.length * float(gradient @ -step)
+            if known.is_scalar:
+                bend = float(step @ step) / known.scale
+            ahead = known.update(step, change, ahead - newton, bend, ahead, end.gradient)
+        here, loss, gradient, newton = base + step, end.loss, end.gradient, ahead
+        done += 1
+    return Descent(here, loss, gradient, None if known is None else known.dense(), done)
+
+
+def next_length(length: float, slopes: float) -> float:
+    """Where the next search begins, from where the last one ended: at most at the full step.
+
+    The updates scale H up, so that the full step is mostly too long. The slopes at both ends of the
+    last step say by the secant where the slope was zero, if the full step is to be taken as many
+    times too long as it was there; halfway (in decades) to that the search begins.
+
+    Args:
+        length: Where the last search ended.
+        slopes: The slope there over that at its beginning.
+
+    Example:
+        >>> next_length(0.5, 0.0), next_length(0.5, -3.0), next_length(0.5, 0.9)
+        (0.5, 0.25, 1.0)
+    """
+    secant = length / (1.0 - slopes) if slopes < 1.0 else math.inf
+    return min(1.0, math.sqrt(length * min(secant, LONGER * length)))
+
+
+class InverseHessian:
+    """H (P, P), and updates of it that are written into it later, many at once.
+
+    Then an iteration reads the P^2 numbers once, and writes them seldom. An update of the family
+    adds three symmetric terms of rank one and scales the rest, so what is pending is
+    ``H = scale H_0 + V^T diag(c) V``.
+
+    Args:
+        base: H_0 (P, P), which is not changed, or (P,) ones for the identity.
+        scale: Its factor.
+    """
+
+    def __init__(self, base: Tensor, scale: float = 1.0) -> None:
+        self.base, self.scale = base, scale
+        self._vectors: list[Tensor] = []
+        self._weights: list[float] = []
+        self._stacked: Tensor | None = None
+
+    @classmethod
+    def of_pair(cls, step: Tensor, change: Tensor) -> InverseHessian:
+        """The multiple of the identity that a pair tells (Nocedal & Wright 2006, eq. 6.20)."""
+        return cls(torch.ones_like(step), float(step @ change) / float(change @ change))
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether it is a multiple of the identity."""
+        return self.base.ndim == 1 and not self._vectors
+
+    def times(self, v: Tensor) -> Tensor:
+        """``H v`` for a vector (P,)."""
+        product = self.scale * (v if self.base.ndim == 1 else self.base @ v)
+        if self._vectors:
+            rows, weights = self._rows(), v.new_tensor(self._weights)
+            product = product + rows.T @ (weights * (rows @ v))
+        return product
+
+    def update(
+        self,
+        step: Tensor,
+        change: Tensor,
+        moved: Tensor,
+        bend: float,
+        product: Tensor,
+        v: Tensor,
+        update: str = "ssbroyden",
+    ) -> Tensor:
+        """One pair more, with positive curvature; returns the new ``H v`` from the old one.
+
+        Args:
+            step: s (P,).
+            change: y (P,).
+            moved: ``H y``.
+            bend: ``s^T H^-1 s``.
+            product: ``H v`` before the update.
+            v: A vector (P,).
+            update: ``"ssbroyden"``, ``"ssbfgs"`` or plain ``"bfgs"``.
+        """
+        along, width = float(step @ change), float(change @ moved)
+        if not 0 < width < math.inf:  # rounding has spoiled H along y
+            return product
+        tau, phi = scaling(bend / along, width / along, len(step), update)
+        lean = step / along - moved / width
+        vectors = (moved, lean, step)
+        weights = (-1.0 / (width * tau), phi * width / tau, 1.0 / along)
+        self.scale /= tau
+        self._weights = [w / tau for w in self._weights] + list(weights)
+        self._vectors += vectors
+        product = product / tau
+        for w, u in zip(weights, vectors, strict=True):
+            product = product.add(u, alpha=w * float(u @ v))
+        return product
+
+    def dense(self) -> Tensor:
+        """All of it, in memory of its own."""
+        base = self.base.diag() if self.base.ndim == 1 else self.base
+        if not self._vectors:
+            return base * self.scale
+        rows = self._rows()
+        return torch.addmm(base, rows.T * rows.new_tensor(self._weights), rows, beta=self.scale)
+
+    def _rows(self) -> Tensor:
+        """The vectors of the pending updates, one below the other."""
+        if self._stacked is None or len(self._stacked) < len(self._vectors):
+            self._stacked = torch.stack(self._vectors)
+        return self._stacked
 
 
 def updated(
@@ -156,6 +273,8 @@ def scaling(b: float, h: float, size: int, update: str) -> tuple[float, float]:
     """
     if update == "bfgs":
         return 1.0, 1.0
+    if not (0 < b and 0 < h and b * h < math.inf):
+        return 1.0, 1.0  # it under- or overflows: the plain update
     least = min(1.0, 1 / b)
     if update == "ssbfgs":
         return least, 1.0
@@ -163,6 +282,8 @@ def scaling(b: float, h: float, size: int, update: str) -> tuple[float, float]:
     if a <= 0:  # s and H y are parallel, to rounding: v is zero
         return least, 1.0
     low = min(1.0, h * (1 - math.sqrt(a / (1 + a))))
+    if not low > 0:
+        return least, 1.0
     theta = max((low - 1) / a, min(1 / low, (1 - b) / b))
     sigma = 1 + a * theta
     even = sigma ** (-1 / (size - 1)) if sigma > 0 and size > 1 else 1.0
