@@ -95,6 +95,11 @@ class ClosureRuns:
         shown = returned.detach() if isinstance(returned, Tensor) else returned
         return Graph(loss, outputs, record, shown, counted)
 
+    @torch.enable_grad()
+    def loss(self, batch: Any) -> Tensor:
+        """A batch's loss with its graph and nothing else: as a trial point needs it."""
+        return self._objective(self._call(Capture(self.vector.params, calls=False), batch))
+
     def _say_compiled(self) -> None:
         """Once of each module, and never as an error: the step goes well."""
         if "torch._dynamo" not in sys.modules:

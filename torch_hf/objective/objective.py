@@ -157,7 +157,7 @@ class Objective:
                 losses.append(float(graph.loss.detach()))
                 counts.append(graph.cases)
                 share = self._share(graph.cases, counts[0].adds)
-                self._add_gradient(gradient, graph, share, keep)
+                self._add_gradient(gradient, graph.loss, share, keep)
                 kept = graph if keep else None
                 if i == 0:
                     returned = graph.returned
@@ -191,11 +191,11 @@ class Objective:
         return len(self.batches) == 1 and self.reducer.group is None
 
     def _add_gradient(
-        self, total: list[Tensor | None], graph: Graph, share: float, keep: bool
+        self, total: list[Tensor | None], loss: Tensor, share: float, keep: bool
     ) -> None:
         """One batch's gradient onto the sum so far, so that no two batches' are held."""
         # A backward that crosses ranks brings slopes of other ranks' losses, weighted by theirs.
-        found = self.vector.pull([graph.loss], [torch.full_like(graph.loss, share)], keep)
+        found = self.vector.pull([loss], [torch.full_like(loss, share)], keep)
         checks.gradients(found)
         for i, g in enumerate(found):
             if g is not None:
@@ -248,9 +248,9 @@ class Objective:
         losses = []
         for i, (batch, share) in enumerate(zip(self.batches, here.shares, strict=True)):
             with self.replay.rerun(i):
-                graph = self.runs.graph(batch)
-            losses.append(float(graph.loss.detach()))
-            self._add_gradient(gradient, graph, share, False)
+                own = self.runs.loss(batch)
+            losses.append(float(own.detach()))
+            self._add_gradient(gradient, own, share, False)
         total = sum(s * x for s, x in zip(here.shares, losses, strict=True) if s)
         loss = total / here.divisor + self.penalty.own_loss()
         flat = self.vector.flatten(gradient)

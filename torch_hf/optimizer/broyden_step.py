@@ -12,7 +12,7 @@ from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.exact_step import memory_of
 from torch_hf.optimizer.timer import StepTimer
-from torch_hf.solver.broyden import Evaluate, descend, updated
+from torch_hf.solver.broyden import Evaluate, InverseHessian, descend
 from torch_hf.solver.choose_solver import MOST_DENSE
 from torch_hf.solver.levenberg_marquardt import LOSS_ULPS
 from torch_hf.solver.line_search import CONVERGED, SearchResult
@@ -48,13 +48,14 @@ class Secant(NamedTuple):
         slope, way = self.anchor
         return self._replace(anchor=torch.stack([slope, way + length * direction]))
 
-    def begun(self, gradient: Tensor) -> Tensor:
-        """A copy of H that knows the way since its last update, from the gradient at its end."""
-        inverse = self.inverse.clone()
+    def begun(self, gradient: Tensor) -> InverseHessian:
+        """H with the way since its last update in it, from the gradient at that way's end."""
+        known = InverseHessian(self.inverse)
         slope, way = self.anchor
-        if bool(way.any()):
-            updated(inverse, way, gradient - slope, math.nan, "bfgs")
-        return inverse
+        change = gradient - slope
+        if 0 < float(way @ change) < math.inf:
+            known.update(way, change, known.times(change), math.nan, update="bfgs")
+        return known
 
 
 class BroydenStep(NamedTuple):

@@ -49,7 +49,7 @@ def descend(
     evaluate: Evaluate,
     loss: float,
     gradient: Tensor,
-    inverse: Tensor | None,
+    known: InverseHessian | None,
     iterations: int,
 ) -> Descent:
     """So many iterations with a strong Wolfe search each; fewer where one finds no decrease.
@@ -58,7 +58,7 @@ def descend(
         evaluate: The objective.
         loss: Where they begin.
         gradient: There, of shape (P,).
-        inverse: H (P, P); None for none, which is a multiple of the identity.
+        known: H; None for none, which is a multiple of the identity.
         iterations: At the most.
 
     Example:
@@ -72,7 +72,6 @@ def descend(
         True
     """
     here, done, first = torch.zeros_like(gradient), 0, 1.0
-    known = None if inverse is None else InverseHessian(inverse)
     newton = gradient if known is None else known.times(gradient)  # H g
     while done < iterations:
         slope = -float(gradient @ newton)
@@ -106,7 +105,8 @@ def descend(
             bend = end.length * float(gradient @ -step)
             if known.is_scalar:
                 bend = float(step @ step) / known.scale
-            ahead = known.update(step, change, ahead - newton, bend, ahead, end.gradient)
+            new = known.update(step, change, ahead - newton, bend)
+            ahead = new.product(ahead, end.gradient)
         here, loss, gradient, newton = base + step, end.loss, end.gradient, ahead
         done += 1
     return Descent(here, loss, gradient, None if known is None else known.dense(), done)
@@ -129,6 +129,21 @@ def next_length(length: float, slopes: float) -> float:
     """
     secant = length / (1.0 - slopes) if slopes < 1.0 else math.inf
     return min(1.0, math.sqrt(length * min(secant, LONGER * length)))
+
+
+class _Update(NamedTuple):
+    """``H+ = H / tau + sum_i w_i u_i u_i^T``."""
+
+    tau: float
+    weights: tuple[float, ...]
+    vectors: tuple[Tensor, ...]
+
+    def product(self, before: Tensor, v: Tensor) -> Tensor:
+        """``H+ v`` from ``H v``."""
+        after = before / self.tau
+        for w, u in zip(self.weights, self.vectors, strict=True):
+            after = after.add(u, alpha=w * float(u @ v))
+        return after
 
 
 class InverseHessian:
@@ -173,24 +188,20 @@ class InverseHessian:
         change: Tensor,
         moved: Tensor,
         bend: float,
-        product: Tensor,
-        v: Tensor,
         update: str = "ssbroyden",
-    ) -> Tensor:
-        """One pair more, with positive curvature; returns the new ``H v`` from the old one.
+    ) -> _Update:
+        """One pair more, with positive curvature; what it changes of products known already.
 
         Args:
             step: s (P,).
             change: y (P,).
             moved: ``H y``.
-            bend: ``s^T H^-1 s``.
-            product: ``H v`` before the update.
-            v: A vector (P,).
+            bend: ``s^T H^-1 s``; plain BFGS needs none.
             update: ``"ssbroyden"``, ``"ssbfgs"`` or plain ``"bfgs"``.
         """
         along, width = float(step @ change), float(change @ moved)
         if not 0 < width < math.inf:  # rounding has spoiled H along y
-            return product
+            return _Update(1.0, (), ())
         tau, phi = scaling(bend / along, width / along, len(step), update)
         lean = step / along - moved / width
         vectors = (moved, lean, step)
@@ -198,10 +209,7 @@ class InverseHessian:
         self.scale /= tau
         self._weights = [w / tau for w in self._weights] + list(weights)
         self._vectors += vectors
-        product = product / tau
-        for w, u in zip(weights, vectors, strict=True):
-            product = product.add(u, alpha=w * float(u @ v))
-        return product
+        return _Update(tau, weights, vectors)
 
     def dense(self) -> Tensor:
         """All of it, in memory of its own."""
@@ -273,7 +281,7 @@ def scaling(b: float, h: float, size: int, update: str) -> tuple[float, float]:
     """
     if update == "bfgs":
         return 1.0, 1.0
-    if not (0 < b and 0 < h and b * h < math.inf):
+    if not (b > 0 and h > 0 and b * h < math.inf):
         return 1.0, 1.0  # it under- or overflows: the plain update
     least = min(1.0, 1 / b)
     if update == "ssbfgs":
