@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from torch_hf.solver.phases import FAST, GROWTH, LEAST_PRICE, SOLVES_OF_TRIAL, Phases
+from torch_hf.solver.phases import FAST, GROWTH, LEAST_PRICE, SOLVES_BEFORE, Phases
 
 PRICE = 20.0
 
@@ -36,7 +36,7 @@ def share(taken, kind):
 def test_it_begins_with_iterations_and_tries_exact_steps_after_some_solves():
     taken, _ = played(lambda t: 0.0, lambda t: 0.1 / (t + 30))
     first = taken.index("exact")
-    assert first == pytest.approx(SOLVES_OF_TRIAL * PRICE / 30.0, abs=1)
+    assert first == pytest.approx(SOLVES_BEFORE * PRICE / 30.0, abs=1)
 
 
 @pytest.mark.parametrize("better", ["exact", "quasi"])

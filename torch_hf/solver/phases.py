@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 #: Quasi-Newton iterations come into question where an exact solve costs so many gradients.
 LEAST_PRICE = 4.0
+#: The first trial comes after the price of so many exact solves.
+SOLVES_BEFORE = 12.0
 #: A trial lasts for so many exact solves, and for so much of the run's cost at least.
 SOLVES_OF_TRIAL, PART_OF_TRIAL = 6.0, 0.1
 #: The next trial comes when the cost has grown by this factor.
@@ -66,7 +68,7 @@ class Phases(NamedTuple):
         """
         if self.price:
             return self
-        first = SOLVES_OF_TRIAL * price
+        first = SOLVES_BEFORE * price
         quasi = float(price >= LEAST_PRICE and loss > 0)
         return Phases(quasi=quasi, price=price, check_at=first, checked_loss=max(loss, 0.0))
 
