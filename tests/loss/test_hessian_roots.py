@@ -15,6 +15,7 @@ from torch_hf.loss.hessian_roots import (
     HessianRoot,
     NoRootError,
     hessian_root,
+    nonnegative,
     root_width,
 )
 from torch_hf.loss.loss_hessians import AutogradTerm, LossTerm, SoftmaxTerm
@@ -249,3 +250,26 @@ def test_residual_of_sure_classes(dtype, order, target):
         return
     square = float(found.double().square().sum())
     assert square == pytest.approx(float(others / p[target]), rel=1e-3, abs=1e-6)
+
+
+def test_a_gradient_outside_of_the_range_has_no_residual():
+    """Of logsumexp alone: it sums to 1 over the classes, those of the Hessian's range to 0."""
+    logits = Z.clone().requires_grad_()
+    picked = torch.tensor([0, 2, 1, 0])
+
+    def closure():
+        z = 1.0 * logits
+        return (z.logsumexp(1) - z.gather(1, picked[:, None])[:, 0]).mean()
+
+    record = Capture([logits]).run(closure)
+    split = split_by_calls(record, record.returned, [logits])
+    (term,) = split.loss_terms
+    assert isinstance(term, SoftmaxTerm) and split.affine
+    assert hessian_root(term).residual is None
+
+
+def test_second_derivatives_that_underflow_are_not_negative():
+    assert torch.equal(nonnegative(torch.tensor([-1e-40, 0.0])), torch.zeros(2))
+    assert torch.equal(nonnegative(torch.zeros(0)), torch.zeros(0))
+    with pytest.raises(NoRootError):
+        nonnegative(torch.tensor([-1e-30, 1e-30]))

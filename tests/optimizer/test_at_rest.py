@@ -162,3 +162,54 @@ def test_another_damping_is_tried_after_giving_up():
     assert [r.evaluations for r in reports[6:]] == [0, 0, 0]
     run.optimizer.param_groups[0]["damping"] *= 2.0
     assert run.steps(1)[0].evaluations > 0
+
+
+def test_after_an_accepted_step_lambda_rises_slowly_again():
+    run = Separable("cross entropy", torch.float64, solver="cg")
+    plain, walled = run.loss, True
+    start = [p.detach().clone() for p in run.model.parameters()]
+
+    def wall(z, y):
+        here = run.model.parameters()
+        away = any(not torch.equal(p, s) for p, s in zip(here, start, strict=True))
+        return plain(z, y) + (walled and away)
+
+    run.loss = wall
+    assert not any(r.accepted for r in run.steps(3))
+    walled = False
+    assert run.steps(1)[0].accepted
+    start[:] = [p.detach().clone() for p in run.model.parameters()]
+    walled = True
+    (report,) = run.steps(1)
+    assert not report.accepted
+    assert run.optimizer.param_groups[0]["damping"] == pytest.approx(1.5 * report.damping)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e6])
+@pytest.mark.parametrize("name", ["logsumexp", "log_prob"])
+def test_terms_without_curvature_leave_exact_steps_those_of_cross_entropy(name, scale):
+    """In them the loss's gradient is not that of the terms that have curvature."""
+    found = []
+    for loss in (name, "cross entropy"):
+        run = Separable(loss, torch.float64, solver="exact")
+        run.loss = lambda z, y, loss=loss: scale * LOSSES[loss](z, y)
+        reports = run.steps(3)
+        assert all(r.solver == "exact" and r.accepted for r in reports)
+        found.append(nn.utils.parameters_to_vector(run.model.parameters()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("loss", ["logsumexp", "log_prob"])
+def test_auto_is_exact_with_terms_without_curvature(loss):
+    run = Separable(loss, torch.float64)
+    assert "exact" in {r.solver for r in run.steps(4)}
+
+
+def test_lambda_may_be_that_of_a_gradient_step_where_no_curvature_was_seen():
+    run = Separable("cross entropy", torch.float64, solver="cg")
+    run.steps(1)
+    progress = run.optimizer._progress
+    run.optimizer._progress = progress._replace(curvature_seen=1e-30)
+    run.optimizer.param_groups[0]["damping"] = 1e9
+    (report,) = run.steps(1)
+    assert report.damping == pytest.approx(report.gradient_norm**2 / report.loss)

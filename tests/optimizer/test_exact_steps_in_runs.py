@@ -244,3 +244,20 @@ def test_near_a_loss_of_zero_a_forced_solver_takes_the_losss_own_gradient(solver
         assert optimizer.last_report.solver == solver
         last = loss
     assert last < 1e-5
+
+
+def test_norms_that_overflow_are_not_kept():
+    """Columns of 1e22 have squared norms beyond float32; their products with the weights are 1."""
+    torch.manual_seed(0)
+    x, y = 1e22 * torch.randn(20, 3), torch.randn(20, 1)
+    model = nn.Linear(3, 1, bias=False)
+    with torch.no_grad():
+        model.weight.mul_(1e-22)
+    optimizer = HFOptimizer(model.parameters(), solver="exact")
+    for _ in range(2):
+        optimizer.step(lambda: F.mse_loss(model(x), y))
+    assert optimizer.last_report.solver == "exact"
+    copied = HFOptimizer(model.parameters(), solver="exact")
+    copied.load_state_dict(optimizer.state_dict())
+    norms = optimizer.state[model.weight].get("column_norms")
+    assert norms is None or bool(norms.isfinite().all())

@@ -171,3 +171,47 @@ def test_where_a_search_begins():
     assert next_length(0.25, 0.99) == 0.5  # at most twice as far (4 in the secant)
     assert next_length(0.25, 1.5) == 0.5  # the slope has grown
     assert next_length(0.9, 0.75) == 1.0
+
+
+def test_iterations_take_little_more_than_a_gradient_each():
+    """The first length of a search is learnt: from the full step it takes half as many again."""
+    g = torch.Generator().manual_seed(0)
+    A = torch.randn(60, 40, generator=g, dtype=torch.float64)
+    b = torch.randn(60, generator=g, dtype=torch.float64)
+    counted = []
+
+    def evaluate(d):
+        counted.append(1)
+        r = torch.tanh(A @ d) + 0.1 * (A @ d) - b
+        return float(r @ r), 2 * A.T @ (r * (1.1 - torch.tanh(A @ d) ** 2))
+
+    found = descend(evaluate, *evaluate(torch.zeros(40).double()), None, 50)
+    assert found.iterations == 50
+    assert len(counted) <= 1.35 * 50
+
+
+def test_a_matrix_that_rounding_has_spoiled_takes_no_update():
+    s, y = torch.randn(2, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    known = InverseHessian(torch.eye(N, dtype=torch.float64))
+    for moved in (-y, y * math.inf, y * math.nan):
+        new = known.update(s, y, moved, 1.0)
+        assert torch.equal(new.product(s, y), s)
+    assert torch.equal(known.dense(), torch.eye(N, dtype=torch.float64))
+
+
+def test_a_loss_without_curvature_is_followed_without_a_matrix():
+    slope = torch.tensor([3.0, -4.0], dtype=torch.float64)
+    found = descend(lambda d: (float(slope @ d), slope), 0.0, slope, None, 3)
+    assert found.iterations == 3 and found.loss < 0 and found.inverse is None
+
+
+def test_where_the_matrix_leads_nowhere_the_gradient_is_tried():
+    slope = torch.tensor([1.0, 1.0], dtype=torch.float64)
+
+    def walled(d):
+        off = float((d[0] - d[1]).abs()) > 1e-12
+        return float(slope @ d) + 1.0 * off, slope
+
+    known = InverseHessian(torch.diag(torch.tensor([1.0, 100.0], dtype=torch.float64)))
+    found = descend(walled, 0.0, slope, known, 1)
+    assert found.iterations == 1 and found.loss < 0

@@ -7,6 +7,7 @@ import torch
 
 from torch_hf.solver.cg import Iterate
 from torch_hf.solver.trust_region import (
+    damping_without_curvature,
     initial_damping,
     next_damping,
     predict,
@@ -121,3 +122,27 @@ def test_the_least_change_that_says_something_is_four_units_of_rounding_or_the_n
     assert resolution(-2.0, torch.float32) == 4 * 2.0**-23 * 2.0
     assert resolution(2.0, torch.float32, noise=1e-3) == 1e-3
     assert resolution(2.0, torch.float32, noise=1e-9) == 4 * 2.0**-23 * 2.0
+
+
+def test_lambda_hurries_where_steps_are_rejected_again_and_again():
+    assert [next_damping(6.0, -1.0, False, 0.0, rejections=k) for k in (0, 1, 2, 5)] == [
+        9.0,
+        9.0,
+        60.0,
+        60.0,
+    ]
+    assert next_damping(6.0, -1.0, True, 0.0, rejections=5) == 9.0  # it was accepted
+
+
+def test_a_promise_of_many_times_the_loss_raises_lambda_at_once():
+    assert next_damping(6.0, -1.0, False, 0.0, promise=9.0) == 9.0
+    assert next_damping(6.0, -1.0, False, 0.0, promise=1e5) == 6e5
+    assert next_damping(6.0, -1.0, False, 0.0, promise=INF) == 6e16
+    assert next_damping(6.0, -1.0, True, 0.0, promise=1e5) == 9.0
+    assert next_damping(6.0, 0.0, False, 0.0, promise=1e5, doubt=0.5) == 6.0  # rounding
+
+
+def test_lambda_of_a_gradient_step_promises_half_of_the_loss():
+    assert damping_without_curvature(2.0, -0.5) == 8.0
+    assert damping_without_curvature(2.0, 0.0) == damping_without_curvature(2.0, NAN) == 0.0
+    assert damping_without_curvature(1e200, 1e300) == pytest.approx(1e100)
