@@ -229,15 +229,71 @@ def test_where_a_solve_costs_few_gradients_steps_are_exact(monkeypatch):
     assert {r.solver for r in Equation().steps(8)[1:]} == {"exact"}
 
 
-def test_new_data_forget_the_inverse():
+def test_new_data_of_another_kind_forget_the_inverse():
+    """What was gained on points of the square is lost on points far from it."""
     run = Equation()
-    run.steps(3)
+    run.steps(4)
     assert run.optimizer._secant is not None and run.optimizer._progress.phase_price > 0
-    run.points = torch.rand(160, 2, generator=GENERATOR, dtype=torch.float64)
+    run.points = 30.0 + 5.0 * torch.rand(160, 2, generator=GENERATOR, dtype=torch.float64)
+    with torch.no_grad():  # so that the loss there is high
+        run.model[-1].weight.mul_(30.0)
     run.steps(1)
     assert run.optimizer._secant is None
     assert run.optimizer._progress.phase_quasi == run.optimizer._progress.phase_spent == 0.0
-    assert run.steps(20)[-1].new_loss < 1e-2
+    assert run.steps(20)[-1].new_loss < run.optimizer.last_report.loss + 1.0
+
+
+def drawn(seed):
+    generator = torch.Generator().manual_seed(100 + seed)
+    return torch.rand(400, 2, generator=generator, dtype=torch.float64)
+
+
+def resampled(run, first, last):
+    reports = []
+    for k in range(first, last):
+        run.points = drawn(k)
+        reports += run.steps(1)
+    return reports
+
+
+def test_points_drawn_anew_keep_iterations_and_inverse_while_gains_hold():
+    run = Equation()
+    reports = resampled(run, 0, 12)
+    assert [r.solver for r in reports[:2]] == ["broyden"] * 2
+    assert {r.solver for r in reports} <= {"broyden", "exact"}
+    assert all(r.new_loss <= r.loss for r in reports)
+    plain = Equation(solver="cg")
+    others = resampled(plain, 0, 12)
+    assert reports[-1].loss < 0.1 * others[-1].loss
+    slope, way = run.optimizer._secant.elsewhere().anchor
+    assert not slope.any() and not way.any()
+
+
+def test_where_gains_on_points_do_not_hold_exact_steps_follow_the_iterations(monkeypatch):
+    run = Equation()
+    resampled(run, 0, 4)
+    progress = run.optimizer._progress
+    run.optimizer._progress = progress._replace(
+        claimed=5.0, found_again=1.0, phase_quasi=1.0, phase_trial=0.0
+    )
+    (report,) = resampled(run, 4, 5)
+    assert report.solver == "exact"  # and its own gains decide what comes then
+    assert run.optimizer._secant is None and not run.optimizer._progress.phase_quasi
+    assert run.optimizer._progress.holds
+
+
+@pytest.mark.parametrize("at", [1, 3, 6, 9])
+def test_a_run_on_points_drawn_anew_resumes_bit_for_bit(at):
+    whole = Equation()
+    expected = resampled(whole, 0, 11)
+    first = Equation()
+    resampled(first, 0, at)
+    second = Equation(seed=1)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+    found = resampled(second, at, 11)
+    assert [r.new_loss for r in found] == [r.new_loss for r in expected[at:]]
+    assert_same(values(second.model), values(whole.model))
 
 
 @pytest.mark.parametrize(

@@ -215,3 +215,17 @@ def test_where_the_matrix_leads_nowhere_the_gradient_is_tried():
     known = InverseHessian(torch.diag(torch.tensor([1.0, 100.0], dtype=torch.float64)))
     found = descend(walled, 0.0, slope, known, 1)
     assert found.iterations == 1 and found.loss < 0
+
+
+@pytest.mark.parametrize("size", [1e-170, 1e-100, 1e100, 1e160])
+def test_gradients_whose_squares_are_no_numbers_begin_no_matrix(size):
+    """But the loss falls all the same."""
+    A = torch.diag(torch.tensor([1.0, 10.0], dtype=torch.float64)) * size
+    x = torch.ones(2, dtype=torch.float64)
+
+    def evaluate(d):
+        return float(0.5 * (x + d) @ A @ (x + d)), A @ (x + d)
+
+    found = descend(evaluate, *evaluate(torch.zeros(2).double()), None, 5)
+    assert math.isfinite(found.loss) and bool(found.displacement.isfinite().all())
+    assert found.inverse is None or bool(found.inverse.isfinite().all())

@@ -48,6 +48,10 @@ class Secant(NamedTuple):
         slope, way = self.anchor
         return self._replace(anchor=torch.stack([slope, way + length * direction]))
 
+    def elsewhere(self) -> Secant:
+        """On other data of the same kind: H is kept, the gradient at its last update is not."""
+        return self._replace(anchor=torch.zeros_like(self.anchor))
+
     def begun(self, gradient: Tensor) -> InverseHessian:
         """H with the way since its last update in it, from the gradient at that way's end."""
         known = InverseHessian(self.inverse)

@@ -305,7 +305,9 @@ class HFOptimizer(FlatStateOptimizer):
             return StepDecision(
                 light.move, damping, None, operator, variance, same_data=False, light=light
             )
-        return self._full_step(objective, here, same_data, timer)._replace(variance=variance)
+        step = self._full_step(objective, here, same_data, timer)
+        holds = not same_data and self._holds(objective, here)
+        return step._replace(variance=variance, holds=holds)
 
     def _full_step(
         self, objective: Objective, here: Evaluation, same_data: bool, timer: StepTimer
@@ -425,12 +427,20 @@ class HFOptimizer(FlatStateOptimizer):
             self._check_rates(BROYDEN)
             check_broyden(objective.vector, alone)
         elif (
-            not (self._wants(AUTO) and same_data and self._progress.phase_quasi)
+            not (self._wants(AUTO) and self._progress.phase_quasi)
+            or not (same_data or self._holds(objective, here))
             or not (self._is_plain() and alone)
             or objective.own_curvature_batches
         ):
             return None
-        return broyden_step(objective, here, self._secant if same_data else None, timer)
+        secant = self._secant
+        if not same_data and secant is not None:
+            secant = secant.elsewhere() if self._holds(objective, here) else None
+        return broyden_step(objective, here, secant, timer)
+
+    def _holds(self, objective: Objective, here: Evaluation) -> bool:
+        """Whether points of an equation change, and what steps gained was found again on others."""
+        return objective.runs.needs_graph and self._progress.seeing(here.loss, False).holds
 
     def _price_of_exact(self, curvature: ObjectiveOperator) -> float:
         """In gradients, where quasi-Newton iterations would be an alternative; else 0."""
@@ -467,14 +477,17 @@ class HFOptimizer(FlatStateOptimizer):
         if wanted == AUTO and not self._is_plain():
             return None
         most = max_iterations(self.preconditioner, same_data, progress.budget)
-        data_stay = same_data or progress.budget > 1.0
+        in_phases = bool(progress.phase_price) and (
+            self._holds(objective, here) or bool(progress.phase_quasi)
+        )
+        data_stay = same_data or progress.budget > 1.0 or in_phases
         exactly = solves_exactly(
             curvature,
             wanted,
             data_stay=data_stay,
             many_rows_do=not progress.steps or progress.holds,
             batched=bool(progress.batched_rows),
-            products=PRODUCTS_OF_SOLVE if same_data or progress.holds else most,
+            products=PRODUCTS_OF_SOLVE if same_data or progress.holds or in_phases else most,
         )
         pairs = 0 if exactly else pairs_of_step(curvature, wanted, data_stay=same_data)
         if not exactly and not pairs:

@@ -30,6 +30,8 @@ from torch_hf.solver.trust_region import (
 
 #: What parts of a full step cost, in gradients (measured on small convolutional networks).
 GRADIENT_WITH_GRAPH, PRODUCT, EVALUATION = 1.5, 1.2, 0.4
+#: Evidence, of next to no weight, that what is tried next holds.
+BENEFIT = 1e-9
 #: Units of rounding of the loss at the start, of what is nothing beside it.
 REST_ULPS = 64.0
 #: Said where a search fails at a loss that is nothing beside where it began.
@@ -56,6 +58,7 @@ class StepDecision(NamedTuple):
         broyden: What a step of quasi-Newton iterations hands to the next.
         price: What an exact solve costs here, in gradients; 0 where none is in question.
         failed: Quasi-Newton iterations that gained nothing, before the step that is taken.
+        holds: Whether points of an equation changed and gains were found again on others.
     """
 
     move: SearchResult
@@ -71,6 +74,7 @@ class StepDecision(NamedTuple):
     broyden: BroydenStep | None = None
     price: float = 0.0
     failed: BroydenStep | None = None
+    holds: bool = False
 
     @classmethod
     def of_exact(
@@ -225,13 +229,19 @@ class StepDecision(NamedTuple):
         """What is known of the Hessian after the step; on other data nothing."""
         if self.broyden is not None:
             return self.broyden.secant
-        if secant is None or not self.same_data:
-            return None if not self.nothing_to_do else secant
+        if secant is None or self.nothing_to_do:
+            return secant
+        if not self.same_data:
+            return secant.elsewhere() if self.holds else None
         return secant.moved(self.move.direction, self.move.length)
 
     def _with_phases(self, progress: Progress, here: Evaluation, cost: float) -> Progress:
         """With the choice of the next step's kind; on other data it is made anew."""
-        if not self.same_data and progress.steps > 1:
+        if not (self.same_data or self.holds) and progress.steps > 1:
+            if progress.phase_quasi and progress.phase_price and self.exact is not None:
+                # their gains were of a sample: exact steps go on, with evidence of their own
+                progress = progress._replace(claimed=BENEFIT, found_again=BENEFIT)
+                return progress.with_phases(progress.phases.handed_over(here.loss))
             return progress.with_phases(Phases())
         phases = progress.phases.begun(self.price, here.loss) if self.price else progress.phases
         if self.failed is not None:

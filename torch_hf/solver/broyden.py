@@ -98,7 +98,8 @@ def descend(
         curved = 0 < float(step @ change) < math.inf
         if known is None and curved:
             known = InverseHessian.of_pair(step, change)
-            newton = known.times(gradient)
+            curved = known is not None
+            newton = gradient if known is None else known.times(gradient)
         ahead = end.gradient if known is None else known.times(end.gradient)
         if known is not None and curved:
             # B s = -length g, as the step is -length H g; of the first pair it is s / scale
@@ -165,9 +166,15 @@ class InverseHessian:
         self._stacked: Tensor | None = None
 
     @classmethod
-    def of_pair(cls, step: Tensor, change: Tensor) -> InverseHessian:
-        """The multiple of the identity that a pair tells (Nocedal & Wright 2006, eq. 6.20)."""
-        return cls(torch.ones_like(step), float(step @ change) / float(change @ change))
+    def of_pair(cls, step: Tensor, change: Tensor) -> InverseHessian | None:
+        """The multiple of the identity that a pair tells (Nocedal & Wright 2006, eq. 6.20).
+
+        None where it under- or overflows.
+        """
+        square = float(change @ change)
+        scale = float(step @ change) / square if square else 0.0
+        normal = torch.finfo(step.dtype).tiny < scale < math.inf
+        return cls(torch.ones_like(step), scale) if normal else None
 
     @property
     def is_scalar(self) -> bool:
