@@ -35,7 +35,7 @@ from torch_hf.optimizer.exact_step import ExactStep, exact_step, price_of_exact,
 from torch_hf.optimizer.lanczos_step import lanczos_step, pairs_of_step
 from torch_hf.optimizer.light_step import LightStep, light_step, takes_light_step, undo
 from torch_hf.optimizer.outcome import StepDecision
-from torch_hf.optimizer.progress import PATIENCE, Progress
+from torch_hf.optimizer.progress import HELD_OF_EQUATIONS, PATIENCE, Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.optimizer.transaction import Transaction
 from torch_hf.preconditioner.choose import factors_of, make_preconditioner, worth_observing
@@ -440,7 +440,8 @@ class HFOptimizer(FlatStateOptimizer):
 
     def _holds(self, objective: Objective, here: Evaluation) -> bool:
         """Whether points of an equation change, and what steps gained was found again on others."""
-        return objective.runs.needs_graph and self._progress.seeing(here.loss, False).holds
+        progress = self._progress.seeing(here.loss, False)
+        return objective.runs.needs_graph and progress.holds_by(HELD_OF_EQUATIONS)
 
     def _price_of_exact(self, curvature: ObjectiveOperator) -> float:
         """In gradients, where quasi-Newton iterations would be an alternative; else 0."""

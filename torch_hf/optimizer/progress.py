@@ -15,6 +15,8 @@ MEMORY, STEPS_OF_EVIDENCE = 0.9, 8.0
 KEPT, LOST = 0.9, 0.5
 #: Part of the gains that must be found again for exact steps on data of more rows than parameters.
 HELD = 0.7
+#: The same where the closure takes derivatives: data without noise, of which any part is worth it.
+HELD_OF_EQUATIONS = 0.2
 MAX_BUDGET = 256.0
 
 
@@ -174,7 +176,11 @@ class Progress(NamedTuple):
     @property
     def holds(self) -> bool:
         """Whether steps on changing data were seen to hold: most of their gains was found again."""
-        return self.claimed > 0.0 and self.found_again >= HELD * self.claimed
+        return self.holds_by(HELD)
+
+    def holds_by(self, part: float) -> bool:
+        """Whether this part of what steps on changing data gained was found again."""
+        return self.claimed > 0.0 and self.found_again >= part * self.claimed
 
     def still_converged(self, loss: float, gradient_norm: float) -> bool:
         """Whether the last step ended converged, and nothing has changed since."""
