@@ -138,7 +138,7 @@ def post_accumulate(model):
 
 
 REFUSED = {
-    "scaled": (of_parameter(lambda g: 0.1 * g), "parameter 0, of shape .6, 4.* g \\* mask"),
+    "scaled": (of_parameter(lambda g: 0.1 * g), "parameter 0 of shape .6, 4.* g \\* mask"),
     "clipped by norm": (of_parameter(clipped), "no clipping"),
     "clipped by value": (of_parameter(lambda g: g.clamp(-1, 1)), "no clipping"),
     "by size": (of_parameter(lambda g: g * (g.abs() > 1)), "the same entries"),

@@ -274,7 +274,7 @@ def test_where_gains_on_points_do_not_hold_exact_steps_follow_the_iterations(mon
     resampled(run, 0, 4)
     progress = run.optimizer._progress
     run.optimizer._progress = progress._replace(
-        claimed=5.0, found_again=1.0, phase_quasi=1.0, phase_trial=0.0
+        claimed=5.0, found_again=0.5, phase_quasi=1.0, phase_trial=0.0
     )
     (report,) = resampled(run, 4, 5)
     assert report.solver == "exact"  # and its own gains decide what comes then

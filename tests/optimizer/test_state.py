@@ -336,7 +336,7 @@ def test_a_run_goes_on_bit_by_bit(way, dtype, same_data, tmp_path):
     way(run, other, *([tmp_path] if way is by_dcp_in_place else []))
     other.done = run.done
     found, truth = entries(other.optimizer), entries(run.optimizer)
-    assert {k: found[k] for k in NUMBERS} == {k: truth[k] for k in NUMBERS}
+    assert [str(found[k]) for k in NUMBERS] == [str(truth[k]) for k in NUMBERS]  # nan, too
     assert set(OPTIONS) <= set(other.optimizer.param_groups[0]) <= {*OPTIONS, "differentiable"}
     for _ in range(2):
         assert torch.equal(run.step().parameters(), other.step().parameters())
