@@ -214,7 +214,18 @@ def test_where_the_matrix_leads_nowhere_the_gradient_is_tried():
 
     known = InverseHessian(torch.diag(torch.tensor([1.0, 100.0], dtype=torch.float64)))
     found = descend(walled, 0.0, slope, known, 1)
-    assert found.iterations == 1 and found.loss < 0
+    assert found.iterations == 1 and found.loss < -0.1
+
+
+def test_a_step_along_negative_curvature_leaves_the_matrix_as_it_was():
+    """The loss falls ever faster, so that no length has a slope small enough."""
+
+    def evaluate(d):
+        return float(-0.5 * d @ d - d.sum()), -d - 1.0
+
+    eye = torch.eye(3, dtype=torch.float64)
+    found = descend(evaluate, *evaluate(torch.zeros(3).double()), InverseHessian(eye), 1)
+    assert found.loss < 0 and torch.equal(found.inverse, eye)
 
 
 @pytest.mark.parametrize("size", [1e-170, 1e-100, 1e100, 1e160])
