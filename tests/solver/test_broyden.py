@@ -209,8 +209,7 @@ def test_where_the_matrix_leads_nowhere_the_gradient_is_tried():
     slope = torch.tensor([1.0, 1.0], dtype=torch.float64)
 
     def walled(d):
-        off = float((d[0] - d[1]).abs()) > 1e-12
-        return float(slope @ d) + 1.0 * off, slope
+        return float(slope @ d) if d[0] == d[1] else 1e6, slope
 
     known = InverseHessian(torch.diag(torch.tensor([1.0, 100.0], dtype=torch.float64)))
     found = descend(walled, 0.0, slope, known, 1)
