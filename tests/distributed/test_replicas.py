@@ -159,10 +159,11 @@ def test_batches_that_one_rank_cannot_read_stop_all():
     assert own == "disk" and "rank 0 raised OSError: disk" in other
 
 
-def not_a_number(rank, group, trial_only):
+def not_a_number(rank, group, trial_only, solver):
     x, y = data()
     model = network()
-    optimizer = HFOptimizer(model.parameters(), process_group=group, damping=1.0)
+    options = {"damping": 1.0, "solver": solver}
+    optimizer = HFOptimizer(model.parameters(), process_group=group, **options)
     spoilt = False
 
     def closure():
@@ -182,9 +183,12 @@ def not_a_number(rank, group, trial_only):
     return report.accepted, report.reason, optimizer.param_groups[0]["damping"]
 
 
-@pytest.mark.parametrize("trial_only", [False, True])
-def test_a_nan_on_one_rank_rejects_the_step_on_all(trial_only):
-    first, second = launch(2, not_a_number, trial_only)
+@pytest.mark.parametrize(
+    ("trial_only", "solver"),
+    [(False, "auto"), (True, "cg"), (True, "exact"), (False, "broyden")],
+)
+def test_a_nan_on_one_rank_rejects_the_step_on_all(trial_only, solver):
+    first, second = launch(2, not_a_number, trial_only, solver)
     assert first == second
     assert not first[0]
     if not trial_only:
@@ -296,9 +300,9 @@ def test_an_iteration_of_cg_costs_one_sum_of_a_vector_and_a_few_numbers():
     small = [[n for _, n in sent if n < size] for sent in (few, many)]
     assert [len(n) for n in large] == [1 + 1 + 3, 1 + 1 + 8]  # the gradient, CG's start
     assert len(small[1]) - len(small[0]) - (more - tries) == SMALL_3_TO_8
-    # Beside the vector: a flag of failure, with the gradient also loss, cases and three more, each
+    # Beside the vector: a flag of failure, with the gradient also loss, cases and four more, each
     # as two numbers for each of two ranks.
-    assert sorted(large[1]) == [size + 32] * 9 + [size + 6 * 32]
+    assert sorted(large[1]) == [size + 32] * 9 + [size + 7 * 32]
     assert sum(small[1]) < 4 * size  # most of it the pairs' small matrices, once a step
 
 

@@ -9,7 +9,12 @@ from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
 
-COLLECTIVES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor")
+#: Collectives by the names of torch 2.11, and of torch 2.14.
+COLLECTIVES = {
+    "all_reduce": "all_reduce",
+    "reduce_scatter_tensor": "reduce_scatter_single",
+    "all_gather_into_tensor": "all_gather_single",
+}
 
 
 def traffic(rank, group, sharded):
@@ -23,8 +28,9 @@ def traffic(rank, group, sharded):
 
         return collective
 
-    for name in COLLECTIVES:
-        setattr(dist, name, counted(name, getattr(dist, name)))
+    for name, newer in COLLECTIVES.items():
+        used = newer if hasattr(dist, newer) else name
+        setattr(dist, used, counted(name, getattr(dist, used)))
     x, y = data()
     model = network()
     optimizer = HFOptimizer(

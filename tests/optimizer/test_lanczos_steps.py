@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
-from torch_hf.optimizer import lanczos_step
+from torch_hf.optimizer import exact_step, lanczos_step
 from torch_hf.solver import lanczos, levenberg_marquardt
 from torch_hf.solver.choose_solver import lanczos_bytes
 
@@ -301,7 +301,7 @@ def test_a_rate_and_a_lack_of_memory_are_errors(options, monkeypatch):
     optimizer = HFOptimizer(model.parameters(), solver="lanczos", **options)
     message = "lr must be 1"
     if not options:
-        monkeypatch.setattr(lanczos_step, "memory_of", lambda device: 1000.0)
+        monkeypatch.setattr(exact_step, "memory_of", lambda device: 1000.0)
         needed = f"{lanczos_bytes(14, 50, 8):.3g}"
         message = f'solver="lanczos" needs {needed} bytes'.replace("+", r"\+")
     before = snapshot(model, optimizer)

@@ -232,6 +232,24 @@ def unknown_functions(
     return sorted(name.removeprefix("GeneratedBackwardFor_") for name in found)
 
 
+def may_communicate(tensors: Iterable[Tensor]) -> bool:
+    """Whether the backward of some tensors may use other ranks: a collective's does, by its kind.
+
+    It is a Python function, as ``SyncBatchNorm``'s, a C++ one, or a custom operator.
+    """
+    nodes = {z.grad_fn for z in tensors} - {None}
+    return any(_may_communicate(node) for node in under(nodes))
+
+
+def _may_communicate(node: Any) -> bool:
+    if "CppNode" in node.name() or "c10d" in node.name():
+        return True
+    if not is_foreign(node) or kind(node) == "_DDPSink":
+        return False
+    module: str = getattr(_field(node, "_forward_cls"), "__module__", "")
+    return not module.startswith("torch_hf.")
+
+
 def leaf_uses(outputs: Iterable[Tensor]) -> Counter[int]:
     """How often each leaf, by its ``id``, is an operand in the graph under the outputs."""
     nodes = {z.grad_fn for z in outputs} - {None}

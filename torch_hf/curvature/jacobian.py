@@ -161,6 +161,11 @@ def jacobian_cost(split: Split, params: Sequence[Tensor], route: str = ONE_BACKW
     return Cost(float(rows * numbers), float((rows + more) * numbers * item), passes)
 
 
+def no_rows(params: Sequence[Tensor]) -> Tensor:
+    """R of no cases at all, of shape (0, P)."""
+    return _Columns(params).empty(0)
+
+
 class _Columns:
     """Which columns of R belong to which parameter."""
 

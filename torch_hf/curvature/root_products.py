@@ -12,10 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_hf.curvature.joint_root import leaves_out_gradient, squares_of
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.curvature.products import Jacobian
 from torch_hf.loss.hessian_roots import (
     HessianRoot,
+    NoRootError,
     hessian_root,
     nonnegative,
     terms_with_rows,
@@ -77,7 +79,7 @@ class RootProducts:
         self.operator.check_alive()
         self.operator.products += 1
         vector = self.objective.vector
-        parts = []
+        parts = [self.residual[:0]]
         for batch in self._batches():
             pushed = iter(batch.jacobian.push(vector.unflatten(self.objective.free(v))))
             for root in batch.roots:
@@ -145,6 +147,81 @@ class RootProducts:
     def _pulled(self, jacobian: Jacobian, cotangents: list[Tensor]) -> Tensor:
         kept = [u.to(z.dtype) for u, z in zip(cotangents, jacobian.outputs, strict=True)]
         return self.objective.free(self.objective.vector.flatten(jacobian.pull(kept)))
+
+
+class CollectedProducts:
+    """R of all ranks as a pair of maps that all ranks compute together.
+
+    Rows stay on their rank but for vectors (M,), which the first rank gets and gives.
+
+    Args:
+        operator: Of the quadratic.
+
+    Attributes:
+        rows: M, over all ranks.
+        squares: Whether the loss may be a sum of squares.
+        affine: Whether a loss has terms without curvature, whose gradient R does not give.
+        residual: r of shape (M,) on the first rank, (0,) on others.
+        gradient: ``R^T residual + rest``, of shape (P,), on all.
+        rest: The part of it outside of R's rows, (P,); None if nothing.
+        diagonal: Curvature of squares of the parameters themselves, (P,); None without such.
+
+    Raises:
+        NoRootError: A term on one of the ranks has no root.
+    """
+
+    def __init__(self, operator: ObjectiveOperator) -> None:
+        self.reducer = operator.objective.reducer
+        self.zeros = operator.objective.vector.zeros
+        found = self.reducer.attempt(lambda: (_products(operator), leaves_out_gradient(operator)))
+        self._own, affine = found or (None, False)
+        own = self._own
+        others = operator.split is not None and not squares_of(operator)
+        flags = [own is None, affine, others and own is not None and own.rows > 0]
+        flags += [
+            own is not None and t is not None for t in (own and own.rest, own and own.diagonal)
+        ]
+        rows = 0 if own is None else own.rows
+        table = self.reducer.table([float(rows), *(float(flag) for flag in flags)])
+        none, self.affine, others, rest, diagonal = (
+            any(row[k] for row in table) for k in range(1, 6)
+        )
+        if none or own is None:
+            raise NoRootError("A term of the loss has no root on one of the ranks.")
+        self.squares = not others
+        self.counts = [int(row[0]) for row in table]
+        self.rows = sum(self.counts)
+        self._start = sum(self.counts[: self.reducer.rank])
+        self.rest = self._summed(own.rest) if rest else None
+        self.diagonal = self._summed(own.diagonal) if diagonal else None
+        self.residual = self.reducer.collected(own.residual, self.counts)
+        gradient = self._summed(own.transposed(own.residual)) if self.rows else self.zeros()
+        self.gradient = gradient if self.rest is None else gradient + self.rest
+
+    def times(self, v: Tensor) -> Tensor:
+        """``R v`` of shape (M,) on the first rank."""
+        own = self._own
+        assert own is not None
+        found = self.reducer.attempt(lambda: own.times(v))
+        self.reducer.numbers([])  # tells of a failure
+        assert found is not None
+        return self.reducer.collected(found, self.counts)
+
+    def transposed(self, u: Tensor) -> Tensor:
+        """``R^T u`` of shape (P,) for all rows (M,)."""
+        own, mine = self._own, u[self._start : self._start + self.counts[self.reducer.rank]]
+        assert own is not None
+        return self._summed(self.reducer.attempt(lambda: own.transposed(mine)))
+
+    def _summed(self, v: Tensor | None) -> Tensor:
+        return self.reducer.vector(self.zeros() if v is None else v)[0]
+
+
+def _products(operator: ObjectiveOperator) -> RootProducts | None:
+    try:
+        return RootProducts(operator)
+    except NoRootError:
+        return None
 
 
 def _sum(total: Tensor | None, part: Tensor) -> Tensor:

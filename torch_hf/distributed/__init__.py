@@ -5,6 +5,7 @@ from torch_hf.distributed.fully_sharded import (
     is_fully_sharded,
     parameter_vector,
 )
+from torch_hf.distributed.lead import lead
 from torch_hf.distributed.reducer import PeerError, Reducer, check_group, unreduced
 from torch_hf.distributed.replicas import check_replicas
 from torch_hf.distributed.vector_space import LOCAL, Own, Replicated, Sharded, Space, space_of
@@ -21,6 +22,7 @@ __all__ = [
     "check_group",
     "check_replicas",
     "is_fully_sharded",
+    "lead",
     "parameter_vector",
     "space_of",
     "unreduced",

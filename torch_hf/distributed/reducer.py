@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -42,7 +42,7 @@ class Reducer:
         self.rank, self.ranks = 0, 1
         if group is not None:
             self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     def attempt(self, part: Callable[[], T]) -> T | None:
         """What ``part`` returns; None where it, or one before it, raised."""
@@ -132,6 +132,48 @@ class Reducer:
         self._run(lambda x, group: dist.broadcast(x, first, group=group), v)
         return v
 
+    def shared(self, value: T) -> T:
+        """The first rank's value, made of numbers and text, on all ranks."""
+        if self.group is None:
+            return value
+        values, first = [value], dist.get_global_rank(self.group, 0)
+        with self._for_objects():
+            self._run(lambda group: dist.broadcast_object_list(values, first, group))
+        return values[0]
+
+    def told(self, values: Sequence[float]) -> list[float]:
+        """The first rank's numbers, on all ranks."""
+        if self.group is None:
+            return list(values)
+        numbers: list[float] = self.agreed(self._packed(values)).tolist()
+        return numbers
+
+    def collected(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows (m, ...) of all ranks, one below the other, on the first; (0, ...) elsewhere.
+
+        Args:
+            rows: Of this rank.
+            counts: How many each rank has.
+        """
+        if self.group is None:
+            return rows
+        first = dist.get_global_rank(self.group, 0)
+        if self.rank:
+            if len(rows):
+                own = rows.contiguous()
+                self._run(lambda x, group: dist.send(x, first, group=group), own)
+            return rows[:0]
+        whole = rows.new_empty(sum(counts), *rows.shape[1:])
+        whole[: len(rows)] = rows
+        start = len(rows)
+        for rank in range(1, self.ranks):
+            part = whole[start : start + counts[rank]]
+            source = dist.get_global_rank(self.group, rank)
+            if len(part):
+                self._run(lambda x, group, at=source: dist.recv(x, at, group=group), part)
+            start += counts[rank]
+        return whole
+
     # --- vectors cut over ranks ---
 
     def scatter(self, v: Tensor, part: int) -> Tensor:
@@ -143,14 +185,14 @@ class Reducer:
         if rest:
             rows[full, :rest] = v[full * part :]
         own = v.new_empty(part + 1)
-        self._run(dist.reduce_scatter_tensor, own, rows.view(-1))
+        self._run(_named("reduce_scatter_single", "reduce_scatter_tensor"), own, rows.view(-1))
         self._raise_together(float(own[part]))
         return own[:part]
 
     def gather(self, own: Tensor, numel: int) -> Tensor:
         """The vector (P,) that the ranks hold the parts of."""
         whole = own.new_empty(self.ranks * own.numel())
-        self._run(dist.all_gather_into_tensor, whole, own.contiguous())
+        self._run(_named("all_gather_single", "all_gather_into_tensor"), whole, own.contiguous())
         return whole[:numel]
 
     # --- failures ---
@@ -172,8 +214,7 @@ class Reducer:
         own, self.failure = self.failure, None
         reports: list[Any] = [None] * self.ranks
         report = None if own is None else f"{type(own).__name__}: {own}"
-        on_gpu = self.device.type == "cuda"  # NCCL sends objects by the current device
-        with torch.cuda.device(self.device) if on_gpu else nullcontext():
+        with self._for_objects():
             dist.all_gather_object(reports, report, group=self.group)
         if own is not None:
             if hasattr(own, "add_note"):  # from Python 3.11 on
@@ -185,6 +226,11 @@ class Reducer:
             "and state are unchanged on all of them. Fix the error on that rank, or catch it on "
             "every rank and go on with the next batch."
         )
+
+    def _for_objects(self) -> AbstractContextManager[Any]:
+        """NCCL sends objects by the current device."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.device(self.device) if on_gpu else nullcontext()
 
     def _run(self, collective: Callable[..., Any], *tensors: Tensor) -> None:
         try:
@@ -202,6 +248,12 @@ class Reducer:
             "fully_shard). The log of that rank gives the cause. The step was not taken. Start "
             "the job again from its last checkpoint."
         )
+
+
+def _named(name: str, before: str) -> Callable[..., Any]:
+    """A collective, by its name or that before torch 2.14, with which later versions warn."""
+    found: Callable[..., Any] = getattr(dist, name, None) or getattr(dist, before)
+    return found
 
 
 def _is_of_communication(error: Exception) -> bool:

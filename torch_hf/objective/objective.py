@@ -113,8 +113,10 @@ class Objective:
             )
         flat = self.vector.flatten(found.gradient)
         reached = [g is not None or self.reducer.group is not None for g in found.gradient]
-        flat, table = self.space.reduce_with(flat, found.numbers())
+        numbers = [*found.numbers(), float(self.runs.needs_graph)]
+        flat, table = self.space.reduce_with(flat, numbers)
         loss, cases, divisor, adds = (sum(column) for column in list(zip(*table, strict=True))[:4])
+        self.runs.needs_graph = any(row[5] for row in table)  # also where a rank has no cases
         if adds or self._alone():
             divisor = 1.0
         elif divisor <= 0:
@@ -239,47 +241,67 @@ class Objective:
         return sum(s * float(x) for s, x in zip(shares, losses, strict=True) if s)
 
     def trial_gradient(self, here: Evaluation) -> tuple[float, Tensor]:
-        """As :meth:`trial_loss`, and the gradient (P,) there (one process).
+        """As :meth:`trial_loss`, and the gradient (P,) there.
 
         A loss that is no number is inf.
         """
         self.evaluations += 1
-        gradient: list[Tensor | None] = [None] * len(self.vector.params)
-        losses = []
-        for i, (batch, share) in enumerate(zip(self.batches, here.shares, strict=True)):
-            with self.replay.rerun(i):
-                own = self.runs.loss(batch)
-            losses.append(float(own.detach()))
-            self._add_gradient(gradient, own, share, False)
-        total = sum(s * x for s, x in zip(here.shares, losses, strict=True) if s)
-        loss = total / here.divisor + self.penalty.own_loss()
-        flat = self.vector.flatten(gradient)
+        found = self.reducer.attempt(lambda: self._own_gradient(here.shares))
+        weighted, flat = found or (0.0, self.vector.zeros())
+        penalty = self.penalty.own_loss() * self.space.share
+        flat, table = self.reducer.vector(flat, [weighted, penalty])
+        total, penalty = (sum(column) for column in zip(*table, strict=True))
+        loss = total / here.divisor + penalty
         if here.divisor != 1.0:
             flat.div_(here.divisor)
         self.penalty.add_gradient(flat)
         return loss if math.isfinite(loss) else math.inf, self.free(flat)
 
+    def _own_gradient(self, shares: Sequence[float]) -> tuple[float, Tensor]:
+        gradient: list[Tensor | None] = [None] * len(self.vector.params)
+        losses = []
+        for i, (batch, share) in enumerate(zip(self.batches, shares, strict=True)):
+            with self.replay.rerun(i):
+                own = self.runs.loss(batch)
+            losses.append(float(own.detach()))
+            self._add_gradient(gradient, own, share, False)
+        total = sum(s * x for s, x in zip(shares, losses, strict=True) if s)
+        return total, self.vector.flatten(gradient)
+
     def trial_residual(self, here: Evaluation) -> tuple[float, Tensor | None]:
-        """As :meth:`trial_loss`, and the residual where the loss is a sum of squares (one process).
+        """As :meth:`trial_loss`, and the residual where the loss is a sum of squares.
 
         Returns:
-            The loss, and the residual in the order of the Jacobian's rows
+            The loss, and on the first rank the residual in the order of the Jacobian's rows
             (:func:`~torch_hf.curvature.jacobian.jacobian_root`); None for other losses.
         """
         self.evaluations += 1
+        found = self.reducer.attempt(lambda: self._own_residual(here))
+        weighted, residual = found or (0.0, None)
+        penalty = self.penalty.own_loss() * self.space.share
+        counts = -1.0 if residual is None else float(len(residual))
+        table = self.reducer.table([weighted, penalty, counts])
+        loss = sum(row[0] for row in table) / here.divisor + sum(row[1] for row in table)
+        if residual is None or any(row[2] < 0 for row in table):
+            return loss, None
+        return loss, self.reducer.collected(residual, [int(row[2]) for row in table])
+
+    def _own_residual(self, here: Evaluation) -> tuple[float, Tensor | None]:
         losses, parts = [], []
         for i, (batch, share) in enumerate(zip(self.batches, here.shares, strict=True)):
             with self.replay.rerun(i):
                 graph = self.runs.graph(batch)
             losses.append(float(graph.loss.detach()))
-            terms = self.split(graph).loss_terms if share else []
-            part = squared_residual(terms, self.vector.params)
             if share:
+                terms = self.split(graph).loss_terms
+                part = squared_residual(terms, self.vector.params)
                 parts.append(None if part is None else part * math.sqrt(share / here.divisor))
         total = sum(s * x for s, x in zip(here.shares, losses, strict=True) if s)
-        loss = total / here.divisor + self.penalty.own_loss()
         found = [part for part in parts if part is not None]
-        return loss, torch.cat(found) if found and len(found) == len(parts) else None
+        if len(found) < len(parts):
+            return total, None
+        none = self.vector.zeros()[:0]  # of a rank without cases
+        return total, torch.cat(found) if found else none
 
     def gradient_variance(self, here: Evaluation) -> float:
         """The L1 norm of the gradient's variance over cases, ``sum_j Var_i g_ij``.

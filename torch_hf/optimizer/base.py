@@ -154,11 +154,18 @@ class FlatStateOptimizer(Optimizer):
             change.whole = True
 
     def _pack(self, vector: ParameterVector, space: Space) -> None:
-        pack(self.state, vector, self._kept(vector), self.preconditioner, self._progress, space)
+        pack(
+            self.state,
+            vector,
+            self._kept(vector, space),
+            self.preconditioner,
+            self._progress,
+            space,
+        )
 
-    def _kept(self, vector: ParameterVector) -> dict[str, Tensor | None]:
-        alone = self.process_group is None and not vector.sums  # ranks take no exact steps
-        small = alone and vector.numel <= MOST_NORMS
+    def _kept(self, vector: ParameterVector, space: Space) -> dict[str, Tensor | None]:
+        whole = not (vector.sums or space.sharded)  # else there are no exact steps
+        small = whole and vector.numel <= MOST_NORMS
         kept = {"cg_iterate": self._start} | ({"column_norms": self._norms} if small else {})
         if self._secant is not None:
             kept |= {"broyden_inverse": self._secant.inverse, "broyden_anchor": self._secant.anchor}
@@ -241,7 +248,7 @@ class FlatStateOptimizer(Optimizer):
         try:
             self.state = defaultdict(dict)
             self.state |= whole_state(
-                vector, self._kept(vector), self.preconditioner, self._progress, space
+                vector, self._kept(vector, space), self.preconditioner, self._progress, space
             )
             return super().state_dict()
         finally:

@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_hf.distributed import Reducer, lead
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.exact_step import memory_of
 from torch_hf.optimizer.timer import StepTimer
-from torch_hf.solver.broyden import Evaluate, InverseHessian, descend
+from torch_hf.solver.broyden import Descent, Evaluate, InverseHessian, descend
 from torch_hf.solver.choose_solver import MOST_DENSE
 from torch_hf.solver.levenberg_marquardt import LOSS_ULPS
 from torch_hf.solver.line_search import CONVERGED, SearchResult
@@ -81,19 +82,19 @@ class BroydenStep(NamedTuple):
         return 1.0 + PRICE_OF_TRIAL * self.gradients
 
 
-def check_broyden(vector: ParameterVector, alone: bool) -> None:
+def check_broyden(vector: ParameterVector, whole: bool, reducer: Reducer) -> None:
     """Complains where ``solver="broyden"`` was asked for and cannot be.
 
     Raises:
-        RuntimeError: It would not fit, or runs on several ranks.
+        RuntimeError: It would not fit, or vectors are cut over ranks.
     """
     needed = 3.0 * vector.numel**2 * vector.zeros().element_size()
-    if not alone:
+    if not whole:
         raise RuntimeError(
-            'solver="broyden" must run in one process, got a process group or sharded parameters. '
-            'Use solver="auto".'
+            'solver="broyden" needs parameters and vectors whole on every rank, got some cut by '
+            'fully_shard or shard_state. Use solver="auto".'
         )
-    if needed > memory_of(vector.device):
+    if needed > reducer.told([memory_of(vector.device)])[0]:
         raise RuntimeError(
             f'solver="broyden" needs {needed:.3g} bytes for the inverse Hessian of {vector.numel} '
             'parameters, more than this machine has. Use solver="auto".'
@@ -114,6 +115,8 @@ def broyden_step(
 ) -> BroydenStep:
     """Iterations from the present parameters; the move has no direction where none gained.
 
+    Over ranks the first one holds H and searches; the others add their part of each gradient.
+
     Args:
         objective: Whose loss and gradient count.
         here: At the present parameters.
@@ -121,29 +124,35 @@ def broyden_step(
         timer: Takes the seconds.
         iterations: At the most.
     """
-    vector = objective.vector
+    vector, reducer = objective.vector, objective.reducer
     first = objective.evaluations
-    with timer.part("preconditioner"):
-        inverse = None if secant is None else secant.begun(here.gradient)
+    least = LOSS_ULPS * torch.finfo(vector.dtype).eps * abs(here.loss)
     with vector.trial() as trial, timer.part("gradient"):
 
         def evaluate(displacement: Tensor) -> tuple[float, Tensor]:
             trial.place(displacement, 1.0)
             return objective.trial_gradient(here)
 
-        found = descend(evaluate, here.loss, here.gradient, inverse, iterations)
-        gained = here.loss - found.loss
-        least = LOSS_ULPS * torch.finfo(vector.dtype).eps * abs(here.loss)
-        moves = gained > least and trial.moves(found.displacement, 1.0)
-        hidden = not moves and rounding_hides(evaluate, here.loss, here.gradient, least)
+        def algorithm(evaluate: Evaluate) -> tuple[Descent, bool, bool]:
+            inverse = None if secant is None else secant.begun(here.gradient)
+            found = descend(evaluate, here.loss, here.gradient, inverse, iterations)
+            moves = here.loss - found.loss > least and trial.moves(found.displacement, 1.0)
+            hidden = not moves and rounding_hides(evaluate, here.loss, here.gradient, least)
+            return found, moves, hidden
+
+        led = lead(reducer, [evaluate], algorithm, vector.numel)
+    found, moves, hidden = led or (None, False, False)
+    loss, *told = reducer.told([found.loss if found else 0.0, float(moves), float(hidden)])
+    moves, hidden = (bool(flag) for flag in told)
     taken = objective.evaluations - first
     if not moves:
         reason = CONVERGED if hidden else NO_DECREASE
         stay = SearchResult(None, 0.0, here.loss, reason=reason, converged=hidden)
         return BroydenStep(stay, secant, taken)
-    move = SearchResult(found.displacement, 1.0, found.loss)
+    displacement = reducer.agreed(found.displacement if found else vector.zeros())
+    move = SearchResult(displacement, 1.0, loss)
     after = None
-    if found.inverse is not None:
+    if found is not None and found.inverse is not None:
         anchor = torch.stack([found.gradient, torch.zeros_like(found.gradient)])
         after = Secant(found.inverse, anchor)
     return BroydenStep(move, after, taken)

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torch_hf.curvature.joint_root import (
-    joint_root,
-    leaves_out_gradient,
-    root_size,
-    took_one_backward,
-    why_no_root,
-)
+from torch_hf.curvature.jacobian import JacobianRoot
+from torch_hf.curvature.joint_root import RootSummary, collected_root, root_size, why_no_root
 from torch_hf.curvature.operators import ObjectiveOperator
-from torch_hf.loss.hessian_roots import sums_of_squares
+from torch_hf.distributed import Reducer, lead
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.timer import StepTimer
@@ -31,12 +27,16 @@ from torch_hf.solver.levenberg_marquardt import (
     column_scale,
     remembered_norms,
 )
-from torch_hf.vector import ParameterVector
+from torch_hf.vector import ParameterVector, Trial
 
 #: By how much of its length the gradient may differ from the one that R gives, beside rounding.
 AGREEMENT = 1e-3
 #: Units of rounding below which a column of R is none, and a residual may be 0.
 ROUNDINGS = 16.0
+
+
+#: The loss at a displacement, and the residual there where it is asked for.
+At = Callable[[Tensor], tuple[float, Tensor | None]]
 
 
 class ExactStep(NamedTuple):
@@ -96,13 +96,13 @@ def solves_exactly(
     item = max(p.element_size() for p in operator.objective.vector.params)
     if wanted == EXACT:
         needed = exact_bytes(size.rows, size.params, item)
-        if needed > memory_of(operator.objective.vector.device):
+        if needed > least_memory(operator):
             raise RuntimeError(
                 f'solver="exact" needs {needed:.3g} bytes for {size.rows} rows of {size.params} '
                 'parameters, more than this machine has. Use solver="auto", or fewer cases.'
             )
         return True
-    if not data_stay and not (many_rows_do and size.rows >= size.params and _squares_of(operator)):
+    if not data_stay and not (many_rows_do and size.rows >= size.params and size.squares):
         return False
     passes = size.rows if batched else size.passes
     return exact_is_cheaper(size.rows, size.params, passes, size.cases, item, products)
@@ -120,9 +120,10 @@ def price_of_exact(operator: ObjectiveOperator) -> float:
     return exact_price(size.rows, size.params, size.passes, size.cases, inside)
 
 
-def _squares_of(operator: ObjectiveOperator) -> bool:
-    """Whether the loss is a sum of squares; of classes a step learns a sample's noise sooner."""
-    return operator.split is not None and sums_of_squares(operator.split.loss_terms)
+def least_memory(operator: ObjectiveOperator) -> float:
+    """Bytes of a device's memory; of several, the first rank's, which solves."""
+    here = memory_of(operator.objective.vector.device)
+    return operator.objective.reducer.told([here])[0]
 
 
 def memory_of(device: torch.device) -> float:
@@ -153,6 +154,8 @@ def exact_step(
     and an exact step that was asked for takes the loss's gradient. So does one whose loss has terms
     without curvature, as ``z.exp() - y * z``.
 
+    Over ranks the first one gets all rows and searches; the others evaluate what it tries.
+
     Args:
         objective: Whose trial losses decide.
         here: At the present parameters.
@@ -166,49 +169,161 @@ def exact_step(
     """
     vector = objective.vector
     with timer.part("products"):
-        root = joint_root(operator)
-        if root is None or not (len(root.rows) or forced):
+        collected = collected_root(operator)
+        if collected is None or not (collected[1].rows or forced):
             return None
-        if not len(root.rows):  # all curvature has vanished
-            none = root.rows.new_zeros(1, vector.numel)
+        search = _Search(objective, here, operator, collected, forced)
+    with vector.trial() as trial:
+
+        def algorithm(*at: At) -> tuple[Found, Tensor] | None:
+            with timer.part("products"):
+                ready = search.ready(norms)
+            if ready is None:
+                return None
+            operator.release()
+            with timer.part("evaluations"):
+                found = search.run(ready, at, DampingSettings(state, first, fresh))
+            return _moving(found, trial, here), ready.norms
+
+        found = lead(objective.reducer, search.functions(trial), algorithm, vector.numel)
+    told = over_ranks(objective.reducer, found, vector)
+    if told is None:
+        return None
+    operator.release()
+    kept = told[1] if bool(told[1].isfinite().all()) else norms  # their squares may overflow
+    return ExactStep(told[0], kept, not collected[1].one_backward)
+
+
+class DampingSettings(NamedTuple):
+    """Where a search over lambda begins.
+
+    Attributes:
+        state: What the last search left.
+        first: The first lambda of all, if a user gave one.
+        fresh: Whether the steps before were quasi-Newton's.
+    """
+
+    state: DampingState
+    first: float | None
+    fresh: bool
+
+
+class _Ready(NamedTuple):
+    """R in a form that gives steps.
+
+    Attributes:
+        solver: Of the quadratic.
+        noise: The scatter of the loss beside its own rounding.
+        sums: Whether trial points have a residual.
+        norms: Squared norms of R's columns, with those remembered.
+    """
+
+    solver: ExactSolver
+    noise: float
+    sums: bool
+    norms: Tensor
+
+
+class _Search:
+    """One step's search over lambda, which the first rank makes.
+
+    Args:
+        objective: Whose trial losses decide.
+        here: At the present parameters.
+        operator: Of the quadratic there.
+        collected: R with the rows of all ranks on the first one.
+        forced: Whether there is no other solver to turn to.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        here: Evaluation,
+        operator: ObjectiveOperator,
+        collected: tuple[JacobianRoot, RootSummary],
+        forced: bool,
+    ) -> None:
+        self.objective, self.here, self.operator, self.forced = objective, here, operator, forced
+        root, self.summary = collected
+        if not self.summary.rows:  # all curvature has vanished
+            none = root.rows.new_zeros(1, objective.vector.numel)
             root = replace(root, rows=none, residual=none[:, 0])
-        decay = operator.decay if root.diagonal is None else operator.decay + root.diagonal
+        self.root = root
+        decay = operator.decay
+        self.decay = decay if root.diagonal is None else decay + root.diagonal
+        self.rest = rest_of_gradient(root.rest, objective)
+
+    def ready(self, norms: Tensor | None) -> _Ready | None:
+        """The solver; None where its gradient is not the loss's, and there are other ways."""
+        root, vector = self.root, self.objective.vector
         squares = _squares(root.rows)
         seen = remembered_norms(squares, norms).to(vector.dtype)
-        solver = ExactSolver(
-            root.rows,
-            root.residual,
-            rest_of_gradient(root.rest, objective),
-            decay=decay,
-            scale=column_scale(seen),
-        )
+        scale = column_scale(seen)
+        solver = ExactSolver(root.rows, root.residual, self.rest, decay=self.decay, scale=scale)
         rounding = rounding_of_gradient(solver.norm, solver.residual, vector.dtype)
-        agrees = gradients_agree(solver.gradient(), here.gradient, rounding)
-        if not agrees and not forced and not leaves_out_gradient(operator):
+        if gradients_agree(solver.gradient(), self.here.gradient, rounding):
+            return _Ready(solver, _noise(squares, vector), self.summary.squares, seen)
+        if not (self.forced or self.summary.affine):
             return None
-        if not agrees:
-            solver = solver.towards(here.gradient)
-        noise = _noise(squares, vector) if agrees else 0.0
-        sums = agrees and (operator.split is None or sums_of_squares(operator.split.loss_terms))
-        operator.release()
-    with vector.trial() as trial, timer.part("evaluations"):
+        return _Ready(solver.towards(self.here.gradient), 0.0, False, seen)
 
-        def evaluate(d: Tensor) -> tuple[float, Tensor | None]:
-            trial.place(d.to(vector.dtype), 1.0)
-            if sums:
-                return objective.trial_residual(here)
-            return objective.trial_loss(here), None
+    def functions(self, trial: Trial) -> list[At]:
+        """The loss at a displacement, alone and with its residual, by all ranks."""
 
-        eps = torch.finfo(vector.dtype).eps
-        search = DampingSearch(solver, evaluate, here.loss, eps, state, first, noise, fresh)
-        found = search.run()
-        if found.direction is not None:
-            direction = found.direction.to(vector.dtype)
-            found = found._replace(direction=direction)
-            if not trial.moves(direction, 1.0):
-                found = found._replace(direction=None, loss=here.loss, converged=True)
-    kept = seen if bool(seen.isfinite().all()) else norms  # their squares may overflow
-    return ExactStep(found, kept, not took_one_backward(root))
+        def loss_at(d: Tensor) -> tuple[float, Tensor | None]:
+            self.operator.release()  # trial values in the parameters would spoil its graph
+            trial.place(d, 1.0)
+            return self.objective.trial_loss(self.here), None
+
+        def residual_at(d: Tensor) -> tuple[float, Tensor | None]:
+            self.operator.release()
+            trial.place(d, 1.0)
+            return self.objective.trial_residual(self.here)
+
+        return [loss_at, residual_at]
+
+    def run(self, ready: _Ready, at: Sequence[At], settings: DampingSettings) -> Found:
+        """Tries lambdas."""
+        dtype, (loss_at, residual_at) = self.objective.vector.dtype, at
+        evaluate = residual_at if ready.sums else loss_at
+        return DampingSearch(
+            ready.solver,
+            lambda d: evaluate(d.to(dtype)),
+            self.here.loss,
+            torch.finfo(dtype).eps,
+            settings.state,
+            settings.first,
+            ready.noise,
+            settings.fresh,
+        ).run()
+
+
+def _moving(found: Found, trial: Trial, here: Evaluation) -> Found:
+    """A step of the model's type; none where it moves no bit."""
+    if found.direction is None:
+        return found
+    direction = found.direction.to(here.gradient.dtype)
+    if trial.moves(direction, 1.0):
+        return found._replace(direction=direction)
+    return found._replace(direction=None, loss=here.loss, converged=True)
+
+
+def over_ranks(
+    reducer: Reducer, result: tuple[Found, Tensor] | None, vector: ParameterVector
+) -> tuple[Found, Tensor] | None:
+    """What the first rank found, on all ranks."""
+    if reducer.group is None:
+        return result
+    found, norms = result or (None, None)
+    numbers = None if found is None else found._replace(direction=None)
+    moves = found is not None and found.direction is not None
+    told, moves = reducer.shared((numbers, moves))
+    if told is None:
+        return None
+    direction = vector.zeros() if found is None or found.direction is None else found.direction
+    agreed = reducer.agreed(direction) if moves else None
+    kept = reducer.agreed(vector.zeros() if norms is None else norms)
+    return told._replace(direction=agreed), kept
 
 
 def rounding_of_gradient(norm: float, residual: Tensor, dtype: torch.dtype) -> float:

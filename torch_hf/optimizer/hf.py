@@ -422,14 +422,14 @@ class HFOptimizer(FlatStateOptimizer):
         self, objective: Objective, here: Evaluation, same_data: bool, timer: StepTimer
     ) -> BroydenStep | None:
         """Quasi-Newton iterations, where it is their turn; else None."""
-        alone = self.process_group is None and not objective.vector.sums
+        whole = not (objective.vector.sums or objective.space.sharded)
         if self._wants(BROYDEN):
             self._check_rates(BROYDEN)
-            check_broyden(objective.vector, alone)
+            check_broyden(objective.vector, whole, objective.reducer)
         elif (
             not (self._wants(AUTO) and self._progress.phase_quasi)
             or not (same_data or self._holds(objective, here))
-            or not (self._is_plain() and alone)
+            or not (self._is_plain() and whole)
             or objective.own_curvature_batches
         ):
             return None
@@ -448,7 +448,7 @@ class HFOptimizer(FlatStateOptimizer):
         vector = curvature.objective.vector
         if not (self._wants(AUTO) and self._is_plain() and fits_broyden(vector)):
             return 0.0
-        if self.process_group is not None or vector.sums:
+        if vector.sums or curvature.objective.space.sharded:
             return 0.0
         if curvature.objective.own_curvature_batches:
             return 0.0

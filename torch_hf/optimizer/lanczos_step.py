@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torch_hf import _messages
-from torch_hf.curvature.joint_root import leaves_out_gradient, root_size, why_no_root
+from torch_hf.curvature.joint_root import root_size, why_no_root
 from torch_hf.curvature.operators import ObjectiveOperator
-from torch_hf.curvature.root_products import RootProducts
-from torch_hf.loss.hessian_roots import NoRootError, sums_of_squares
+from torch_hf.curvature.root_products import CollectedProducts
+from torch_hf.distributed import lead
+from torch_hf.loss.hessian_roots import NoRootError
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.exact_step import (
     ROUNDINGS,
+    At,
     ExactStep,
     exact_step,
     gradients_agree,
-    memory_of,
+    least_memory,
+    over_ranks,
     rest_of_gradient,
     rounding_of_gradient,
 )
@@ -32,7 +36,7 @@ from torch_hf.solver.choose_solver import (
 )
 from torch_hf.solver.golub_kahan import GolubKahan
 from torch_hf.solver.lanczos import LanczosSolver
-from torch_hf.solver.levenberg_marquardt import DampingSearch, DampingState
+from torch_hf.solver.levenberg_marquardt import DampingSearch, DampingState, Found
 from torch_hf.vector import ParameterVector
 
 
@@ -67,14 +71,13 @@ def pairs_of_step(operator: ObjectiveOperator, wanted: str, *, data_stay: bool) 
     item = operator.objective.vector.zeros().element_size()
     if wanted == LANCZOS:
         needed = lanczos_bytes(size.rows, size.params, item)
-        if needed > memory_of(operator.objective.vector.device):
+        if needed > least_memory(operator):
             raise RuntimeError(
                 f'solver="lanczos" needs {needed:.3g} bytes for {MOST_PAIRS} vectors of '
                 f'{size.params} parameters, more than this machine has. Take solver="cg".'
             )
         return MOST_PAIRS
-    squares = operator.split is not None and sums_of_squares(operator.split.loss_terms)
-    if not squares or not operator.objective.runs.needs_graph:
+    if not size.squares or not operator.objective.runs.needs_graph:
         return 0
     return MOST_PAIRS if lanczos_bytes(size.rows, size.params, item) <= MOST_BYTES else 0
 
@@ -109,60 +112,137 @@ def lanczos_step(
     vector = objective.vector
     with timer.part("products"):
         try:
-            root = RootProducts(operator)
+            products = CollectedProducts(operator)
         except NoRootError:
             return None
-        if not root.rows and not forced:
+        if not products.rows and not forced:
             return None
-        decay = operator.decay if root.diagonal is None else operator.decay + root.diagonal
-        rest = rest_of_gradient(root.rest, objective)
-        gradient = root.transposed(root.residual) if root.rows else vector.zeros()
-        gradient = gradient if rest is None else gradient + rest
-    if not root.rows:  # all curvature has vanished: nothing is there to be multiplied
+    if not products.rows:  # all curvature has vanished: nothing is there to be multiplied
         step = exact_step(objective, here, operator, state, None, first, timer, forced)
         return None if step is None else step._replace(norms=None, solver=LANCZOS)
-    times, transposed = (
-        timer.timed("products", root.times),
-        timer.timed("products", root.transposed),
-    )
+    search = _Search(objective, here, operator, products, pairs, forced)
 
-    def solver_of(residual: Tensor | None, rest: Tensor | None) -> LanczosSolver:
-        size = vector.numel
-        run = GolubKahan(times, transposed, size, residual, rest, decay=decay, max_pairs=pairs)
-        return LanczosSolver(run, times, transposed, root.residual, min(root.rows, size))
+    def algorithm(*at: Callable[[Tensor], Any]) -> tuple[Found, Tensor] | None:
+        ready = search.ready(at)
+        return None if ready is None else (search.run(ready, state, first), vector.zeros())
 
     try:
-        solver = solver_of(root.residual, rest)
+        functions = search.functions(timer)
+        led = lead(objective.reducer, functions, algorithm, max(vector.numel, products.rows))
     except RuntimeError as error:  # an operation that the first product is the first to meet
         if forced or not _messages.not_twice(error):
             raise
         return None
-    rounding = rounding_of_gradient(solver.trace, root.residual, vector.dtype)
-    agrees = gradients_agree(gradient, here.gradient, rounding)
-    if not agrees:
-        if not forced and not leaves_out_gradient(operator):
-            return None
-        solver = solver_of(None, here.gradient)
-    sums = agrees and (operator.split is None or sums_of_squares(operator.split.loss_terms))
-    noise = _noise(times, vector) if sums else 0.0
-    saved = vector.keep()
-
-    def evaluate(y: Tensor) -> tuple[float, Tensor | None]:
-        with timer.part("evaluations"), vector.lent(_moved(vector, saved, solver.direction(y))):
-            if sums:
-                return objective.trial_residual(here)
-            return objective.trial_loss(here), None
-
-    eps = torch.finfo(vector.dtype).eps
-    found = DampingSearch(solver, evaluate, here.loss, eps, state, first, noise).run()
+    told = over_ranks(objective.reducer, led, vector)
+    if told is None:
+        return None
     operator.release()
-    if found.direction is not None:
+    return ExactStep(told[0], None, None, LANCZOS)
+
+
+class _Ready(NamedTuple):
+    """A bidiagonalisation begun.
+
+    Attributes:
+        solver: Of the quadratic.
+        noise: The scatter of the loss beside its own rounding.
+        evaluate: The loss at a displacement, with its residual if there is one.
+    """
+
+    solver: LanczosSolver
+    noise: float
+    evaluate: At
+
+
+class _Search:
+    """One step's search over lambda, which the first rank makes.
+
+    Args:
+        objective: Whose trial losses decide.
+        here: At the present parameters.
+        operator: Of the quadratic there.
+        products: Of R, by all ranks.
+        pairs: Of the bidiagonalisation, at the most.
+        forced: Whether there is no other solver to turn to.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        here: Evaluation,
+        operator: ObjectiveOperator,
+        products: CollectedProducts,
+        pairs: int,
+        forced: bool,
+    ) -> None:
+        self.objective, self.here, self.products = objective, here, products
+        self.pairs, self.forced = pairs, forced
+        decay = operator.decay
+        self.decay = decay if products.diagonal is None else decay + products.diagonal
+        self.rest = rest_of_gradient(products.rest, objective)
+        outside = self.rest if self.rest is not None else 0.0
+        inside = products.gradient if products.rest is None else products.gradient - products.rest
+        self.gradient = inside + outside
+        self.saved = objective.vector.keep()
+
+    def functions(self, timer: StepTimer) -> list[Callable[[Tensor], Any]]:
+        """Products and losses by all ranks."""
+        objective, here, vector = self.objective, self.here, self.objective.vector
+
+        def loss_at(d: Tensor) -> tuple[float, Tensor | None]:
+            with vector.lent(_moved(vector, self.saved, d)):
+                return objective.trial_loss(here), None
+
+        def residual_at(d: Tensor) -> tuple[float, Tensor | None]:
+            with vector.lent(_moved(vector, self.saved, d)):
+                return objective.trial_residual(here)
+
+        products = (self.products.times, self.products.transposed)
+        return [
+            *(timer.timed("products", function) for function in products),
+            *(timer.timed("evaluations", function) for function in (loss_at, residual_at)),
+        ]
+
+    def ready(self, at: Sequence[Callable[[Tensor], Any]]) -> _Ready | None:
+        """The bidiagonalisation; None where R's gradient is not the loss's: CG does better."""
+        times, transposed, loss_at, residual_at = at
+        vector, products, slope = self.objective.vector, self.products, self.here.gradient
+
+        def solver_of(residual: Tensor | None, rest: Tensor | None) -> LanczosSolver:
+            size = vector.numel
+            run = GolubKahan(
+                times, transposed, size, residual, rest, decay=self.decay, max_pairs=self.pairs
+            )
+            least = min(products.rows, size)
+            return LanczosSolver(run, times, transposed, products.residual, least)
+
+        solver = solver_of(products.residual, self.rest)
+        rounding = rounding_of_gradient(solver.trace, products.residual, vector.dtype)
+        agrees = gradients_agree(self.gradient, slope, rounding)
+        if not agrees:
+            if not self.forced and not products.affine:
+                return None
+            solver = solver_of(None, slope)
+        if agrees and products.squares:
+            return _Ready(solver, _noise(times, vector), residual_at)
+        return _Ready(solver, 0.0, loss_at)
+
+    def run(self, ready: _Ready, state: DampingState, first: float | None) -> Found:
+        """Tries lambdas."""
+        vector, solver, loss = self.objective.vector, ready.solver, self.here.loss
+
+        def evaluate(y: Tensor) -> tuple[float, Tensor | None]:
+            return ready.evaluate(solver.direction(y))
+
+        eps = torch.finfo(vector.dtype).eps
+        found = DampingSearch(solver, evaluate, loss, eps, state, first, ready.noise).run()
+        if found.direction is None:
+            return found
         direction = solver.direction(found.direction)
-        found = found._replace(direction=direction)
-        moved = _moved(vector, saved, direction)
-        if all(torch.equal(p, old) for p, old in zip(moved, saved, strict=True)):
-            found = found._replace(direction=None, loss=here.loss, converged=True)
-    return ExactStep(found, None, None, LANCZOS)
+        moved = _moved(vector, self.saved, direction)
+        if all(torch.equal(p, old) for p, old in zip(moved, self.saved, strict=True)):
+            return found._replace(direction=None, loss=loss, converged=True)
+        return found._replace(direction=direction)
 
 
 def _moved(vector: ParameterVector, saved: list[Tensor], direction: Tensor) -> list[Tensor]:
