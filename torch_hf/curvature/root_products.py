@@ -187,7 +187,7 @@ class CollectedProducts:
             any(row[k] for row in table) for k in range(1, 6)
         )
         if none or own is None:
-            raise NoRootError("A term of the loss has no root on one of the ranks.")
+            raise NoRootError
         self.squares = not others
         self.counts = [int(row[0]) for row in table]
         self.rows = sum(self.counts)
