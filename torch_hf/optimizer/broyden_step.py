@@ -13,9 +13,10 @@ from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.exact_step import memory_of
 from torch_hf.optimizer.timer import StepTimer
-from torch_hf.solver.broyden import Descent, Evaluate, InverseHessian, descend
-from torch_hf.solver.choose_solver import MOST_DENSE
+from torch_hf.solver.broyden import Descent, Evaluate, Inverse, InverseHessian, descend
+from torch_hf.solver.choose_solver import BROYDEN, LBFGS, MOST_DENSE
 from torch_hf.solver.levenberg_marquardt import LOSS_ULPS
+from torch_hf.solver.limited_memory import LimitedInverse, limited_fits
 from torch_hf.solver.line_search import CONVERGED, SearchResult
 from torch_hf.vector import ParameterVector
 
@@ -35,7 +36,7 @@ class Secant(NamedTuple):
     """What quasi-Newton iterations have learnt of the Hessian.
 
     Attributes:
-        inverse: H, of shape (P, P).
+        inverse: H, of shape (P, P), or its pairs (2 m, P).
         anchor: The gradient where H was last updated, and the way from there, of shape (2, P).
     """
 
@@ -53,11 +54,15 @@ class Secant(NamedTuple):
         """On other data of the same kind: H is kept, the gradient at its last update is not."""
         return self._replace(anchor=torch.zeros_like(self.anchor))
 
-    def begun(self, gradient: Tensor) -> InverseHessian:
+    def begun(self, gradient: Tensor) -> Inverse:
         """H with the way since its last update in it, from the gradient at that way's end."""
-        known = InverseHessian(self.inverse)
         slope, way = self.anchor
         change = gradient - slope
+        if len(self.inverse) != len(way):
+            limited = LimitedInverse(len(way), self.inverse)
+            limited.add(way, change)
+            return limited
+        known = InverseHessian(self.inverse)
         if 0 < float(way @ change) < math.inf:
             known.update(way, change, known.times(change), math.nan, update="bfgs")
         return known
@@ -70,11 +75,13 @@ class BroydenStep(NamedTuple):
         move: Where the parameters go.
         secant: For the next step.
         gradients: Taken at trial points.
+        solver: What the report calls it.
     """
 
     move: SearchResult
     secant: Secant | None
     gradients: int
+    solver: str = BROYDEN
 
     @property
     def cost(self) -> float:
@@ -82,28 +89,30 @@ class BroydenStep(NamedTuple):
         return 1.0 + PRICE_OF_TRIAL * self.gradients
 
 
-def check_broyden(vector: ParameterVector, whole: bool, reducer: Reducer) -> None:
-    """Complains where ``solver="broyden"`` was asked for and cannot be.
+def check_broyden(wanted: str, vector: ParameterVector, whole: bool, reducer: Reducer) -> None:
+    """Complains where quasi-Newton iterations were asked for and cannot be.
 
     Raises:
-        RuntimeError: It would not fit, or vectors are cut over ranks.
+        RuntimeError: They would not fit, or vectors are cut over ranks.
     """
-    needed = 3.0 * vector.numel**2 * vector.zeros().element_size()
     if not whole:
         raise RuntimeError(
-            'solver="broyden" needs parameters and vectors whole on every rank, got some cut by '
+            f'solver="{wanted}" needs parameters and vectors whole on every rank, got some cut by '
             'fully_shard or shard_state. Use solver="auto".'
         )
-    if needed > reducer.told([memory_of(vector.device)])[0]:
+    needed = 3.0 * vector.numel**2 * vector.zeros().element_size()
+    if wanted == BROYDEN and needed > reducer.told([memory_of(vector.device)])[0]:
         raise RuntimeError(
             f'solver="broyden" needs {needed:.3g} bytes for the inverse Hessian of {vector.numel} '
-            'parameters, more than this machine has. Use solver="auto".'
+            'parameters, more than this machine has. Use solver="lbfgs", or solver="auto".'
         )
 
 
-def fits_broyden(vector: ParameterVector) -> bool:
-    """Whether quasi-Newton iterations may be taken without being asked for."""
-    return vector.numel <= MOST_DENSE
+def quasi_newton_of(vector: ParameterVector) -> str:
+    """Which quasi-Newton iterations may be taken without being asked for; empty for none."""
+    if vector.numel <= MOST_DENSE:
+        return BROYDEN
+    return LBFGS if limited_fits(vector.numel, vector.zeros().element_size()) else ""
 
 
 def broyden_step(
@@ -111,6 +120,7 @@ def broyden_step(
     here: Evaluation,
     secant: Secant | None,
     timer: StepTimer,
+    solver: str,
     iterations: int = ITERATIONS,
 ) -> BroydenStep:
     """Iterations from the present parameters; the move has no direction where none gained.
@@ -122,8 +132,10 @@ def broyden_step(
         here: At the present parameters.
         secant: What the last such step left.
         timer: Takes the seconds.
+        solver: ``"broyden"`` or ``"lbfgs"``.
         iterations: At the most.
     """
+    kind: type[Inverse] = LimitedInverse if solver == LBFGS else InverseHessian
     vector, reducer = objective.vector, objective.reducer
     first = objective.evaluations
     least = LOSS_ULPS * torch.finfo(vector.dtype).eps * abs(here.loss)
@@ -135,7 +147,9 @@ def broyden_step(
 
         def algorithm(evaluate: Evaluate) -> tuple[Descent, bool, bool]:
             inverse = None if secant is None else secant.begun(here.gradient)
-            found = descend(evaluate, here.loss, here.gradient, inverse, iterations)
+            if not isinstance(inverse, kind):
+                inverse = None  # of the other kind, from before an option changed
+            found = descend(evaluate, here.loss, here.gradient, inverse, iterations, kind)
             moves = here.loss - found.loss > least and trial.moves(found.displacement, 1.0)
             hidden = not moves and rounding_hides(evaluate, here.loss, here.gradient, least)
             return found, moves, hidden
@@ -148,14 +162,14 @@ def broyden_step(
     if not moves:
         reason = CONVERGED if hidden else NO_DECREASE
         stay = SearchResult(None, 0.0, here.loss, reason=reason, converged=hidden)
-        return BroydenStep(stay, secant, taken)
+        return BroydenStep(stay, secant, taken, solver)
     displacement = reducer.agreed(found.displacement if found else vector.zeros())
     move = SearchResult(displacement, 1.0, loss)
     after = None
     if found is not None and found.inverse is not None:
         anchor = torch.stack([found.gradient, torch.zeros_like(found.gradient)])
         after = Secant(found.inverse, anchor)
-    return BroydenStep(move, after, taken)
+    return BroydenStep(move, after, taken, solver)
 
 
 def rounding_hides(evaluate: Evaluate, loss: float, gradient: Tensor, least: float) -> bool:

@@ -12,13 +12,27 @@ import torch
 from torch import Tensor
 
 from torch_hf.curvature.jacobian import JacobianRoot
-from torch_hf.curvature.joint_root import RootSummary, collected_root, root_size, why_no_root
+from torch_hf.curvature.joint_root import (
+    RootSize,
+    RootSummary,
+    collected_root,
+    root_size,
+    why_no_root,
+)
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.distributed import Reducer, lead
 from torch_hf.objective.objective import Objective
 from torch_hf.objective.results import Evaluation
 from torch_hf.optimizer.timer import StepTimer
-from torch_hf.solver.choose_solver import EXACT, exact_bytes, exact_is_cheaper, exact_price
+from torch_hf.solver.choose_solver import (
+    EXACT,
+    MOST_BYTES,
+    exact_bytes,
+    exact_is_cheaper,
+    exact_price,
+    lanczos_bytes,
+    lanczos_price,
+)
 from torch_hf.solver.exact import ExactSolver
 from torch_hf.solver.levenberg_marquardt import (
     DampingSearch,
@@ -109,15 +123,21 @@ def solves_exactly(
 
 
 def price_of_exact(operator: ObjectiveOperator) -> float:
-    """What an exact solve costs, in gradients; 0 where there is none or products are cheaper."""
+    """What an exact or Lanczos solve costs, in gradients; 0 where CG is the way."""
     size = None if why_no_root(operator) else root_size(operator)
     if size is None or not size.rows or not size.cases:
         return 0.0
     item = max(p.element_size() for p in operator.objective.vector.params)
-    if not exact_is_cheaper(size.rows, size.params, size.passes, size.cases, item):
-        return 0.0
     inside = operator.objective.runs.needs_graph
-    return exact_price(size.rows, size.params, size.passes, size.cases, inside)
+    if exact_is_cheaper(size.rows, size.params, size.passes, size.cases, item):
+        return exact_price(size.rows, size.params, size.passes, size.cases, inside)
+    return lanczos_price(inside) if lanczos_pays(size, item, inside) else 0.0
+
+
+def lanczos_pays(size: RootSize, element_size: int, differentiates: bool) -> bool:
+    """Whether bidiagonalisation is taken without being asked for, where data stay."""
+    fits = lanczos_bytes(size.rows, size.params, element_size) <= MOST_BYTES
+    return size.squares and differentiates and fits
 
 
 def least_memory(operator: ObjectiveOperator) -> float:

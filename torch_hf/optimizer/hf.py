@@ -29,7 +29,7 @@ from torch_hf.optimizer.broyden_step import (
     Secant,
     broyden_step,
     check_broyden,
-    fits_broyden,
+    quasi_newton_of,
 )
 from torch_hf.optimizer.exact_step import ExactStep, exact_step, price_of_exact, solves_exactly
 from torch_hf.optimizer.lanczos_step import lanczos_step, pairs_of_step
@@ -48,6 +48,7 @@ from torch_hf.solver.choose_solver import (
     BROYDEN,
     EXACT,
     LANCZOS,
+    LBFGS,
     PRODUCTS_OF_SOLVE,
     SOLVERS,
 )
@@ -316,7 +317,8 @@ class HFOptimizer(FlatStateOptimizer):
         damping = self.param_groups[0]["damping"]
         eps = torch.finfo(objective.vector.dtype).eps
         broyden = self._broyden_step(objective, here, same_data, timer)
-        if broyden is not None and (broyden.move.direction is not None or self._wants(BROYDEN)):
+        moved = broyden is not None and broyden.move.direction is not None
+        if broyden is not None and (moved or self.param_groups[0]["solver"] in (BROYDEN, LBFGS)):
             step = StepDecision.of_broyden(broyden, damping, same_data)
             return step.settled(self._progress, here, eps)
         with timer.part("gradient"):
@@ -327,7 +329,8 @@ class HFOptimizer(FlatStateOptimizer):
         inside = objective.runs.needs_graph
         if price >= LEAST_PRICE and inside and not self._progress.steps:
             curvature.release()
-            broyden = broyden_step(objective, here, None, timer, FIRST_ITERATIONS)
+            kind = quasi_newton_of(objective.vector)
+            broyden = broyden_step(objective, here, None, timer, kind, FIRST_ITERATIONS)
             if broyden.move.direction is not None:
                 return StepDecision.of_broyden(broyden, damping, same_data)._replace(price=price)
             curvature = ObjectiveOperator(objective, self.curvature)
@@ -423,9 +426,10 @@ class HFOptimizer(FlatStateOptimizer):
     ) -> BroydenStep | None:
         """Quasi-Newton iterations, where it is their turn; else None."""
         whole = not (objective.vector.sums or objective.space.sharded)
-        if self._wants(BROYDEN):
-            self._check_rates(BROYDEN)
-            check_broyden(objective.vector, whole, objective.reducer)
+        kind = self.param_groups[0]["solver"]
+        if kind in (BROYDEN, LBFGS):
+            self._check_rates(kind)
+            check_broyden(kind, objective.vector, whole, objective.reducer)
         elif (
             not (self._wants(AUTO) and self._progress.phase_quasi)
             or not (same_data or self._holds(objective, here))
@@ -433,10 +437,12 @@ class HFOptimizer(FlatStateOptimizer):
             or objective.own_curvature_batches
         ):
             return None
+        else:
+            kind = quasi_newton_of(objective.vector)
         secant = self._secant
         if not same_data and secant is not None:
             secant = secant.elsewhere() if self._holds(objective, here) else None
-        return broyden_step(objective, here, secant, timer)
+        return broyden_step(objective, here, secant, timer, kind)
 
     def _holds(self, objective: Objective, here: Evaluation) -> bool:
         """Whether points of an equation change, and what steps gained was found again on others."""
@@ -446,7 +452,7 @@ class HFOptimizer(FlatStateOptimizer):
     def _price_of_exact(self, curvature: ObjectiveOperator) -> float:
         """In gradients, where quasi-Newton iterations would be an alternative; else 0."""
         vector = curvature.objective.vector
-        if not (self._wants(AUTO) and self._is_plain() and fits_broyden(vector)):
+        if not (self._wants(AUTO) and self._is_plain() and quasi_newton_of(vector)):
             return 0.0
         if vector.sums or curvature.objective.space.sharded:
             return 0.0

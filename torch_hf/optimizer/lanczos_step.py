@@ -22,6 +22,7 @@ from torch_hf.optimizer.exact_step import (
     ExactStep,
     exact_step,
     gradients_agree,
+    lanczos_pays,
     least_memory,
     over_ranks,
     rest_of_gradient,
@@ -30,7 +31,6 @@ from torch_hf.optimizer.exact_step import (
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.solver.choose_solver import (
     LANCZOS,
-    MOST_BYTES,
     MOST_PAIRS,
     lanczos_bytes,
 )
@@ -77,9 +77,8 @@ def pairs_of_step(operator: ObjectiveOperator, wanted: str, *, data_stay: bool) 
                 f'{size.params} parameters, more than this machine has. Take solver="cg".'
             )
         return MOST_PAIRS
-    if not size.squares or not operator.objective.runs.needs_graph:
-        return 0
-    return MOST_PAIRS if lanczos_bytes(size.rows, size.params, item) <= MOST_BYTES else 0
+    pays = lanczos_pays(size, item, operator.objective.runs.needs_graph)
+    return MOST_PAIRS if pays else 0
 
 
 def lanczos_step(

@@ -16,7 +16,7 @@ from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
-from torch_hf.solver.choose_solver import BROYDEN, CG, KRONECKER
+from torch_hf.solver.choose_solver import CG, KRONECKER
 from torch_hf.solver.levenberg_marquardt import STUCK
 from torch_hf.solver.line_search import NO_DECREASE, NO_DESCENT, SearchResult
 from torch_hf.solver.phases import Phases
@@ -130,7 +130,7 @@ class StepDecision(NamedTuple):
         if self.light is not None:
             return KRONECKER
         if self.broyden is not None:
-            return BROYDEN
+            return self.broyden.solver
         return CG if self.solution else ""
 
     def cost(self, objective: Objective, here: Evaluation) -> float:

@@ -19,6 +19,7 @@ from torch_hf.optimizer.broyden_step import Secant
 from torch_hf.optimizer.progress import Progress
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.preconditioner.saved_state import floats, is_dense, refused
+from torch_hf.solver.limited_memory import pairs_that_fit
 from torch_hf.vector import ParameterVector
 
 _PREFIX = "preconditioner."
@@ -188,10 +189,16 @@ def _secant(flats: dict[str, Any], numel: int) -> Secant | None:
     for name, rows in zip(SECANT, (numel, 2), strict=True):
         expected = f"by parameter a tensor of {rows} rows"
         value = floats(name, flats.pop(name, None), expected)
-        if value.shape != (rows, numel):
+        pairs = name == SECANT[0] and value.ndim == 2 and _may_be_pairs(len(value), numel)
+        if value.shape != (rows, numel) and not pairs:
             raise refused(name, expected, value)
         found.append(value)
     return Secant(*found)
+
+
+def _may_be_pairs(rows: int, numel: int) -> bool:
+    """Whether so many rows are pairs of limited memory."""
+    return rows % 2 == 0 and 2 <= rows <= 2 * pairs_that_fit(numel)
 
 
 def saved_progress(saved: Mapping[str, Any]) -> Progress:

@@ -1,9 +1,10 @@
-"""Dense self-scaled quasi-Newton iterations (Al-Baali & Khalfan 2005; Urbán et al. 2024).
+"""Quasi-Newton iterations, dense self-scaled (Al-Baali & Khalfan 2005; Urbán et al. 2024).
 
 They keep the inverse Hessian, P^2 numbers, learn it from changes of the gradient, and scale it in
 every update. An iteration costs little more than a gradient: one product of the matrix and one of
 a few vectors. Unlike Gauss-Newton steps they see the residual's own curvature, so on strongly
-nonconvex starts they get ahead.
+nonconvex starts they get ahead. Those of limited memory are in
+:mod:`torch_hf.solver.limited_memory`.
 
 ``docs/records/quasi-newton.md`` has the experiments that chose the line search's first length.
 """
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_hf.solver.limited_memory import LimitedInverse, Move
 from torch_hf.solver.wolfe import Point, strong_wolfe
 
 UPDATES = ("ssbroyden", "ssbfgs", "bfgs")
@@ -34,7 +36,8 @@ class Descent(NamedTuple):
         displacement: From where they began, of shape (P,).
         loss: There.
         gradient: There, of shape (P,).
-        inverse: The inverse Hessian's approximation (P, P); None before the first update.
+        inverse: The inverse Hessian's approximation (P, P), or its pairs (2 m, P); None before the
+            first update.
         iterations: How many lowered the loss.
     """
 
@@ -49,8 +52,9 @@ def descend(
     evaluate: Evaluate,
     loss: float,
     gradient: Tensor,
-    known: InverseHessian | None,
+    known: Inverse | None,
     iterations: int,
+    kind: type[Inverse] | None = None,
 ) -> Descent:
     """So many iterations with a strong Wolfe search each; fewer where one finds no decrease.
 
@@ -60,6 +64,7 @@ def descend(
         gradient: There, of shape (P,).
         known: H; None for none, which is a multiple of the identity.
         iterations: At the most.
+        kind: Of H, where there is none; dense if None.
 
     Example:
         >>> import torch
@@ -71,6 +76,7 @@ def descend(
         >>> found.loss < 1e-12
         True
     """
+    kind = kind or InverseHessian
     here, done, first = torch.zeros_like(gradient), 0, 1.0
     newton = gradient if known is None else known.times(gradient)  # H g
     while done < iterations:
@@ -93,24 +99,21 @@ def descend(
                 break
             known, newton = None, gradient
             continue
-        first = 1.0 if known is None else next_length(end.length, end.slope / slope)
+        first = 1.0 if known is None else known.next_length(end.length, end.slope / slope)
         step, change = end.length * direction, end.gradient - gradient
         curved = 0 < float(step @ change) < math.inf
         if known is None and curved:
-            known = InverseHessian.of_pair(step, change)
+            known = kind.of_pair(step, change)
             curved = known is not None
             newton = gradient if known is None else known.times(gradient)
-        ahead = end.gradient if known is None else known.times(end.gradient)
-        if known is not None and curved:
+        ahead = end.gradient
+        if known is not None:
             # B s = -length g, as the step is -length H g; of the first pair it is s / scale
-            bend = end.length * float(gradient @ -step)
-            if known.is_scalar:
-                bend = float(step @ step) / known.scale
-            new = known.update(step, change, ahead - newton, bend)
-            ahead = new.product(ahead, end.gradient)
+            bend = end.length * float(gradient @ -step) if curved else None
+            ahead = known.after(Move(step, change, end.gradient, bend), newton)
         here, loss, gradient, newton = base + step, end.loss, end.gradient, ahead
         done += 1
-    return Descent(here, loss, gradient, None if known is None else known.dense(), done)
+    return Descent(here, loss, gradient, None if known is None else known.kept(), done)
 
 
 def next_length(length: float, slopes: float) -> float:
@@ -176,6 +179,26 @@ class InverseHessian:
         normal = torch.finfo(step.dtype).tiny < scale < math.inf
         return cls(torch.ones_like(step), scale) if normal else None
 
+    def after(self, move: Move, before: Tensor) -> Tensor:
+        """``H g`` at a move's end, with its pair.
+
+        Args:
+            move: The last one.
+            before: ``H g`` where it began.
+        """
+        ahead = self.times(move.gradient)
+        if move.bend is None:
+            return ahead
+        bend = move.bend
+        if self.is_scalar:
+            bend = float(move.step @ move.step) / self.scale
+        new = self.update(move.step, move.change, ahead - before, bend)
+        return new.product(ahead, move.gradient)
+
+    def next_length(self, length: float, slopes: float) -> float:
+        """Where the next search begins, from where the last one ended."""
+        return next_length(length, slopes)
+
     @property
     def is_scalar(self) -> bool:
         """Whether it is a multiple of the identity."""
@@ -218,7 +241,7 @@ class InverseHessian:
         self._vectors += vectors
         return _Update(tau, weights, vectors)
 
-    def dense(self) -> Tensor:
+    def kept(self) -> Tensor:
         """All of it, in memory of its own."""
         base = self.base.diag() if self.base.ndim == 1 else self.base
         if not self._vectors:
@@ -231,6 +254,9 @@ class InverseHessian:
         if self._stacked is None or len(self._stacked) < len(self._vectors):
             self._stacked = torch.stack(self._vectors)
         return self._stacked
+
+
+Inverse = InverseHessian | LimitedInverse
 
 
 def updated(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch_hf.solver.exact import exact_cost
 from torch_hf.solver.golub_kahan import golub_kahan_cost
 
-SOLVERS = ("auto", "cg", "exact", "lanczos", "broyden")
+SOLVERS = ("auto", "cg", "exact", "lanczos", "broyden", "lbfgs")
 AUTO, CG, EXACT, LANCZOS, KRONECKER = "auto", "cg", "exact", "lanczos", "kronecker"
-BROYDEN = "broyden"
+BROYDEN, LBFGS = "broyden", "lbfgs"
 
 #: A solver that was not asked for may hold so many bytes, R included; a forced one all there are.
 MOST_BYTES = 2**30
@@ -89,6 +89,12 @@ def exact_price(
     """
     gradient = PASSES_WITH_DERIVATIVES if differentiates else PASSES_OF_GRADIENT
     return exact_passes(rows, params, passes, cases) / gradient
+
+
+def lanczos_price(differentiates: bool = False) -> float:
+    """What a bidiagonalisation costs, in gradients."""
+    gradient = PASSES_WITH_DERIVATIVES if differentiates else PASSES_OF_GRADIENT
+    return MOST_PAIRS * PASSES_OF_PRODUCT / gradient
 
 
 def lanczos_bytes(rows: int, params: int, element_size: int, pairs: int = MOST_PAIRS) -> float:
