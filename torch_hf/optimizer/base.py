@@ -18,6 +18,7 @@ from torch_hf.optimizer.broyden_step import Secant
 from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.state_dict import (
     MOST_NORMS,
+    SECANT,
     Unpacked,
     check_form,
     check_state,
@@ -168,7 +169,7 @@ class FlatStateOptimizer(Optimizer):
         small = whole and vector.numel <= MOST_NORMS
         kept = {"cg_iterate": self._start} | ({"column_norms": self._norms} if small else {})
         if self._secant is not None:
-            kept |= {"broyden_inverse": self._secant.inverse, "broyden_anchor": self._secant.anchor}
+            kept |= {k: v for k, v in zip(SECANT, self._secant, strict=True) if v is not None}
         return kept
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,11 +37,13 @@ class Secant(NamedTuple):
     """What quasi-Newton iterations have learnt of the Hessian.
 
     Attributes:
-        inverse: H, of shape (P, P), or its pairs (2 m, P).
-        anchor: The gradient where H was last updated, and the way from there, of shape (2, P).
+        inverse: H, of shape (P, P); None for none.
+        pairs: Those of limited memory, (2 m, P); None for none.
+        anchor: The gradient where the last pair ends, and the way from there, of shape (2, P).
     """
 
-    inverse: Tensor
+    inverse: Tensor | None
+    pairs: Tensor | None
     anchor: Tensor
 
     def moved(self, direction: Tensor | None, length: float) -> Secant:
@@ -54,18 +57,50 @@ class Secant(NamedTuple):
         """On other data of the same kind: H is kept, the gradient at its last update is not."""
         return self._replace(anchor=torch.zeros_like(self.anchor))
 
-    def begun(self, gradient: Tensor) -> Inverse:
-        """H with the way since its last update in it, from the gradient at that way's end."""
-        slope, way = self.anchor
-        change = gradient - slope
-        if len(self.inverse) != len(way):
-            limited = LimitedInverse(len(way), self.inverse)
-            limited.add(way, change)
-            return limited
-        known = InverseHessian(self.inverse)
-        if 0 < float(way @ change) < math.inf:
-            known.update(way, change, known.times(change), math.nan, update="bfgs")
-        return known
+
+class _Inverses(NamedTuple):
+    """H of both kinds; None where nothing is known, or a kind is not asked for."""
+
+    dense: InverseHessian | None
+    limited: LimitedInverse | None
+
+    @classmethod
+    def of(cls, secant: Secant | None, gradient: Tensor, kinds: Sequence[str]) -> _Inverses:
+        """Those kept, with the way since the last pair, from the gradient at that way's end."""
+        if secant is None:
+            return cls(None, None)
+        dense = limited = None
+        if BROYDEN in kinds and secant.inverse is not None:
+            dense = InverseHessian(secant.inverse)
+        if LBFGS in kinds and secant.pairs is not None:
+            limited = LimitedInverse(len(gradient), secant.pairs)
+        slope, way = secant.anchor
+        for inverse in (dense, limited):
+            if inverse is not None:
+                inverse.add(way, gradient - slope)
+        return cls(dense, limited)
+
+    def after(self, found: Descent, solver: str, kinds: Sequence[str]) -> Secant | None:
+        """What is kept, the pairs of a descent by one kind in the other's H, too."""
+        dense, limited, pairs = self.dense, self.limited, found.pairs
+        anchor = torch.stack([found.gradient, torch.zeros_like(found.gradient)])
+        if solver == BROYDEN:
+            kept = None
+            if LBFGS in kinds:
+                limited = limited or LimitedInverse(len(found.gradient))
+                for step, change in pairs:
+                    limited.add(step, change)
+                kept = limited.kept()
+            learnt = found.inverse is not None or kept is not None
+            return Secant(found.inverse, kept, anchor) if learnt else None
+        if BROYDEN in kinds and pairs:
+            dense = dense or InverseHessian.of_pair(*pairs[0])
+        if BROYDEN in kinds and dense is not None:
+            for step, change in pairs:
+                dense.add(step, change)
+        inverse = None if dense is None else dense.kept()
+        learnt = found.inverse is not None or inverse is not None
+        return Secant(inverse, found.inverse, anchor) if learnt else None
 
 
 class BroydenStep(NamedTuple):
@@ -76,12 +111,14 @@ class BroydenStep(NamedTuple):
         secant: For the next step.
         gradients: Taken at trial points.
         solver: What the report calls it.
+        both: Whether dense and L-BFGS iterations are in question.
     """
 
     move: SearchResult
     secant: Secant | None
     gradients: int
     solver: str = BROYDEN
+    both: bool = False
 
     @property
     def cost(self) -> float:
@@ -122,6 +159,7 @@ def broyden_step(
     timer: StepTimer,
     solver: str,
     iterations: int = ITERATIONS,
+    both: bool = False,
 ) -> BroydenStep:
     """Iterations from the present parameters; the move has no direction where none gained.
 
@@ -134,7 +172,9 @@ def broyden_step(
         timer: Takes the seconds.
         solver: ``"broyden"`` or ``"lbfgs"``.
         iterations: At the most.
+        both: Whether the other kind learns from them, too.
     """
+    kinds = (BROYDEN, LBFGS) if both else (solver,)
     kind: type[Inverse] = LimitedInverse if solver == LBFGS else InverseHessian
     vector, reducer = objective.vector, objective.reducer
     first = objective.evaluations
@@ -145,31 +185,25 @@ def broyden_step(
             trial.place(displacement, 1.0)
             return objective.trial_gradient(here)
 
-        def algorithm(evaluate: Evaluate) -> tuple[Descent, bool, bool]:
-            inverse = None if secant is None else secant.begun(here.gradient)
-            if not isinstance(inverse, kind):
-                inverse = None  # of the other kind, from before an option changed
-            found = descend(evaluate, here.loss, here.gradient, inverse, iterations, kind)
+        def algorithm(evaluate: Evaluate) -> tuple[Descent, Secant | None, bool, bool]:
+            inverses = _Inverses.of(secant, here.gradient, kinds)
+            known = inverses.limited if solver == LBFGS else inverses.dense
+            found = descend(evaluate, here.loss, here.gradient, known, iterations, kind)
             moves = here.loss - found.loss > least and trial.moves(found.displacement, 1.0)
             hidden = not moves and rounding_hides(evaluate, here.loss, here.gradient, least)
-            return found, moves, hidden
+            return found, inverses.after(found, solver, kinds) if moves else None, moves, hidden
 
         led = lead(reducer, [evaluate], algorithm, vector.numel)
-    found, moves, hidden = led or (None, False, False)
+    found, after, moves, hidden = led or (None, None, False, False)
     loss, *told = reducer.told([found.loss if found else 0.0, float(moves), float(hidden)])
     moves, hidden = (bool(flag) for flag in told)
     taken = objective.evaluations - first
     if not moves:
         reason = CONVERGED if hidden else NO_DECREASE
         stay = SearchResult(None, 0.0, here.loss, reason=reason, converged=hidden)
-        return BroydenStep(stay, secant, taken, solver)
+        return BroydenStep(stay, secant, taken, solver, both)
     displacement = reducer.agreed(found.displacement if found else vector.zeros())
-    move = SearchResult(displacement, 1.0, loss)
-    after = None
-    if found is not None and found.inverse is not None:
-        anchor = torch.stack([found.gradient, torch.zeros_like(found.gradient)])
-        after = Secant(found.inverse, anchor)
-    return BroydenStep(move, after, taken, solver)
+    return BroydenStep(SearchResult(displacement, 1.0, loss), after, taken, solver, both)
 
 
 def rounding_hides(evaluate: Evaluate, loss: float, gradient: Tensor, least: float) -> bool:

@@ -25,6 +25,7 @@ from torch_hf.optimizer import unsupported_options
 from torch_hf.optimizer.base import FlatStateOptimizer
 from torch_hf.optimizer.broyden_step import (
     FIRST_ITERATIONS,
+    ITERATIONS,
     BroydenStep,
     Secant,
     broyden_step,
@@ -330,7 +331,8 @@ class HFOptimizer(FlatStateOptimizer):
         if price >= LEAST_PRICE and inside and not self._progress.steps:
             curvature.release()
             kind = quasi_newton_of(objective.vector)
-            broyden = broyden_step(objective, here, None, timer, kind, FIRST_ITERATIONS)
+            both = kind == BROYDEN
+            broyden = broyden_step(objective, here, None, timer, kind, FIRST_ITERATIONS, both)
             if broyden.move.direction is not None:
                 return StepDecision.of_broyden(broyden, damping, same_data)._replace(price=price)
             curvature = ObjectiveOperator(objective, self.curvature)
@@ -437,12 +439,17 @@ class HFOptimizer(FlatStateOptimizer):
             or objective.own_curvature_batches
         ):
             return None
-        else:
-            kind = quasi_newton_of(objective.vector)
         secant = self._secant
         if not same_data and secant is not None:
             secant = secant.elsewhere() if self._holds(objective, here) else None
-        return broyden_step(objective, here, secant, timer, kind)
+        if kind != AUTO:
+            return broyden_step(objective, here, secant, timer, kind)
+        kind = quasi_newton_of(objective.vector)
+        if kind != BROYDEN or not objective.runs.needs_graph:
+            return broyden_step(objective, here, secant, timer, kind)
+        kinds = self._progress.kinds
+        kind, number = LBFGS if kinds.limited else BROYDEN, kinds.iterations(ITERATIONS)
+        return broyden_step(objective, here, secant, timer, kind, number, both=True)
 
     def _holds(self, objective: Objective, here: Evaluation) -> bool:
         """Whether points of an equation change, and what steps gained was found again on others."""

@@ -243,6 +243,9 @@ class StepDecision(NamedTuple):
                 progress = progress._replace(claimed=BENEFIT, found_again=BENEFIT)
                 return progress.with_phases(progress.phases.handed_over(here.loss))
             return progress.with_phases(Phases())
+        if self.broyden is not None and self.broyden.both:
+            kinds = progress.kinds.after(here.loss, self.move.loss, self.broyden.gradients)
+            progress = progress.with_kinds(kinds)
         phases = progress.phases.begun(self.price, here.loss) if self.price else progress.phases
         if self.failed is not None:
             phases = phases.handed_over(here.loss)

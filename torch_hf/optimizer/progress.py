@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch_hf.preconditioner.saved_state import number
-from torch_hf.solver.phases import Phases
+from torch_hf.solver.phases import Kinds, Phases
 
 #: Weight of earlier steps' gains beside the last one's; so many steps before a budget grows.
 MEMORY, STEPS_OF_EVIDENCE = 0.9, 8.0
@@ -32,6 +32,7 @@ LIGHT_COST = 1.3
 PATIENCE = 5
 #: What the choice between exact steps and quasi-Newton iterations rests on, as entries here.
 _OF_PHASES = tuple("phase_" + name for name in Phases._fields)
+_OF_KINDS = tuple("kind_" + name for name in Kinds._fields)
 #: Numbers of exact steps and of CG's budget in a state, by what they may be.
 _NOT_NEGATIVE = (
     "claimed",
@@ -52,6 +53,7 @@ _NOT_NEGATIVE = (
     "rejected_damping",
     "rejected_here",
     *_OF_PHASES,
+    *_OF_KINDS,
 )
 _ANY = (
     "last_start",
@@ -110,6 +112,7 @@ class Progress(NamedTuple):
         rejected_damping: Lambda after it.
         rejected_here: Steps in a row that were rejected at the same point and data.
         phase_quasi, ...: See :class:`~torch_hf.solver.phases.Phases`.
+        kind_limited, ...: See :class:`~torch_hf.solver.phases.Kinds`.
         converged_at: The gradient's norm where rounding hid what was left to gain; -1 elsewhere.
     """
 
@@ -157,6 +160,11 @@ class Progress(NamedTuple):
     phase_checked_loss: float = 0.0
     phase_rate: float = 0.0
     phase_fresh: float = 0.0
+    kind_limited: float = 0.0
+    kind_trial: float = 0.0
+    kind_steps: float = 0.0
+    kind_try_at: float = 0.0
+    kind_rate: float = 0.0
 
     @property
     def phases(self) -> Phases:
@@ -166,6 +174,16 @@ class Progress(NamedTuple):
     def with_phases(self, phases: Phases) -> Progress:
         """With what the choice between exact steps and quasi-Newton iterations rests on."""
         given: dict[str, Any] = dict(zip(_OF_PHASES, phases, strict=True))
+        return self._replace(**given)
+
+    @property
+    def kinds(self) -> Kinds:
+        """What the choice between dense and L-BFGS iterations rests on."""
+        return Kinds(*(getattr(self, name) for name in _OF_KINDS))
+
+    def with_kinds(self, kinds: Kinds) -> Progress:
+        """With what the choice between dense and L-BFGS iterations rests on."""
+        given: dict[str, Any] = dict(zip(_OF_KINDS, kinds, strict=True))
         return self._replace(**given)
 
     @property

@@ -28,7 +28,7 @@ _PREFIX = "preconditioner."
 VECTORS = ("cg_iterate", "column_norms")
 MOST_NORMS = 2**20
 #: What quasi-Newton iterations keep of length P, several rows each; only where there were any.
-SECANT = ("broyden_inverse", "broyden_anchor")
+SECANT = ("broyden_inverse", "lbfgs_pairs", "broyden_anchor")
 Vectors = Mapping[str, Tensor | None]
 #: What every version wrote into each group; options that came later take their defaults.
 _ALWAYS_WRITTEN = (
@@ -185,20 +185,22 @@ def _secant(flats: dict[str, Any], numel: int) -> Secant | None:
     """What quasi-Newton iterations keep, taken out of the entries."""
     if not any(name in flats for name in SECANT):
         return None
-    found = []
-    for name, rows in zip(SECANT, (numel, 2), strict=True):
-        expected = f"by parameter a tensor of {rows} rows"
-        value = floats(name, flats.pop(name, None), expected)
-        pairs = name == SECANT[0] and value.ndim == 2 and _may_be_pairs(len(value), numel)
-        if value.shape != (rows, numel) and not pairs:
+    rows = (numel,), range(2, 2 * pairs_that_fit(numel) + 1, 2), (2,)
+    told = numel, f"an even number up to {2 * pairs_that_fit(numel)}", 2
+    found: list[Tensor | None] = []
+    for name, allowed, text in zip(SECANT, rows, told, strict=True):
+        value = flats.pop(name, None)
+        if value is None and name != SECANT[-1]:
+            found.append(None)
+            continue
+        expected = f"by parameter a tensor of {text} rows"
+        value = floats(name, value, expected)
+        if value.ndim != 2 or value.shape[1] != numel or len(value) not in allowed:
             raise refused(name, expected, value)
         found.append(value)
-    return Secant(*found)
-
-
-def _may_be_pairs(rows: int, numel: int) -> bool:
-    """Whether so many rows are pairs of limited memory."""
-    return rows % 2 == 0 and 2 <= rows <= 2 * pairs_that_fit(numel)
+    inverse, pairs, anchor = found
+    assert anchor is not None
+    return Secant(inverse, pairs, anchor)
 
 
 def saved_progress(saved: Mapping[str, Any]) -> Progress:

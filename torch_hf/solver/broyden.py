@@ -39,6 +39,7 @@ class Descent(NamedTuple):
         inverse: The inverse Hessian's approximation (P, P), or its pairs (2 m, P); None before the
             first update.
         iterations: How many lowered the loss.
+        pairs: Step and change of the gradient, (P,) each, of each with positive curvature.
     """
 
     displacement: Tensor
@@ -46,6 +47,7 @@ class Descent(NamedTuple):
     gradient: Tensor
     inverse: Tensor | None
     iterations: int
+    pairs: list[tuple[Tensor, Tensor]]
 
 
 def descend(
@@ -77,6 +79,7 @@ def descend(
         True
     """
     kind = kind or InverseHessian
+    pairs = []
     here, done, first = torch.zeros_like(gradient), 0, 1.0
     newton = gradient if known is None else known.times(gradient)  # H g
     while done < iterations:
@@ -102,6 +105,8 @@ def descend(
         first = 1.0 if known is None else known.next_length(end.length, end.slope / slope)
         step, change = end.length * direction, end.gradient - gradient
         curved = 0 < float(step @ change) < math.inf
+        if curved:
+            pairs.append((step, change))
         if known is None and curved:
             known = kind.of_pair(step, change)
             curved = known is not None
@@ -113,7 +118,7 @@ def descend(
             ahead = known.after(Move(step, change, end.gradient, bend), newton)
         here, loss, gradient, newton = base + step, end.loss, end.gradient, ahead
         done += 1
-    return Descent(here, loss, gradient, None if known is None else known.kept(), done)
+    return Descent(here, loss, gradient, None if known is None else known.kept(), done, pairs)
 
 
 def next_length(length: float, slopes: float) -> float:
@@ -194,6 +199,11 @@ class InverseHessian:
             bend = float(move.step @ move.step) / self.scale
         new = self.update(move.step, move.change, ahead - before, bend)
         return new.product(ahead, move.gradient)
+
+    def add(self, step: Tensor, change: Tensor) -> None:
+        """A pair whose step H did not make: by plain BFGS, if its curvature is positive."""
+        if 0 < float(step @ change) < math.inf:
+            self.update(step, change, self.times(change), math.nan, update="bfgs")
 
     def next_length(self, length: float, slopes: float) -> float:
         """Where the next search begins, from where the last one ended."""

@@ -1,4 +1,4 @@
-"""Exact steps or quasi-Newton iterations: which of the two the next step takes, by evidence.
+"""Exact steps or quasi-Newton iterations, and of which kind: what the next step takes, by evidence.
 
 Early on many cheap iterations beat a few dear solves; near the end, or along a curved valley, it
 may be the other way round, and no test at one point tells. So one of the two is at work, and the
@@ -30,6 +30,62 @@ EARLY_EXACT, EARLY_QUASI, HOPELESS = 0.5, 0.125, 0.25
 FAST = math.log(1e3)
 #: How far back the rate of the one at work looks, as a part of the cost so far.
 MEMORY = 0.3
+
+#: L-BFGS iterations are first tried after so many steps of dense ones, then after twice as many,
+#: where those lower the loss's logarithm by less than this per gradient.
+FIRST_LIMITED, SLOW = 2.0, 0.008
+#: How many make a trial. That is also enough to undo what self-scaling has done to H.
+ITERATIONS_OF_TRIAL = 5
+#: They take over where the loss's logarithm falls by so much more per gradient, and dense ones are
+#: tried again after so many steps.
+BETTER, LIMITED_STEPS = 1.5, 2.0
+
+
+class Kinds(NamedTuple):
+    """Dense self-scaled iterations, or L-BFGS ones: which of the two the next step takes.
+
+    Self-scaled updates are ahead on most tasks. On some nonconvex starts they make H too large
+    for hundreds of iterations, where L-BFGS goes on. Both learn from the steps of both.
+
+    Attributes:
+        limited: 1 while L-BFGS iterations are to be taken, else 0.
+        trial: 1 while the kind taken is on trial, else 0.
+        steps: Taken by either.
+        try_at: The number of steps at which the other is tried next; 0 before there was one.
+        rate: By how much the last step of the kind at work lowered the loss's logarithm per
+            gradient.
+
+    Example:
+        >>> kinds = Kinds().after(1.0, 0.95, 30).after(0.95, 0.9, 30)
+        >>> kinds.limited, kinds.iterations(20), kinds.after(0.9, 0.8, 10).limited
+        (1.0, 5, 1.0)
+        >>> kinds.after(0.9, 0.895, 10).limited
+        0.0
+    """
+
+    limited: float = 0.0
+    trial: float = 0.0
+    steps: float = 0.0
+    try_at: float = 0.0
+    rate: float = 0.0
+
+    def iterations(self, usual: int) -> int:
+        """How many the next step makes."""
+        return ITERATIONS_OF_TRIAL if self.trial else usual
+
+    def after(self, before: float, loss: float, gradients: float) -> Kinds:
+        """After a step from one loss to another, with so many gradients."""
+        rate = _fall(before, loss) / max(gradients, 1.0)
+        now = self._replace(steps=self.steps + 1.0)
+        if self.trial:
+            needed = self.rate * BETTER if self.limited else self.rate / BETTER
+            limited = self.limited if rate > needed else 1.0 - self.limited
+            later = now.steps + LIMITED_STEPS if limited else 2.0 * now.steps
+            return now._replace(trial=0.0, limited=limited, try_at=later)
+        fast = not self.limited and rate >= SLOW
+        if now.steps < (self.try_at or FIRST_LIMITED) or fast:
+            return now
+        return now._replace(trial=1.0, limited=1.0 - self.limited, rate=rate)
 
 
 class Phases(NamedTuple):
