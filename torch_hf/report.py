@@ -69,8 +69,8 @@ class StepReport:
             the loss. The run goes on when the data change.
         solver: What solved the quadratic: ``"cg"``, ``"exact"``, ``"lanczos"``, or ``"kronecker"``
             for a light step by the Kronecker factors alone, whose reduction ratio is the actual
-            change over that of the slope; ``"broyden"`` for quasi-Newton iterations, which have
-            no damping; empty where nothing did.
+            change over that of the slope; ``"broyden"`` or ``"lbfgs"`` for quasi-Newton
+            iterations, which have no damping; empty where nothing did.
     """
 
     step: int

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
 from torch_hf.objective.objective import Objective
-from torch_hf.optimizer import broyden_step, hf
-from torch_hf.optimizer.broyden_step import NO_DECREASE
-from torch_hf.solver import phases
+from torch_hf.optimizer import broyden_step, exact_step, hf
+from torch_hf.optimizer.broyden_step import NO_DECREASE, _Inverses
+from torch_hf.solver import limited_memory, phases
 
 GENERATOR = torch.Generator().manual_seed(0)
 POINTS = torch.rand(160, 2, generator=GENERATOR, dtype=torch.float64)
@@ -158,12 +158,22 @@ def test_the_report_has_no_damping():
 
 
 @pytest.mark.parametrize("first", [3, 9])
-@pytest.mark.parametrize("solver", ["broyden", "auto"])
-def test_a_resumed_run_is_the_same_to_the_bit(solver, first):
+@pytest.mark.parametrize(
+    ("solver", "most", "keys"),
+    [
+        ("broyden", 4096, {"broyden_inverse"}),
+        ("lbfgs", 4096, {"lbfgs_pairs"}),
+        ("auto", 4096, {"broyden_inverse", "lbfgs_pairs"}),
+        ("auto", 100, {"lbfgs_pairs"}),
+    ],
+)
+def test_a_resumed_run_is_the_same_to_the_bit(solver, most, keys, first, monkeypatch):
+    monkeypatch.setattr(broyden_step, "MOST_DENSE", most)
     whole = Equation(solver=solver)
     whole.steps(first)
     saved = copy.deepcopy((whole.model.state_dict(), whole.optimizer.state_dict()))
-    assert any("broyden_inverse" in s for s in saved[1]["state"].values())
+    written = {k for s in saved[1]["state"].values() for k in s}
+    assert written & {"broyden_inverse", "lbfgs_pairs"} == keys
     rest = [r.new_loss for r in whole.steps(12)]
     again = Equation(seed=1, solver=solver)
     again.model.load_state_dict(saved[0])
@@ -206,7 +216,7 @@ def test_the_way_of_other_steps_becomes_a_pair():
     way = 1e-3 * torch.randn(secant.inverse.shape[0], generator=GENERATOR, dtype=torch.float64)
     moved = secant.moved(way, 0.5).moved(way, 0.5).moved(None, 0.0)
     slope = secant.anchor[0] + 2.0 * way  # of a curvature of 2 along the way
-    inverse = moved.begun(slope).dense()
+    inverse = _Inverses.of(moved, slope, ("broyden",)).dense.kept()
     torch.testing.assert_close(inverse @ (slope - secant.anchor[0]), way)
     assert inverse is not secant.inverse
 
@@ -303,9 +313,85 @@ def test_options_that_ask_for_something_else_keep_iterations_away(options):
     assert "broyden" not in {r.solver for r in Equation(**options).steps(6)}
 
 
-def test_a_network_too_large_for_the_inverse_does_without(monkeypatch):
+def test_a_network_too_large_for_the_inverse_takes_limited_memory(monkeypatch):
     monkeypatch.setattr(broyden_step, "MOST_DENSE", 100)
-    assert "broyden" not in {r.solver for r in Equation().steps(6)}
+    run = Equation()
+    reports = run.steps(40)
+    solvers = [r.solver for r in reports]
+    assert solvers[0] == "lbfgs" and "exact" in solvers and "broyden" not in solvers
+    assert all(r.new_loss <= r.loss for r in reports)
+    assert reports[-1].new_loss < 1e-5 * reports[0].loss
+
+
+def test_where_not_even_pairs_fit_there_are_no_iterations(monkeypatch):
+    monkeypatch.setattr(broyden_step, "MOST_DENSE", 100)
+    monkeypatch.setattr(limited_memory, "MOST_BYTES", 20 * 191 * 8 - 1)
+    assert {"lbfgs", "broyden"}.isdisjoint(r.solver for r in Equation().steps(6))
+
+
+def test_iterations_of_limited_memory_come_before_lanczos_steps(monkeypatch):
+    monkeypatch.setattr(broyden_step, "MOST_DENSE", 100)
+    monkeypatch.setattr(exact_step, "exact_is_cheaper", lambda *_: False)
+    solvers = [r.solver for r in Equation().steps(70)]
+    assert solvers[0] == "lbfgs" and "lanczos" in solvers and "exact" not in solvers
+
+
+def test_where_scaled_iterations_are_slow_both_kinds_learn_from_all_steps(monkeypatch):
+    monkeypatch.setattr(phases, "SLOW", math.inf)
+    monkeypatch.setattr(phases, "SOLVES_BEFORE", math.inf)
+    run, solvers, slope, at, kept = Equation(), [], None, None, 0
+    for _ in range(5):
+        run.steps(1)
+        solvers.append(run.optimizer.last_report.solver)
+        secant = run.optimizer._secant
+        here, now = flat(run.model.parameters()), gradient(run.loss(), run.model)
+        torch.testing.assert_close(secant.anchor[0], now)
+        steps, changes = secant.pairs.chunk(2)
+        torch.testing.assert_close(secant.inverse @ changes[-1], steps[-1], rtol=1e-5, atol=1e-9)
+        if at is not None:  # the pairs of a step add up to it
+            number = len(steps) - kept
+            torch.testing.assert_close(steps[-number:].sum(0), here - at)
+            torch.testing.assert_close(changes[-number:].sum(0), now - slope)
+        slope, at, kept = now, here, len(steps)
+    assert solvers[:3] == ["broyden", "broyden", "lbfgs"]
+    assert run.optimizer._progress.kind_steps == len(solvers)
+
+
+def test_limited_memory_solves_a_quadratic_of_condition_1000():
+    A = torch.diag(torch.logspace(0, 3, 12, dtype=torch.float64))
+    x = nn.Parameter(torch.ones(12, dtype=torch.float64))
+    optimizer = HFOptimizer([x], solver="lbfgs")
+    for _ in range(3):
+        optimizer.step(lambda: 0.5 * x @ A @ x)
+        assert optimizer.last_report.solver == "lbfgs"
+        assert math.isnan(optimizer.last_report.damping)
+    assert optimizer.last_report.new_loss < 1e-12
+
+
+@pytest.mark.parametrize("solver", ["broyden", "lbfgs"])
+def test_a_solver_changed_between_steps_begins_with_its_own_memory(solver):
+    run = Equation(solver=solver)
+    run.steps(2)
+    other = {"broyden": "lbfgs", "lbfgs": "broyden"}[solver]
+    run.optimizer.param_groups[0]["solver"] = other
+    reports = run.steps(2)
+    assert [r.solver for r in reports] == [other] * 2 and all(r.accepted for r in reports)
+    assert (run.optimizer._secant.inverse is None) == (other == "lbfgs")
+
+
+@pytest.mark.parametrize("rows", [0, 3, 202])
+def test_damaged_pairs_are_refused(rows):
+    run = Equation(solver="lbfgs")
+    run.steps(1)
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    for entries in saved["state"].values():
+        if "lbfgs_pairs" in entries:
+            pairs = entries["lbfgs_pairs"]
+            entries["lbfgs_pairs"] = pairs.new_zeros(rows, *pairs.shape[1:])
+    before = snapshot(run.model, run.optimizer)
+    with pytest.raises(ValueError, match="lbfgs_pairs"):
+        run.optimizer.load_state_dict(saved)
+    assert_identical(snapshot(run.model, run.optimizer), before)
 
 
 def test_iterations_that_gain_nothing_hand_over_in_the_same_step(monkeypatch):
@@ -313,8 +399,8 @@ def test_iterations_that_gain_nothing_hand_over_in_the_same_step(monkeypatch):
     run.steps(3)
     original = broyden_step.descend
 
-    def stays(evaluate, loss, gradient, inverse, iterations):
-        found = original(evaluate, loss, gradient, inverse, 1)
+    def stays(evaluate, loss, gradient, inverse, iterations, kind):
+        found = original(evaluate, loss, gradient, inverse, 1, kind)
         return found._replace(displacement=torch.zeros_like(gradient), loss=loss)
 
     monkeypatch.setattr(broyden_step, "descend", stays)

@@ -134,7 +134,7 @@ def test_pending_updates_are_those_written_at_once(update, dense):
         new = known.update(s, y, moved, bend, update)
         torch.testing.assert_close(new.product(product, v), expected @ v)
         torch.testing.assert_close(known.times(v), expected @ v)
-    torch.testing.assert_close(known.dense(), expected)
+    torch.testing.assert_close(known.kept(), expected)
     assert torch.equal(inverse, before)
 
 
@@ -196,7 +196,7 @@ def test_a_matrix_that_rounding_has_spoiled_takes_no_update():
     for moved in (-y, y * math.inf, y * math.nan):
         new = known.update(s, y, moved, 1.0)
         assert torch.equal(new.product(s, y), s)
-    assert torch.equal(known.dense(), torch.eye(N, dtype=torch.float64))
+    assert torch.equal(known.kept(), torch.eye(N, dtype=torch.float64))
 
 
 def test_a_loss_without_curvature_is_followed_without_a_matrix():

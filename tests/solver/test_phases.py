@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from torch_hf.solver.phases import FAST, GROWTH, LEAST_PRICE, SOLVES_BEFORE, Phases
+from torch_hf.solver.phases import FAST, GROWTH, LEAST_PRICE, SOLVES_BEFORE, Kinds, Phases
 
 PRICE = 20.0
 
@@ -119,3 +119,40 @@ def test_iterations_that_gain_nothing_hand_over():
     assert not handed.quasi and handed.trial and handed.fresh
     back = Phases(quasi=1.0, trial=1.0, spent=100.0, price=PRICE).handed_over(0.5)
     assert not back.quasi and not back.trial
+
+
+# --- dense or L-BFGS iterations ---------------------------------------------------------------
+
+
+def kinds_after(*falls, gradients=10):
+    """Kinds after steps that lower the loss's logarithm by so much per gradient each."""
+    kinds, loss, seen = Kinds(), 1.0, []
+    for fall in falls:
+        seen.append((kinds.limited, kinds.iterations(20)))
+        lower = loss * math.exp(-fall * gradients)
+        kinds, loss = kinds.after(loss, lower, gradients), lower
+    return kinds, seen
+
+
+def test_fast_dense_iterations_are_left_alone():
+    kinds, seen = kinds_after(*[0.01] * 12)
+    assert set(seen) == {(0.0, 20)} and kinds.steps == 12
+
+
+def test_slow_ones_are_compared_with_limited_memory_ever_more_seldom():
+    _, seen = kinds_after(*[0.001] * 20)  # never 1.5 times as fast
+    assert [i for i, s in enumerate(seen) if s == (1.0, 5)] == [2, 6, 14]
+
+
+def test_a_trial_that_wins_takes_over_until_dense_ones_are_as_good():
+    kinds, seen = kinds_after(0.001, 0.001, 0.002, 0.002, 0.002, 0.001, 0.002, 0.002, 0.0014)
+    assert seen[2] == (1.0, 5)
+    assert seen[3] == seen[4] == (1.0, 20)
+    assert seen[5] == (0.0, 5)  # 0.001 is below 0.002 / 1.5
+    assert seen[6] == seen[7] == (1.0, 20) and seen[8] == (0.0, 5)
+    assert kinds.limited == 0.0  # 0.0014 is above it
+
+
+def test_a_trial_begins_only_where_the_step_before_was_slow():
+    _, seen = kinds_after(0.001, 0.02, 0.02, 0.001, 0.001)
+    assert [s[0] for s in seen] == [0.0, 0.0, 0.0, 0.0, 1.0]

@@ -115,10 +115,11 @@ class HFOptimizer(FlatStateOptimizer):
             averaged by cases; None for one process. Parameters of ``fully_shard`` bring their own.
         solver: ``"cg"``, ``"exact"`` (Levenberg-Marquardt by Cholesky from the Jacobian, several
             lambda a step), ``"lanczos"`` (the same by Golub-Kahan bidiagonalisation, from products
-            alone), or ``"auto"``. With the default preconditioner auto is light on batches that
+            alone), ``"broyden"`` or ``"lbfgs"`` (quasi-Newton iterations, up to 20 a step), or
+            ``"auto"``. With the default preconditioner auto is light on batches that
             change. With ``lr=1`` it is exact on unchanged data where that takes fewer operations,
-            else Lanczos for squares in a closure that takes derivatives. ``report.solver`` says
-            which it was.
+            else Lanczos for squares in a closure that takes derivatives; in turns with
+            quasi-Newton iterations, as the evidence goes. ``report.solver`` says which it was.
         shard_state: Cuts CG's vectors and the L-BFGS pairs over the ranks of ``process_group``.
             Then every rank must call ``state_dict`` (``docs/distributed.md``).
 
