@@ -78,11 +78,6 @@ class LimitedInverse:
         """One that knows nothing yet."""
         return cls(len(step))
 
-    @property
-    def knows(self) -> bool:
-        """Whether there is a pair."""
-        return bool(self.steps)
-
     def add(self, step: Tensor, change: Tensor) -> None:
         """One pair more, where its curvature is positive and neither under- nor overflows."""
         along, square = float(step @ change), float(change @ change)
