@@ -34,7 +34,12 @@ OVERVIEW = (
         "heat-resampled-cpu-seconds",
         "test",
     ),
-    ("Poisson equation in 5 dimensions, 10,065 parameters", "training loss", "poisson5d-cpu-seconds", "train_loss"),
+    (
+        "Poisson equation in 5 dimensions, 10,065 parameters",
+        "training loss",
+        "poisson5d-cpu-seconds",
+        "train_loss",
+    ),
     ("recurrent network, adding problem", "test error", "adding-cpu", "test"),
     ("MNIST autoencoder", "test error", "autoencoder-cpu", "test"),
     ("Curves autoencoder", "test error", "curves-cpu", "test"),

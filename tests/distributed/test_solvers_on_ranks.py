@@ -116,7 +116,7 @@ def test_ranks_follow_one_process(loss, sizes, batches, wrapped, options):
 # --- what goes wrong on one rank ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("solver", ["exact", "lanczos", "broyden"])
+@pytest.mark.parametrize("solver", ["exact", "lanczos", "broyden", "lbfgs"])
 def test_an_error_at_a_trial_point_reaches_all_ranks(solver):
     first, second = failures(2, late, solver)
     assert "PeerError" in first and "rank 1 raised ValueError: a broken file" in first
@@ -176,7 +176,7 @@ def sharded(rank, group, solver):
     optimizer.step(lambda: regression(model, points()[mine]))
 
 
-@pytest.mark.parametrize("solver", ["exact", "lanczos", "broyden"])
+@pytest.mark.parametrize("solver", ["exact", "lanczos", "broyden", "lbfgs"])
 def test_vectors_cut_over_ranks_are_an_error_that_names_the_option(solver):
     for text in failures(2, sharded, solver):
         assert "RuntimeError" in text and "shard_state" in text and 'solver="auto"' in text
@@ -226,6 +226,6 @@ def resumed(rank, group, solver):
     return torch.equal(flat(model), flat(other))
 
 
-@pytest.mark.parametrize("solver", ["auto", "exact", "lanczos", "broyden"])
+@pytest.mark.parametrize("solver", ["auto", "exact", "lanczos", "broyden", "lbfgs"])
 def test_the_first_ranks_checkpoint_resumes_bit_for_bit(solver):
     assert launch(2, resumed, solver) == [True, True]

@@ -325,7 +325,7 @@ def draw_case(seed: int) -> Case:
     draw = random.Random(seed)
     options = {
         "curvature": some(draw, "ggn", "hessian"),
-        "solver": some(draw, "auto", "cg", "exact", "lanczos", "broyden"),
+        "solver": some(draw, "auto", "cg", "exact", "lanczos", "broyden", "lbfgs"),
         "damping": some(draw, None, 0.0, 1e-30, 1e-6, 1.0, 1e6, 1e30),
         "lr": some(draw, 1.0, 0.0, 1e-3, 0.5, 3.0),
         "weight_decay": some(draw, 0.0, 1e-30, 1e-4, 0.1, 10.0, 1e10),

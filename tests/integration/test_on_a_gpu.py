@@ -56,7 +56,7 @@ def lowers(device, steps=4, model=None, loss=F.cross_entropy, **options):
 
 
 @on_each
-@pytest.mark.parametrize("solver", ["auto", "cg", "exact", "lanczos", "broyden"])
+@pytest.mark.parametrize("solver", ["auto", "cg", "exact", "lanczos", "broyden", "lbfgs"])
 def test_every_solver(device, solver):
     lowers(device, solver=solver)
 

@@ -51,7 +51,7 @@ class Separable:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("solver", ["auto", "cg", "exact", "lanczos", "broyden"])
+@pytest.mark.parametrize("solver", ["auto", "cg", "exact", "lanczos", "broyden", "lbfgs"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_rests_at_the_end_and_goes_on_with_other_data(loss, solver, dtype):
     run = Separable(loss, dtype, solver=solver)
@@ -128,7 +128,7 @@ def test_what_rounding_hides(loss, slope, x, hidden):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("solver", ["auto", "cg", "exact", "lanczos", "broyden"])
+@pytest.mark.parametrize("solver", ["auto", "cg", "exact", "lanczos", "broyden", "lbfgs"])
 def test_a_new_optimizer_at_the_end_soon_gives_up_and_goes_on_with_other_data(solver, dtype):
     """It does not know how far the loss has come. So it tries, warns once at most, and rests."""
     old = Separable("cross entropy", dtype)

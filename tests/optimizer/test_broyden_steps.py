@@ -336,6 +336,16 @@ def test_iterations_of_limited_memory_come_before_lanczos_steps(monkeypatch):
     assert solvers[0] == "lbfgs" and "lanczos" in solvers and "exact" not in solvers
 
 
+def test_conjugate_gradients_stand_in_where_a_solve_on_trial_cannot_be(monkeypatch):
+    run = Equation()
+    monkeypatch.setattr(hf, "exact_step", lambda *_: None)
+    solvers = [r.solver for r in run.steps(25)]
+    count = solvers.count("cg")
+    assert solvers[0] == "broyden" and count and solvers.count("broyden") > count
+    last = len(solvers) - solvers[::-1].index("cg") - 1
+    assert "broyden" in solvers[last:]  # the trial has ended
+
+
 def test_where_scaled_iterations_are_slow_both_kinds_learn_from_all_steps(monkeypatch):
     monkeypatch.setattr(phases, "SLOW", math.inf)
     monkeypatch.setattr(phases, "SOLVES_BEFORE", math.inf)

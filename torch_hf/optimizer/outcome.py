@@ -250,8 +250,8 @@ class StepDecision(NamedTuple):
         if self.failed is not None:
             phases = phases.handed_over(here.loss)
             cost += self.failed.cost
-        if self.exact is None and self.broyden is None:
-            return progress.with_phases(phases)
+        if self.exact is None and self.broyden is None and not phases.trial:
+            return progress.with_phases(phases)  # by CG: no evidence, unless it stands in on trial
         return progress.with_phases(phases.after(here.loss, self.move.loss, cost))
 
     def next_damping(self, rejections: float = 0) -> float | None:
