@@ -36,7 +36,7 @@ def main() -> None:
         model=make_model().to(args.device),
         train=train,
         test=test,
-        # hf starts with small samples, where light steps are cheap, and ends with a quarter of the data
+        # hf starts with small samples, where light steps are cheap, and ends with a quarter of all
         batch_sizes={"hf": 64, "adam": 32, "sgd": 32, "lbfgs": 1437},
         growth=1.02,
         curvature_fraction=0.5,

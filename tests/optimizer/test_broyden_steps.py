@@ -349,20 +349,16 @@ def test_conjugate_gradients_stand_in_where_a_solve_on_trial_cannot_be(monkeypat
 def test_where_scaled_iterations_are_slow_both_kinds_learn_from_all_steps(monkeypatch):
     monkeypatch.setattr(phases, "SLOW", math.inf)
     monkeypatch.setattr(phases, "SOLVES_BEFORE", math.inf)
-    run, solvers, slope, at, kept = Equation(), [], None, None, 0
+    run, solvers, kept = Equation(), [], 0
     for _ in range(5):
         run.steps(1)
         solvers.append(run.optimizer.last_report.solver)
         secant = run.optimizer._secant
-        here, now = flat(run.model.parameters()), gradient(run.loss(), run.model)
-        torch.testing.assert_close(secant.anchor[0], now)
+        torch.testing.assert_close(secant.anchor[0], gradient(run.loss(), run.model))
         steps, changes = secant.pairs.chunk(2)
         torch.testing.assert_close(secant.inverse @ changes[-1], steps[-1], rtol=1e-5, atol=1e-9)
-        if at is not None:  # the pairs of a step add up to it
-            number = len(steps) - kept
-            torch.testing.assert_close(steps[-number:].sum(0), here - at)
-            torch.testing.assert_close(changes[-number:].sum(0), now - slope)
-        slope, at, kept = now, here, len(steps)
+        assert len(steps) - kept >= (20 if len(solvers) == 2 else 5)
+        kept = len(steps)
     assert solvers[:3] == ["broyden", "broyden", "lbfgs"]
     assert run.optimizer._progress.kind_steps == len(solvers)
 

@@ -79,9 +79,16 @@ class LimitedInverse:
         return cls(len(step))
 
     def add(self, step: Tensor, change: Tensor) -> None:
-        """One pair more, where its curvature is positive and neither under- nor overflows."""
-        along, square = float(step @ change), float(change @ change)
-        if 0 < along < math.inf and 0 < square < math.inf and 1.0 / along < math.inf:
+        """One pair more, where its curvature is positive and neither under- nor overflows.
+
+        H does not depend on a pair's length, so changes are kept at length 1: near a minimum their
+        squares would underflow.
+        """
+        length = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+        if not 0 < length < math.inf:
+            return
+        step, change = (step.double() / length).to(step), (change.double() / length).to(change)
+        if torch.finfo(step.dtype).tiny < float(step @ change) < math.inf:
             self._keep(step, change)
 
     def times(self, v: Tensor) -> Tensor:
