@@ -7,9 +7,12 @@ from closures import matrix_of, network, objective_of, total
 from reference import flat
 
 from torch_hf import HFOptimizer
+from torch_hf.objective import weight_decay
 
 
-def test_weight_decay_is_in_loss_gradient_and_curvature():
+@pytest.mark.parametrize("chunk", [2**22, 3])
+def test_weight_decay_is_in_loss_gradient_and_curvature(chunk, monkeypatch):
+    monkeypatch.setattr(weight_decay, "CHUNK", chunk)
     model = network()
     params = list(model.parameters())
     decay = [0.1, 0.0, 0.3, 0.0]

@@ -10,6 +10,9 @@ from torch import Tensor
 from torch_hf.distributed import Reducer, Space
 from torch_hf.vector import ParameterVector
 
+#: Entries whose squares are summed at once, in float64.
+CHUNK = 2**22
+
 
 class WeightDecay:
     """The penalty of the parameters as they are now.
@@ -42,7 +45,11 @@ class WeightDecay:
         if not pairs:
             return 0.0
         with torch.no_grad():
-            squares = [d * p.double().square().sum() for d, p in pairs]
+            squares = [
+                d * part.double().square().sum()
+                for d, p in pairs
+                for part in p.reshape(-1).split(CHUNK)  # no copy of all in float64
+            ]
         return 0.5 * float(torch.stack(squares).sum())
 
     def add_gradient(self, flat: Tensor) -> None:
