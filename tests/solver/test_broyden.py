@@ -239,3 +239,16 @@ def test_gradients_whose_squares_are_no_numbers_begin_no_matrix(size):
     found = descend(evaluate, *evaluate(torch.zeros(2).double()), None, 5)
     assert math.isfinite(found.loss) and bool(found.displacement.isfinite().all())
     assert found.inverse is None or bool(found.inverse.isfinite().all())
+
+
+def test_a_loss_below_the_normal_numbers_is_left_alone():
+    calls = []
+
+    def evaluate(d):
+        calls.append(d)
+        x = 1e-21 * torch.ones(3) + d
+        return float(0.5 * x @ x), x
+
+    loss = 1.5e-42
+    found = descend(evaluate, loss, 1e-21 * torch.ones(3), None, 20)
+    assert found.iterations == 0 and found.loss == loss and not calls

@@ -82,7 +82,8 @@ def descend(
     pairs = []
     here, done, first = torch.zeros_like(gradient), 0, 1.0
     newton = gradient if known is None else known.times(gradient)  # H g
-    while done < iterations:
+    tiny = torch.finfo(gradient.dtype).tiny
+    while done < iterations and not 0 < loss < tiny:  # where a loss has no digits to search by
         slope = -float(gradient @ newton)
         if not slope < 0 or not math.isfinite(slope):
             if known is None:
