@@ -48,7 +48,7 @@ class WeightDecay:
             squares = [
                 d * part.double().square().sum()
                 for d, p in pairs
-                for part in p.reshape(-1).split(CHUNK)  # no copy of all in float64
+                for part in torch.split(p.reshape(-1), CHUNK)  # no copy of all in float64
             ]
         return 0.5 * float(torch.stack(squares).sum())
 
