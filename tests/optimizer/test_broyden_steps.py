@@ -485,3 +485,105 @@ def test_several_forms_agree():
         found.append(values(model))
     for theta in found[1:]:
         assert_same(theta, found[0])
+
+
+# --- beside conjugate gradients ---
+
+
+class Rollout:
+    """A network applied step after step, whose Jacobian costs more than products: CG's ground."""
+
+    def __init__(self, width=8, seed=0, **options):
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 2)).double()
+        self.start = torch.rand(6, 2, generator=torch.Generator().manual_seed(1)).double() + 0.5
+        self.target = self.rolled(lambda y: torch.stack([y[:, 1], torch.sin(-y[:, 0])], dim=1))
+        self.optimizer = HFOptimizer(self.model.parameters(), **options)
+
+    def rolled(self, field):
+        y, seen = self.start, []
+        for _ in range(25):
+            y = y + 0.2 * field(y)
+            seen.append(y)
+        return torch.stack(seen, dim=1).flatten(1)
+
+    def loss(self):
+        return F.mse_loss(self.rolled(self.model), self.target)
+
+    def steps(self, n):
+        reports = []
+        for _ in range(n):
+            self.optimizer.step(self.loss)
+            reports.append(self.optimizer.last_report)
+        return reports
+
+
+@pytest.fixture
+def no_exact(monkeypatch):
+    """Exact steps cost too much, as with a large network's Jacobian."""
+    for module in (exact_step, hf):
+        if hasattr(module, "exact_is_cheaper"):
+            monkeypatch.setattr(module, "exact_is_cheaper", lambda *_, **__: False)
+
+
+@pytest.mark.parametrize(("width", "solver"), [(8, "broyden"), (8, "lbfgs")])
+def test_iterations_and_conjugate_gradients_share_data_that_stay(
+    width, solver, no_exact, monkeypatch
+):
+    if solver == "lbfgs":
+        monkeypatch.setattr(hf, "quasi_newton_of", lambda vector: "lbfgs")
+    run = Rollout(width)
+    reports = run.steps(30)
+    names = [report.solver for report in reports]
+    assert names[0] == "cg" and names[1] == solver, names
+    assert names[2:].count("cg") >= 2 and names.count(solver) >= 10, names
+    assert all(b.new_loss <= a.new_loss for a, b in pairwise(reports))
+    alone = Rollout(width, solver="cg").steps(30)
+    assert reports[-1].new_loss < alone[-1].new_loss
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "cg"},
+        {"curvature": "hessian"},
+        {"lr": 0.5},
+        {"preconditioner": "lbfgs"},
+        {"cg_max_iter": 20},
+    ],
+)
+def test_options_for_conjugate_gradients_keep_them(options, no_exact):
+    assert {report.solver for report in Rollout(**options).steps(5)} == {"cg"}
+
+
+@pytest.mark.parametrize("at", range(1, 14, 2))
+def test_a_run_beside_conjugate_gradients_resumes_bit_for_bit(at, no_exact):
+    whole, half = Rollout(), Rollout()
+    whole.steps(16)
+    half.steps(at)
+    again = Rollout(seed=5)
+    again.model.load_state_dict(half.model.state_dict())
+    again.optimizer.load_state_dict(copy.deepcopy(half.optimizer.state_dict()))
+    again.steps(16 - at)
+    assert torch.equal(values(again.model), values(whole.model))
+
+
+def test_the_price_of_conjugate_gradients_is_that_of_their_last_step(no_exact):
+    run, seen = Rollout(), []
+    for _ in range(30):
+        (report,) = run.steps(1)
+        if report.solver == "cg" and report.step > 1:
+            seen.append((run.optimizer._progress.phase_price, 1.2 * report.products))
+    assert len(seen) >= 2
+    for price, products in seen:
+        assert products < price < products + 10
+
+
+def test_other_data_end_the_phases(no_exact):
+    run = Rollout()
+    run.steps(3)
+    assert run.optimizer._progress.phase_quasi
+    run.start = run.start + 0.3
+    run.target = run.target - 0.1
+    (report,) = run.steps(1)
+    assert report.solver in ("cg", "kronecker") and not run.optimizer._progress.phase_price

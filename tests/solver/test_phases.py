@@ -92,25 +92,61 @@ def test_cheap_solves_never_give_way():
         assert not phases.quasi and not phases.trial
 
 
-@pytest.mark.parametrize(("before", "loss"), [(1.0, 0.0), (-1.0, -2.0), (math.inf, 1.0)])
-def test_losses_without_a_logarithm_change_no_kind(before, loss):
+@pytest.mark.parametrize(("before", "loss"), [(math.inf, 1.0), (1.0, math.inf), (math.nan, 1.0)])
+def test_losses_that_are_no_numbers_change_no_kind(before, loss):
     phases = Phases().begun(PRICE, 1.0)
     for _ in range(50):
         phases = phases.after(before, loss, 30.0)
         assert phases.quasi and all(map(math.isfinite, phases))
 
 
+@pytest.mark.parametrize("faster", ["quasi", "other"])
+@pytest.mark.parametrize("start", [-1.0, 0.0, 5.0])
+def test_below_zero_the_faster_kind_wins(start, faster):
+    """As a log-likelihood of a density: from above zero to below, or below from the start."""
+    phases, loss, taken = Phases().begun(PRICE, start), start, []
+    for _ in range(2000):
+        fast = bool(phases.quasi) == (faster == "quasi")
+        before, loss = loss, loss - (1.0 if fast else 0.05)
+        phases = phases.after(before, loss, 30.0)
+        taken.append(fast)
+    assert sum(taken[-1000:]) >= 700
+
+
 def test_every_number_may_be_saved_whatever_the_losses_are():
     """Losses of any sign and size, in any order, at steps of either kind."""
     dice = random.Random(0)
     for _ in range(200):
-        phases = Phases().begun(PRICE, dice.choice((1.0, -1.0, 0.0, 1e-300, 1e30)))
+        begin = dice.choice((Phases().begun, Phases().beside_cg))
+        phases = begin(PRICE, dice.choice((1.0, -1.0, 0.0, 1e-300, 1e30)))
         for _ in range(60):
             before, after = (dice.choice((1.0, -1.0, 0.0, 5e-324, 1e300, 0.9)) for _ in range(2))
             if dice.random() < 0.1:
                 phases = phases.handed_over(before)
             phases = phases.after(before, after, dice.choice((0.0, 1.0, 1000.0)))
-            assert all(0 <= x < math.inf for x in phases)
+            assert all(map(math.isfinite, phases))
+            numbers = phases._asdict()
+            assert all(numbers[name] >= 0 for name in numbers if not name.endswith("_loss"))
+
+
+@pytest.mark.parametrize(
+    ("by_cg", "gain", "taken"),
+    [(0, 0.5, False), (0, 1.0, True), (0, 2.0, True), (1, 0.5, False), (1, 1.0, False), (1, 2.0, True)],
+)
+def test_exact_steps_take_over_from_equal_gains_and_conjugate_gradients_do_not(by_cg, gain, taken):
+    phases = (Phases().beside_cg if by_cg else Phases().begun)(PRICE, 1.0)
+    loss, paid = 1.0, 30.0
+    while not phases.trial:
+        assert phases.quasi and phases.by_cg == by_cg
+        before, loss = loss, loss * math.exp(-0.01 * paid)
+        phases = phases.after(before, loss, paid)
+    start, begun = loss, phases.spent
+    while phases.trial:
+        end = phases.spent + paid
+        fall = gain * 0.01 * (end - begun) * begun / end  # rates fall as the run gets longer
+        before, loss = loss, start * math.exp(-fall)
+        phases = phases.after(before, loss, paid)
+    assert phases.quasi == (not taken)
 
 
 def test_iterations_that_gain_nothing_hand_over():

@@ -64,6 +64,23 @@ def test_next_damping(ratio, accepted, damping):
 
 
 @pytest.mark.parametrize(
+    ("ratio", "accepted", "doubt", "damping"),
+    [
+        (0.9, True, 0.0, 0.6),
+        (1.5, True, 0.0, 0.6),
+        (0.95, True, 0.1, 4.0),  # rounding may have lifted it
+        (0.8, True, 0.0, 4.0),
+        (0.1, True, 0.0, 9.0),
+        (1.0, False, 0.0, 9.0),
+        (NAN, True, 0.0, 9.0),
+    ],
+)
+def test_a_damping_from_long_ago_falls_by_ten_under_a_good_model(ratio, accepted, doubt, damping):
+    found = next_damping(6.0, ratio, accepted, 0.0, doubt=doubt, stale=True)
+    assert found == pytest.approx(damping)
+
+
+@pytest.mark.parametrize(
     ("product", "damping"),
     [([6.0, 5.0], 3.0), ([-6.0, 5.0], 6.0), ([0.0, 5.0], 1.0), ([NAN, 0.0], 1.0), ([INF, 0], 1.0)],
 )

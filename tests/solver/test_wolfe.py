@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from torch_hf.solver.wolfe import ARMIJO, CURVATURE, MOST_TRIALS, Point, strong_wolfe
+from torch_hf.solver.wolfe import ARMIJO, CURVATURE, FURTHEST, MOST_TRIALS, Point, strong_wolfe
 
 ONE = torch.ones(1, dtype=torch.float64)
 
@@ -71,4 +71,18 @@ def test_the_start_where_nothing_is_lower():
 
 def test_a_loss_without_bound_ends():
     end, start, lengths = searched(lambda t: -t, lambda t: -1.0)
-    assert end.loss < start.loss and len(lengths) == MOST_TRIALS
+    assert end.loss < start.loss and len(lengths) <= MOST_TRIALS and end.length <= 10 * FURTHEST
+
+
+@pytest.mark.parametrize("bend", [0.0, -1e-9, -1e-3])
+def test_a_slope_that_does_not_flatten_is_followed_by_factors(bend):
+    """Where no minimum is in sight the length grows by 10, not by a hundredth."""
+
+    def line(t):
+        return -t + bend * t * t if t < 1e4 else (t - 1e4) ** 2 - 1e4 + bend * 1e8
+
+    def slope(t):
+        return -1.0 + 2 * bend * t if t < 1e4 else 2 * (t - 1e4)
+
+    end, start, lengths = searched(line, slope)
+    assert end.length > 5e3 and len(lengths) <= 10

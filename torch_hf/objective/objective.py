@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch_hf.objective.results import Evaluation, Graph, LocalEvaluation
 from torch_hf.objective.weight_decay import WeightDecay
 from torch_hf.statistics.gradient_moments import variance_over_cases
 from torch_hf.vector import ParameterVector
+
+
+T = TypeVar("T")
 
 
 class Objective:
@@ -227,14 +230,27 @@ class Objective:
     def trial_loss(self, here: Evaluation) -> float:
         """The objective at whatever values the parameters hold now, without a graph if it can.
 
+        It is inf where the closure raises ``torch.linalg.LinAlgError``: a matrix that cannot be
+        factorized is outside of where the loss is defined.
+
         Args:
             here: Whose batches are averaged alike.
         """
         self.evaluations += 1
-        weighted = self.reducer.attempt(lambda: self._own_loss(here.shares))
+        weighted = self.reducer.attempt(
+            lambda: self._where_defined(lambda: self._own_loss(here.shares), math.inf)
+        )
         penalty = self.penalty.own_loss() * self.space.share
         total, penalty = self.reducer.numbers([0.0 if weighted is None else weighted, penalty])
         return total / here.divisor + penalty
+
+    def _where_defined(self, compute: Callable[[], T], otherwise: T) -> T:
+        try:
+            return compute()
+        except torch.linalg.LinAlgError:
+            if self.reducer.inside:  # other ranks wait for this one
+                raise
+            return otherwise
 
     def _own_loss(self, shares: Sequence[float]) -> float:
         losses = self.runs.losses(self.batches)
@@ -246,7 +262,10 @@ class Objective:
         A loss that is no number is inf.
         """
         self.evaluations += 1
-        found = self.reducer.attempt(lambda: self._own_gradient(here.shares))
+        nowhere = (math.inf, self.vector.zeros())
+        found = self.reducer.attempt(
+            lambda: self._where_defined(lambda: self._own_gradient(here.shares), nowhere)
+        )
         weighted, flat = found or (0.0, self.vector.zeros())
         penalty = self.penalty.own_loss() * self.space.share
         flat, table = self.reducer.vector(flat, [weighted, penalty])
@@ -276,7 +295,9 @@ class Objective:
             (:func:`~torch_hf.curvature.jacobian.jacobian_root`); None for other losses.
         """
         self.evaluations += 1
-        found = self.reducer.attempt(lambda: self._own_residual(here))
+        found = self.reducer.attempt(
+            lambda: self._where_defined(lambda: self._own_residual(here), (math.inf, None))
+        )
         weighted, residual = found or (0.0, None)
         penalty = self.penalty.own_loss() * self.space.share
         counts = -1.0 if residual is None else float(len(residual))

@@ -55,7 +55,7 @@ from torch_hf.solver.choose_solver import (
 )
 from torch_hf.solver.levenberg_marquardt import DampingState
 from torch_hf.solver.line_search import CONVERGED, SearchResult, repeats, scaled, search
-from torch_hf.solver.phases import LEAST_PRICE
+from torch_hf.solver.phases import LEAST_PRICE, Phases
 from torch_hf.solver.trust_region import (
     curvature_along,
     damping_ceiling,
@@ -318,15 +318,17 @@ class HFOptimizer(FlatStateOptimizer):
         """By quasi-Newton iterations where it is their turn, else exactly, else by CG."""
         damping = self.param_groups[0]["damping"]
         eps = torch.finfo(objective.vector.dtype).eps
-        broyden = self._broyden_step(objective, here, same_data, timer)
+        begun = self._phases_beside_cg(objective, here, same_data)
+        broyden = self._broyden_step(objective, here, same_data, timer, begun)
         moved = broyden is not None and broyden.move.direction is not None
         if broyden is not None and (moved or self.param_groups[0]["solver"] in (BROYDEN, LBFGS)):
             step = StepDecision.of_broyden(broyden, damping, same_data)
-            return step.settled(self._progress, here, eps)
+            return step.settled(self._progress, here, eps)._replace(begun=begun)
         with timer.part("gradient"):
             kept = here if broyden is None else None  # trial points have spoiled its graph
             curvature = ObjectiveOperator(objective, self.curvature, here=kept)
-        price = self._price_of_exact(curvature)
+        compared = self._compares_solvers(objective)
+        price = self._price_of_exact(curvature) if compared else 0.0
         # Of the first step, residuals of an equation alone: other data may be gone at the next.
         inside = objective.runs.needs_graph
         if price >= LEAST_PRICE and inside and not self._progress.steps:
@@ -343,7 +345,7 @@ class HFOptimizer(FlatStateOptimizer):
         else:
             step = self._cg_step(objective, here, curvature, same_data, timer)
         step = step.settled(self._progress, here, eps)
-        return step._replace(price=price, failed=broyden)
+        return step._replace(price=price, begun=begun, failed=broyden)
 
     def _cg_step(
         self,
@@ -424,8 +426,24 @@ class HFOptimizer(FlatStateOptimizer):
         """Whether no option asks for conjugate gradients or for other lengths of steps."""
         return all(g["lr"] == 1.0 for g in self.param_groups) and self._chosen_solver_is_free()
 
+    def _phases_beside_cg(
+        self, objective: Objective, here: Evaluation, same_data: bool
+    ) -> Phases | None:
+        """Those that begin where data are seen to stay and conjugate gradients solved before."""
+        progress = self._progress
+        if progress.phase_price or not same_data or progress.exact or not progress.full_cost:
+            return None
+        if self.curvature == "hessian" or not self._compares_solvers(objective):
+            return None
+        return Phases().beside_cg(progress.full_cost, here.loss)
+
     def _broyden_step(
-        self, objective: Objective, here: Evaluation, same_data: bool, timer: StepTimer
+        self,
+        objective: Objective,
+        here: Evaluation,
+        same_data: bool,
+        timer: StepTimer,
+        begun: Phases | None,
     ) -> BroydenStep | None:
         """Quasi-Newton iterations, where it is their turn; else None."""
         whole = not (objective.vector.sums or objective.space.sharded)
@@ -434,7 +452,7 @@ class HFOptimizer(FlatStateOptimizer):
             self._check_rates(kind)
             check_broyden(kind, objective.vector, whole, objective.reducer)
         elif (
-            not (self._wants(AUTO) and self._progress.phase_quasi)
+            not (self._wants(AUTO) and (begun or self._progress.phases).quasi)
             or not (same_data or self._holds(objective, here))
             or not (self._is_plain() and whole)
             or objective.own_curvature_batches
@@ -457,15 +475,19 @@ class HFOptimizer(FlatStateOptimizer):
         progress = self._progress.seeing(here.loss, False)
         return objective.runs.needs_graph and progress.holds_by(HELD_OF_EQUATIONS)
 
+    def _compares_solvers(self, objective: Objective) -> bool:
+        """Whether quasi-Newton iterations would be an alternative."""
+        vector = objective.vector
+        return (
+            self._wants(AUTO)
+            and self._is_plain()
+            and bool(quasi_newton_of(vector))
+            and not (vector.sums or objective.space.sharded)
+            and not objective.own_curvature_batches
+        )
+
     def _price_of_exact(self, curvature: ObjectiveOperator) -> float:
-        """In gradients, where quasi-Newton iterations would be an alternative; else 0."""
-        vector = curvature.objective.vector
-        if not (self._wants(AUTO) and self._is_plain() and quasi_newton_of(vector)):
-            return 0.0
-        if vector.sums or curvature.objective.space.sharded:
-            return 0.0
-        if curvature.objective.own_curvature_batches:
-            return 0.0
+        """In gradients; 0 where conjugate gradients solve."""
         return self._progress.phase_price or price_of_exact(curvature)
 
     def _check_rates(self, wanted: str) -> None:
@@ -620,7 +642,7 @@ class HFOptimizer(FlatStateOptimizer):
                 factors.end()
         elif not outcome.nothing_to_do and not move.converged:
             self._start = solution.last.vector if outcome.accepted and solution else None
-        damping = outcome.next_damping(self._progress.rejected_here)
+        damping = outcome.next_damping(self._progress)
         self._progress = outcome.next_progress(self._progress, objective, here)
         for group in self.param_groups:
             group["damping"] = damping

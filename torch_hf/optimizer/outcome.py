@@ -19,7 +19,7 @@ from torch_hf.solver.cg import CGResult
 from torch_hf.solver.choose_solver import CG, KRONECKER
 from torch_hf.solver.levenberg_marquardt import STUCK
 from torch_hf.solver.line_search import NO_DECREASE, NO_DESCENT, SearchResult
-from torch_hf.solver.phases import Phases
+from torch_hf.solver.phases import LEAST_PRICE, Phases
 from torch_hf.solver.trust_region import (
     EASY_ITERATIONS,
     THRESHOLDS_ON_NEW_DATA,
@@ -40,6 +40,10 @@ NOTHING_LEFT = "converged: the loss is below the rounding of its value at the st
 FAILURES = (STUCK, NO_DECREASE, NO_DESCENT, NO_QUASI_NEWTON_DECREASE)
 
 
+#: Of an optimizer that has taken no step.
+BEGINNING = Progress()
+
+
 class StepDecision(NamedTuple):
     """What a step came to.
 
@@ -57,6 +61,7 @@ class StepDecision(NamedTuple):
         light: What a light step hands to the next.
         broyden: What a step of quasi-Newton iterations hands to the next.
         price: What an exact solve costs here, in gradients; 0 where none is in question.
+        begun: The phases that begin with this step, beside conjugate gradients.
         failed: Quasi-Newton iterations that gained nothing, before the step that is taken.
         holds: Whether points of an equation changed and gains were found again on others.
     """
@@ -73,6 +78,7 @@ class StepDecision(NamedTuple):
     light: LightStep | None = None
     broyden: BroydenStep | None = None
     price: float = 0.0
+    begun: Phases | None = None
     failed: BroydenStep | None = None
     holds: bool = False
 
@@ -208,7 +214,7 @@ class StepDecision(NamedTuple):
             if self.accepted:
                 progress = progress._replace(rejected_here=0.0)
             else:
-                damping = self.next_damping(before.rejected_here)
+                damping = self.next_damping(before)
                 progress = progress.with_rejection(here.loss, here.gradient_norm, damping)
             progress = progress._replace(
                 rejections=0 if self.accepted else progress.rejections + 1,
@@ -246,19 +252,23 @@ class StepDecision(NamedTuple):
         if self.broyden is not None and self.broyden.both:
             kinds = progress.kinds.after(here.loss, self.move.loss, self.broyden.gradients)
             progress = progress.with_kinds(kinds)
+        by_cg = self.exact is None and self.broyden is None
         phases = progress.phases.begun(self.price, here.loss) if self.price else progress.phases
+        phases = phases if self.begun is None else self.begun
         if self.failed is not None:
             phases = phases.handed_over(here.loss)
             cost += self.failed.cost
-        if self.exact is None and self.broyden is None and not phases.trial:
-            return progress.with_phases(phases)  # by CG: no evidence, unless it stands in on trial
+        if by_cg and phases.by_cg:
+            phases = phases._replace(price=max(cost, LEAST_PRICE))
+        elif by_cg and not phases.trial:
+            return progress.with_phases(phases)  # no evidence, unless it stands in on trial
         return progress.with_phases(phases.after(here.loss, self.move.loss, cost))
 
-    def next_damping(self, rejections: float = 0) -> float | None:
+    def next_damping(self, progress: Progress = BEGINNING) -> float | None:
         """Lambda for the next step.
 
         Args:
-            rejections: How many steps in a row were rejected here before this one.
+            progress: The numbers that this step began with.
         """
         if self.damping is None or self.nothing_to_do or not self.is_by_cg:
             return self.damping
@@ -274,7 +284,8 @@ class StepDecision(NamedTuple):
             curvature=self.curvature_seen,
             doubt=self.move.doubt,
             promise=self.move.promise,
-            rejections=rejections if self.same_data else 0,
+            rejections=progress.rejected_here if self.same_data else 0,
+            stale=bool(progress.phase_trial and progress.phase_by_cg),
         )
 
     def _soon_solved(self) -> bool:

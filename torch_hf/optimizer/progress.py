@@ -52,10 +52,11 @@ _NOT_NEGATIVE = (
     "highest",
     "rejected_damping",
     "rejected_here",
-    *_OF_PHASES,
+    *(name for name in _OF_PHASES if not name.endswith("_loss")),
     *_OF_KINDS,
 )
 _ANY = (
+    *(name for name in _OF_PHASES if name.endswith("_loss")),
     "last_start",
     "found_again",
     "exact_stuck_at",
@@ -160,6 +161,7 @@ class Progress(NamedTuple):
     phase_checked_loss: float = 0.0
     phase_rate: float = 0.0
     phase_fresh: float = 0.0
+    phase_by_cg: float = 0.0
     kind_limited: float = 0.0
     kind_trial: float = 0.0
     kind_steps: float = 0.0

@@ -102,6 +102,7 @@ class Phases(NamedTuple):
         checked_loss: The loss at the end of the last trial.
         rate: By how much the kind at work lowers the loss's logarithm per gradient.
         fresh: 1 for the first exact step of a trial.
+        by_cg: 1 where conjugate gradients are the alternative, and not exact steps.
     """
 
     quasi: float = 0.0
@@ -114,6 +115,7 @@ class Phases(NamedTuple):
     checked_loss: float = 0.0
     rate: float = 0.0
     fresh: float = 0.0
+    by_cg: float = 0.0
 
     def begun(self, price: float, loss: float) -> Phases:
         """At the first step that knows what an exact one costs: quasi-Newton iterations come first.
@@ -125,12 +127,24 @@ class Phases(NamedTuple):
         if self.price:
             return self
         first = SOLVES_BEFORE * price
-        quasi = float(price >= LEAST_PRICE and loss > 0)
-        return Phases(quasi=quasi, price=price, check_at=first, checked_loss=max(loss, 0.0))
+        quasi = float(price >= LEAST_PRICE and math.isfinite(loss))
+        return Phases(quasi=quasi, price=price, check_at=first, checked_loss=loss)
+
+    def beside_cg(self, price: float, loss: float) -> Phases:
+        """Those that begin where conjugate gradients are the alternative.
+
+        Args:
+            price: Of the last of their steps, in gradients.
+            loss: Where the step begins.
+        """
+        if price < LEAST_PRICE or not math.isfinite(loss):
+            return self
+        first = SOLVES_BEFORE * price
+        return Phases(quasi=1.0, price=price, check_at=first, checked_loss=loss, by_cg=1.0)
 
     def after(self, before: float, loss: float, cost: float) -> Phases:
         """After a step from one loss to another, at this cost in gradients."""
-        if self.price < LEAST_PRICE or not (loss > 0 and math.isfinite(before) and cost > 0):
+        if self.price < LEAST_PRICE or not (math.isfinite(before + loss) and cost > 0):
             return self._replace(spent=self.spent + cost, fresh=0.0)
         spent = self.spent + cost
         now = self._replace(spent=spent, fresh=0.0)
@@ -146,7 +160,8 @@ class Phases(NamedTuple):
         taken = spent - self.trial_from
         gain = _fall(self.trial_loss, loss)
         expected = self.rate * taken * self.trial_from / spent  # rates fall as the run gets longer
-        needed = expected / ENOUGH if self.quasi else expected * ENOUGH
+        eager = bool(self.quasi) == bool(self.by_cg)  # who takes over from less of the other's gain
+        needed = expected * ENOUGH if eager else expected / ENOUGH
         whole = max(SOLVES_OF_TRIAL * self.price, PART_OF_TRIAL * self.trial_from)
         early = EARLY_QUASI if self.quasi else EARLY_EXACT
         if taken < early * whole or (taken < whole and gain >= HOPELESS * needed):
@@ -164,8 +179,7 @@ class Phases(NamedTuple):
         """Where quasi-Newton iterations gained nothing: exact steps go on from this loss."""
         if self.trial:  # it has failed
             check = GROWTH * self.spent
-            checked = max(loss, 0.0)
-            return self._replace(trial=0.0, quasi=0.0, check_at=check, checked_loss=checked)
+            return self._replace(trial=0.0, quasi=0.0, check_at=check, checked_loss=loss)
         return self._try_other(loss)._replace(rate=0.0)
 
     def _try_other(self, loss: float) -> Phases:
@@ -173,11 +187,19 @@ class Phases(NamedTuple):
             trial=1.0,
             quasi=1.0 - self.quasi,
             trial_from=self.spent,
-            trial_loss=max(loss, 0.0),
+            trial_loss=loss,
             fresh=self.quasi,
         )
 
 
 def _fall(before: float, loss: float) -> float:
-    """Of the loss's logarithm; 0 where there is none."""
-    return math.log(before) - math.log(loss) if before > 0 and loss > 0 else 0.0
+    """Of the loss's logarithm; of a loss that is not above zero, in parts of the greater of both.
+
+    Example:
+        >>> round(_fall(1.0, 0.5), 3), _fall(-1.0, -2.0), _fall(1.0, -1.0), _fall(0.0, 0.0)
+        (0.693, 0.5, 2.0, 0.0)
+    """
+    if before > 0 and loss > 0:
+        return math.log(before) - math.log(loss)
+    scale = max(abs(before), abs(loss))
+    return (before - loss) / scale if scale else 0.0

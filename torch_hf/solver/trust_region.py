@@ -23,6 +23,7 @@ THRESHOLDS_ON_SAME_DATA = 0.25, 0.75
 THRESHOLDS_ON_NEW_DATA = 0.5, 0.9
 #: Where CG stops by itself within so few iterations, lambda outweighs the curvature and falls by
 #: this factor.
+STALE_FACTOR = 10.0
 EASY_FACTOR, EASY_ITERATIONS = 4.0, 20
 #: Where the loss falls by so much of what the quadratic predicted, no earlier iterate is tried, and
 #: the next solve starts from the whole ``WARM_START_FACTOR``.
@@ -150,6 +151,7 @@ def next_damping(
     doubt: float = 0.0,
     promise: float = 0.0,
     rejections: float = 0,
+    stale: bool = False,
 ) -> float:
     """Lambda for the next step.
 
@@ -172,6 +174,8 @@ def next_damping(
             the loss, as from curvature that has vanished, lambda rises by that factor at once.
         rejections: How many steps in a row were rejected before this one, on the same data. From
             the third on lambda rises by 10.
+        stale: Lambda is that of conjugate gradients long ago, with steps of another kind since.
+            It falls by 10 where the ratio is at least 9/10.
 
     Example:
         >>> next_damping(3.0, 0.9, True, 1e-8), next_damping(2.0, 0.5, True, 1e-8)
@@ -187,6 +191,8 @@ def next_damping(
         damping = damping * (HURRIED_FACTOR if hurry else DAMPING_FACTOR)
     elif easy and abs(ratio - 1.0) + doubt <= 0.1:
         damping = min(damping / EASY_FACTOR, halfway(damping, curvature))
+    elif stale and accepted and ratio - doubt >= 0.9:
+        damping = damping / STALE_FACTOR
     elif accepted and ratio - doubt > high:
         damping = damping / DAMPING_FACTOR
     return max(damping, floor)

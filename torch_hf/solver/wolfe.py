@@ -18,6 +18,8 @@ ARMIJO, CURVATURE = 1e-4, 0.9
 MOST_TRIALS = 25
 #: By how much a length grows where the loss still falls.
 LEAST_GROWTH, MOST_GROWTH = 1.01, 10.0
+#: A search ends so many first lengths away: a loss without a bound has no minimum to look for.
+FURTHEST = 1e6
 #: An interpolation this close to an end, in parts of the width, is moved inwards the second time.
 INSIDE, NEXT = 0.1, 1e-3
 
@@ -72,6 +74,8 @@ def strong_wolfe(along: Along, start: Point, direction: Tensor, first: float) ->
         else:
             low, before = point, low
             if high is None:
+                if length >= FURTHEST * first:
+                    break
                 length = _further(before, point)
                 continue
         assert high is not None
@@ -97,7 +101,8 @@ def _rises(point: Point, start: Point) -> bool:
 def _further(before: Point, point: Point) -> float:
     """A greater length, by the cubic through both ends."""
     low, high = LEAST_GROWTH * point.length, MOST_GROWTH * point.length
-    return min(max(_minimum(before, point), low), high)
+    least = _minimum(before, point)
+    return min(max(least, low), high) if least > point.length else high  # it does not curve upwards
 
 
 def _between(low: Point, high: Point, was_close: bool) -> tuple[float, bool]:
