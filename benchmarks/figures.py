@@ -40,6 +40,8 @@ OVERVIEW = (
         "poisson5d-cpu-seconds",
         "train_loss",
     ),
+    ("a flow fitted to trajectories", "training loss", "neural-ode-cpu-seconds", "train_loss"),
+    ("LSTM on sums of waves", "training loss", "lstm-cpu-seconds", "train_loss"),
     ("recurrent network, adding problem", "test error", "adding-cpu", "test"),
     ("MNIST autoencoder", "test error", "autoencoder-cpu", "test"),
     ("Curves autoencoder", "test error", "curves-cpu", "test"),
@@ -57,6 +59,8 @@ DENSE = {
     "dense-advection": ("advection-cpu-seconds", "train_loss"),
     "dense-allen-cahn": ("allen-cahn-cpu-seconds", "train_loss"),
     "dense-poisson5d": ("poisson5d-cpu-seconds", "train_loss"),
+    "dense-neural-ode": ("neural-ode-cpu-seconds", "train_loss"),
+    "dense-lstm": ("lstm-cpu-seconds", "train_loss"),
     "dense-adding": ("adding-cpu-seconds", "train_loss"),
     "dense-heat-fixed": ("heat-cpu-seconds", "test"),
     "dense-heat": ("heat-resampled-cpu-seconds", "test"),
@@ -70,6 +74,7 @@ DENSE = {
 #: How the pages call them.
 NAMES = {
     "hf": "ours",
+    "hf:solver=cg": "ours, by CG alone",
     "lbfgs": "L-BFGS",
     "engd": "energy natural gradient",
     "lm": "Levenberg-Marquardt",
@@ -219,6 +224,8 @@ def value_of(row: dict[str, Any], key: str) -> float | None:
 
 
 def called(optimizer: str) -> str:
+    if optimizer in NAMES:
+        return NAMES[optimizer]
     base, _, options = optimizer.partition(":")
     sizes = [o.partition("=")[2] for o in options.split(":") if o.startswith("batch_size=")]
     return NAMES.get(base, base) + "".join(f", batches of {size}" for size in sizes)

@@ -11,6 +11,7 @@ from .equations import advection, allen_cahn, helmholtz, poisson5d
 from .images import cifar10_classifier, curves_autoencoder, mnist_autoencoder, mnist_classifier
 from .inverse import heat
 from .physics import burgers, poisson
+from .sequences import lstm, neural_ode
 from .small import adding, regression
 from .speech import speech
 from .task import RaceTask, Setting
@@ -30,6 +31,8 @@ TASKS: dict[str, Callable[[Setting], RaceTask]] = {
     "heat": heat,
     "heat-resampled": partial(heat, resampled=True),
     "adding": adding,
+    "neural-ode": neural_ode,
+    "lstm": lstm,
     "mnist": mnist_classifier,
     "mnist10k": partial(mnist_classifier, cases=10_000),
     "cifar10": cifar10_classifier,

@@ -71,6 +71,30 @@ def test_adding_problem(race):
     assert float(sums.var()) == pytest.approx(1 / 6, rel=0.2)
 
 
+def test_trajectories_of_predators_and_prey_keep_their_first_integral(race):
+    start, points = race.sequences.flow_data(20, 30, seed=3)
+    path = torch.cat([start[:, None], points.unflatten(1, (30, 2))], dim=1)
+    prey, predators = path.unbind(dim=2)
+    kept = prey - prey.log() + predators - 1.1 * predators.log()
+    torch.testing.assert_close(kept, kept[:, :1].expand_as(kept), rtol=1e-5, atol=1e-5)
+    assert ((path[:, -1] - path[:, 0]).norm(dim=1) > 0.1).any()
+    model = race.sequences.neural_ode(race.task.Setting()).make_model()
+    assert sum(p.numel() for p in model.parameters()) == 522
+
+
+def test_waves_are_to_be_predicted_one_value_ahead(race):
+    values, following = race.sequences.wave_data(20, seed=3)
+    assert values.shape == following.shape == (20, 59)
+    assert torch.equal(values[:, 1:], following[:, :-1])
+    assert (values.abs() <= 1.5).all() and values.std(dim=1).min() > 0.3
+    model = race.sequences.Predictor(3)
+    outputs = model(values)
+    assert outputs.shape == following.shape
+    changed = values.clone()
+    changed[:, 30:] += 1.0  # what comes later must not be seen
+    torch.testing.assert_close(model(changed)[:, :30], outputs[:, :30])
+
+
 def test_structural_damping_adds_the_hidden_states_gauss_newton_matrix(race):
     """Against dense Jacobians: loss and gradient stay, G gains mu J_h^T J_h, a mean over cases."""
     torch.manual_seed(0)

@@ -91,7 +91,10 @@ def test_loss_gradient_residual_and_jacobian_agree(race, outputs):
     assert problem.loss(here) == loss == pytest.approx(at.loss) == pytest.approx(0.5 * float(r @ r))
 
 
-@pytest.mark.parametrize("name", ["regression", "poisson", "burgers", "adding", *PHYSICS[:-2]])
+SMALL = ["regression", "poisson", "burgers", "adding", "neural-ode", "lstm"]
+
+
+@pytest.mark.parametrize("name", [*SMALL, *PHYSICS[:-2]])
 def test_residuals_of_a_task_are_its_loss(race, name):
     task = race.tasks.TASKS[name](race.task.Setting())
     if name == "poisson5d":

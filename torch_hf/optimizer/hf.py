@@ -221,6 +221,8 @@ class HFOptimizer(FlatStateOptimizer):
             closure: Computes the loss, in one of three forms: an L-BFGS closure as it stands
                 (calls ``backward()``, returns the loss); returns a loss with its graph; returns
                 ``(loss, outputs)`` or ``(loss, outputs, cases)``. It runs several times a step.
+                Where it raises ``torch.linalg.LinAlgError`` at a trial point, as a Cholesky factor
+                may, the loss there counts as infinite.
             batches: If given, the closure takes one batch, and loss, gradient and products are
                 averaged over these by number of cases, at the memory of one.
             curvature_batches: Batches for the products; ``batches`` if None.
