@@ -12,7 +12,7 @@ from .task import RaceTask, Setting, Tensors, supervised
 
 
 def neural_ode(setting: Setting) -> RaceTask:
-    """The right-hand side of an ordinary differential equation, from trajectories (Chen et al. 2018).
+    """The right-hand side of a differential equation, from trajectories (Chen et al. 2018).
 
     The trajectories are those of Lotka and Volterra's predators and prey, both by Runge and Kutta's
     method of fourth order; nothing is noisy.
@@ -75,7 +75,7 @@ class Flow(nn.Module):
 
 
 def lstm(setting: Setting) -> RaceTask:
-    """The next value of sums of two waves, by an LSTM (Hochreiter & Schmidhuber 1997), full batch."""
+    """The next value of sums of two waves, by an LSTM (Hochreiter & Schmidhuber 1997)."""
     sequences, units = (2_000, 64) if setting.large else (64, 16)
     train, test = wave_data(sequences, seed=0), wave_data(200, seed=1)
     return supervised(

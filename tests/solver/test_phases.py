@@ -131,7 +131,7 @@ def test_every_number_may_be_saved_whatever_the_losses_are():
 
 @pytest.mark.parametrize(
     ("by_cg", "gain", "taken"),
-    [(0, 0.5, False), (0, 1.0, True), (0, 2.0, True), (1, 0.5, False), (1, 1.0, False), (1, 2.0, True)],
+    [(0, 0.5, 0), (0, 1.0, 1), (0, 2.0, 1), (1, 0.5, 0), (1, 1.0, 0), (1, 2.0, 1)],
 )
 def test_exact_steps_take_over_from_equal_gains_and_conjugate_gradients_do_not(by_cg, gain, taken):
     phases = (Phases().beside_cg if by_cg else Phases().begun)(PRICE, 1.0)

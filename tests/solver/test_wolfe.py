@@ -84,5 +84,5 @@ def test_a_slope_that_does_not_flatten_is_followed_by_factors(bend):
     def slope(t):
         return -1.0 + 2 * bend * t if t < 1e4 else 2 * (t - 1e4)
 
-    end, start, lengths = searched(line, slope)
+    end, _, lengths = searched(line, slope)
     assert end.length > 5e3 and len(lengths) <= 10

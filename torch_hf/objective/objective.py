@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +24,6 @@ from torch_hf.objective.results import Evaluation, Graph, LocalEvaluation
 from torch_hf.objective.weight_decay import WeightDecay
 from torch_hf.statistics.gradient_moments import variance_over_cases
 from torch_hf.vector import ParameterVector
-
 
 T = TypeVar("T")
 
@@ -237,20 +237,23 @@ class Objective:
             here: Whose batches are averaged alike.
         """
         self.evaluations += 1
-        weighted = self.reducer.attempt(
-            lambda: self._where_defined(lambda: self._own_loss(here.shares), math.inf)
-        )
+        weighted = self._attempt_at_trial(partial(self._own_loss, here.shares))
         penalty = self.penalty.own_loss() * self.space.share
-        total, penalty = self.reducer.numbers([0.0 if weighted is None else weighted, penalty])
+        total, penalty = self.reducer.numbers([math.inf if weighted is None else weighted, penalty])
         return total / here.divisor + penalty
 
-    def _where_defined(self, compute: Callable[[], T], otherwise: T) -> T:
-        try:
-            return compute()
-        except torch.linalg.LinAlgError:
-            if self.reducer.inside:  # other ranks wait for this one
-                raise
-            return otherwise
+    def _attempt_at_trial(self, compute: Callable[[], T]) -> T | None:
+        """What is computed; None where a matrix cannot be factorized, or a rank has failed."""
+
+        def part() -> T | None:
+            try:
+                return compute()
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                if self.reducer.inside:  # other ranks wait for this one
+                    raise
+                return None
+
+        return self.reducer.attempt(part)
 
     def _own_loss(self, shares: Sequence[float]) -> float:
         losses = self.runs.losses(self.batches)
@@ -262,11 +265,8 @@ class Objective:
         A loss that is no number is inf.
         """
         self.evaluations += 1
-        nowhere = (math.inf, self.vector.zeros())
-        found = self.reducer.attempt(
-            lambda: self._where_defined(lambda: self._own_gradient(here.shares), nowhere)
-        )
-        weighted, flat = found or (0.0, self.vector.zeros())
+        found = self._attempt_at_trial(partial(self._own_gradient, here.shares))
+        weighted, flat = found or (math.inf, self.vector.zeros())
         penalty = self.penalty.own_loss() * self.space.share
         flat, table = self.reducer.vector(flat, [weighted, penalty])
         total, penalty = (sum(column) for column in zip(*table, strict=True))
@@ -295,10 +295,8 @@ class Objective:
             (:func:`~torch_hf.curvature.jacobian.jacobian_root`); None for other losses.
         """
         self.evaluations += 1
-        found = self.reducer.attempt(
-            lambda: self._where_defined(lambda: self._own_residual(here), (math.inf, None))
-        )
-        weighted, residual = found or (0.0, None)
+        found = self._attempt_at_trial(partial(self._own_residual, here))
+        weighted, residual = found or (math.inf, None)
         penalty = self.penalty.own_loss() * self.space.share
         counts = -1.0 if residual is None else float(len(residual))
         table = self.reducer.table([weighted, penalty, counts])

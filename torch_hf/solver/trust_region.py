@@ -21,9 +21,10 @@ DAMPING_FACTOR = 1.5
 THRESHOLDS_ON_SAME_DATA = 0.25, 0.75
 #: The ratio on a sample is biased upwards for the step fitted to it, so thresholds are higher.
 THRESHOLDS_ON_NEW_DATA = 0.5, 0.9
+#: Lambda falls by this factor under a good model, where other steps came since it was learnt.
+STALE_FACTOR = 10.0
 #: Where CG stops by itself within so few iterations, lambda outweighs the curvature and falls by
 #: this factor.
-STALE_FACTOR = 10.0
 EASY_FACTOR, EASY_ITERATIONS = 4.0, 20
 #: Where the loss falls by so much of what the quadratic predicted, no earlier iterate is tried, and
 #: the next solve starts from the whole ``WARM_START_FACTOR``.
