@@ -144,6 +144,52 @@ def late(rank, group, solver):
         assert torch.equal(before, flat(model))
 
 
+def undefined(rank, group, solver):
+    model, x = model_of(), points()
+    optimizer = HFOptimizer(model.parameters(), process_group=group, solver=solver)
+    runs, raised = [0], [False]
+    mine = share(torch.arange(CASES), rank, 2)
+
+    def closure():
+        runs[0] += 1
+        if rank == 1 and runs[0] > 1 and not raised[0] and not torch.equal(before, flat(model)):
+            raised[0] = True
+            raise torch.linalg.LinAlgError("not positive definite")
+        return regression(model, x[mine])
+
+    before = flat(model)
+    optimizer.step(closure)
+    check_replicas(optimizer)
+    report = optimizer.last_report
+    return raised[0], report.new_loss < report.loss, flat(model)
+
+
+@pytest.mark.parametrize("solver", ["cg", "exact", "lanczos", "broyden", "lbfgs"])
+def test_a_trial_point_outside_of_the_losss_domain_on_one_rank_counts_as_infinite(solver):
+    (_, lower, here), (raised, lower_there, there) = launch(2, undefined, solver)
+    assert raised and lower and lower_there and torch.equal(here, there)
+
+
+def beside_cg(rank, group, sizes):
+    """No exact steps: as where a network's Jacobian costs too much."""
+    import torch_hf.optimizer.exact_step as module
+
+    module.exact_is_cheaper = lambda *_, **__: False
+    start = sum(sizes[:rank])
+    mine = torch.arange(start, start + sizes[rank])
+    return train(model_of(), [mine] if len(mine) else [], "regression", 12, process_group=group)
+
+
+@pytest.mark.parametrize("sizes", [(13, 27), (40, 0)])
+def test_iterations_beside_conjugate_gradients_are_the_same_on_all_ranks(sizes):
+    (alone,) = launch(1, beside_cg, (CASES,))
+    runs = launch(2, beside_cg, sizes)
+    for parameters, seen, solvers in runs:
+        assert torch.equal(parameters, runs[0][0]) and seen == runs[0][1]
+        assert solvers == alone[2] and {"cg", "broyden"} <= set(solvers)
+    assert [loss for loss, *_ in runs[0][1]][:3] == pytest.approx([x for x, *_ in alone[1]][:3])
+
+
 def search_fails(rank, group):
     """The first rank's own algebra fails, where no other rank computes."""
     model, x = model_of(), points()
