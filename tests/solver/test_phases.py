@@ -6,7 +6,15 @@ from itertools import pairwise
 
 import pytest
 
-from torch_hf.solver.phases import FAST, GROWTH, LEAST_PRICE, SOLVES_BEFORE, Kinds, Phases
+from torch_hf.solver.phases import (
+    FAST,
+    GROWTH,
+    GROWTH_OF_CG,
+    LEAST_PRICE,
+    SOLVES_BEFORE,
+    Kinds,
+    Phases,
+)
 
 PRICE = 20.0
 
@@ -147,6 +155,8 @@ def test_exact_steps_take_over_from_equal_gains_and_conjugate_gradients_do_not(b
         before, loss = loss, start * math.exp(-fall)
         phases = phases.after(before, loss, paid)
     assert phases.quasi == (not taken)
+    later = GROWTH_OF_CG if by_cg and not taken else GROWTH
+    assert phases.check_at == pytest.approx(later * phases.spent)
 
 
 def test_iterations_that_gain_nothing_hand_over():

@@ -20,8 +20,8 @@ LEAST_PRICE = 4.0
 SOLVES_BEFORE = 12.0
 #: A trial lasts for so many exact solves, and for so much of the run's cost at least.
 SOLVES_OF_TRIAL, PART_OF_TRIAL = 6.0, 0.1
-#: The next trial comes when the cost has grown by this factor.
-GROWTH = 2.0
+#: The next trial comes when the cost has grown by this factor; after one of CG that failed.
+GROWTH, GROWTH_OF_CG = 2.0, 4.0
 #: Exact steps take over from half of the other's gain on: they begin slowly.
 ENOUGH = 0.8
 #: A trial ends early, after this part, where it has gained less than this part of what it must.
@@ -163,7 +163,7 @@ class Phases(NamedTuple):
         eager = bool(self.quasi) == bool(self.by_cg)  # who takes over from less of the other's gain
         needed = expected * ENOUGH if eager else expected / ENOUGH
         whole = max(SOLVES_OF_TRIAL * self.price, PART_OF_TRIAL * self.trial_from)
-        early = EARLY_QUASI if self.quasi else EARLY_EXACT
+        early = EARLY_QUASI if self.quasi or self.by_cg else EARLY_EXACT
         if taken < early * whole or (taken < whole and gain >= HOPELESS * needed):
             return now
         won = gain > 0 and gain >= needed
@@ -171,7 +171,7 @@ class Phases(NamedTuple):
             trial=0.0,
             quasi=self.quasi if won else 1.0 - self.quasi,
             rate=gain / taken if won else self.rate,
-            check_at=GROWTH * spent,
+            check_at=(GROWTH if won or self.quasi or not self.by_cg else GROWTH_OF_CG) * spent,
             checked_loss=loss,
         )
 
