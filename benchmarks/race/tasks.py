@@ -24,6 +24,7 @@ TASKS: dict[str, Callable[[Setting], RaceTask]] = {
     "poisson32": partial(poisson, dtype=torch.float32),
     "burgers": burgers,
     "burgers32": partial(burgers, dtype=torch.float32),
+    "burgers-points": partial(burgers, more=True),
     "allen-cahn": allen_cahn,
     "helmholtz": helmholtz,
     "advection": advection,
