@@ -19,18 +19,14 @@ def neural_ode(setting: Setting) -> RaceTask:
     """
     trajectories, steps, units = (200, 60, 64) if setting.large else (16, 30, 20)
     train, test = flow_data(trajectories, steps, seed=0), flow_data(100, steps, seed=1)
-    return supervised(
+    return _squares(
         "neural-ode",
         f"a flow from {trajectories} trajectories",
         lambda: Flow(units, steps).double(),
-        tuple(tensor.to(setting.device) for tensor in train),
-        tuple(tensor.to(setting.device) for tensor in test),
-        F.mse_loss,
-        {"error": lambda outputs, targets: (outputs - targets).square().mean(dim=1)},
-        test_metric="test_error",
-        targets=[("train_loss", value) for value in (1e-2, 1e-4, 1e-6)],
-        budget=20.0,
-        dtype=torch.float64,
+        (train, test),
+        setting,
+        (1e-2, 1e-4, 1e-6),
+        torch.float64,
     )
 
 
@@ -78,17 +74,14 @@ def lstm(setting: Setting) -> RaceTask:
     """The next value of sums of two waves, by an LSTM (Hochreiter & Schmidhuber 1997)."""
     sequences, units = (2_000, 64) if setting.large else (64, 16)
     train, test = wave_data(sequences, seed=0), wave_data(200, seed=1)
-    return supervised(
+    return _squares(
         "lstm",
         f"an LSTM on {sequences} sequences",
         lambda: Predictor(units),
-        tuple(tensor.to(setting.device) for tensor in train),
-        tuple(tensor.to(setting.device) for tensor in test),
-        F.mse_loss,
-        {"error": lambda outputs, targets: (outputs - targets).square().mean(dim=1)},
-        test_metric="test_error",
-        targets=[("train_loss", value) for value in (1e-2, 1e-3, 5e-4)],
-        budget=20.0,
+        (train, test),
+        setting,
+        (1e-2, 1e-3, 5e-4),
+        torch.float32,
     )
 
 
@@ -112,3 +105,29 @@ class Predictor(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         return self.read(self.cells(values[..., None])[0])[..., 0]
+
+
+def _squares(
+    name: str,
+    title: str,
+    make_model: Callable[[], nn.Module],
+    data: tuple[Tensors, Tensors],
+    setting: Setting,
+    targets: tuple[float, ...],
+    dtype: torch.dtype,
+) -> RaceTask:
+    """A task of mean squared errors, from its cases for training and for the test."""
+    train, test = (tuple(tensor.to(setting.device) for tensor in part) for part in data)
+    return supervised(
+        name,
+        title,
+        make_model,
+        train,
+        test,
+        F.mse_loss,
+        {"error": lambda outputs, targets: (outputs - targets).square().mean(dim=1)},
+        test_metric="test_error",
+        targets=[("train_loss", value) for value in targets],
+        budget=20.0,
+        dtype=dtype,
+    )

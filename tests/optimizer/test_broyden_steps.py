@@ -31,7 +31,18 @@ def cheap(monkeypatch):
     monkeypatch.setattr(hf, "LEAST_PRICE", 1.0)
 
 
-class Equation:
+class Run:
+    """Has an ``optimizer`` and a ``loss``."""
+
+    def steps(self, n):
+        reports = []
+        for _ in range(n):
+            self.optimizer.step(self.loss)
+            reports.append(self.optimizer.last_report)
+        return reports
+
+
+class Equation(Run):
     """``u_xx + u_yy + u = f`` with a network of 191 parameters, all points in every step."""
 
     def __init__(self, seed=0, dtype=torch.float64, points=POINTS, **options):
@@ -53,13 +64,6 @@ class Equation:
             )
         target = 3 * torch.sin(3 * self.points[:, 0]) * torch.cos(2 * self.points[:, 1])
         return (bend + u[:, 0] - target).square().mean()
-
-    def steps(self, n):
-        reports = []
-        for _ in range(n):
-            self.optimizer.step(self.loss)
-            reports.append(self.optimizer.last_report)
-        return reports
 
 
 # --- one step ---
@@ -490,7 +494,7 @@ def test_several_forms_agree():
 # --- beside conjugate gradients ---
 
 
-class Rollout:
+class Rollout(Run):
     """A network applied step after step, whose Jacobian costs more than products: CG's ground."""
 
     def __init__(self, width=8, seed=0, **options):
@@ -509,13 +513,6 @@ class Rollout:
 
     def loss(self):
         return F.mse_loss(self.rolled(self.model), self.target)
-
-    def steps(self, n):
-        reports = []
-        for _ in range(n):
-            self.optimizer.step(self.loss)
-            reports.append(self.optimizer.last_report)
-        return reports
 
 
 @pytest.fixture
