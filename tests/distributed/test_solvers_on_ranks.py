@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_hf import HFOptimizer, check_replicas
+from torch_hf.preconditioner.simple import NoPreconditioner
 
 CASES = 40
 
@@ -275,3 +276,33 @@ def resumed(rank, group, solver):
 @pytest.mark.parametrize("solver", ["auto", "exact", "lanczos", "broyden", "lbfgs"])
 def test_the_first_ranks_checkpoint_resumes_bit_for_bit(solver):
     assert launch(2, resumed, solver) == [True, True]
+
+
+# --- what a preconditioner of a user's own may ask --------------------------------------------
+
+
+class Rooted(NoPreconditioner):
+    """Looks whether the ranks' roots make up the matrix."""
+
+    def begin(self, damping, curvature):
+        root, rest = curvature.root()
+        matrix = root.T @ root
+        dist.all_reduce(matrix)
+        matrix += rest.diag()
+        for column in torch.eye(len(matrix), dtype=matrix.dtype)[::7]:
+            torch.testing.assert_close(matrix @ column, curvature.product(column.clone()))
+
+
+def rooted(rank, group, sizes):
+    start = sum(sizes[:rank])
+    mine = torch.arange(start, start + sizes[rank])
+    model = model_of()
+    options = {"preconditioner": Rooted(), "weight_decay": 0.1, "process_group": group}
+    optimizer = HFOptimizer(model.parameters(), **options)
+    optimizer.step(lambda i: regression(model, points()[i]), batches=[mine] if len(mine) else [])
+    return optimizer.last_report.solver
+
+
+@pytest.mark.parametrize("sizes", [(13, 27), (40, 0)])
+def test_the_roots_of_all_ranks_make_up_the_matrix(sizes):
+    assert launch(2, rooted, sizes) == ["cg", "cg"]

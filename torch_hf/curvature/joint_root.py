@@ -233,7 +233,8 @@ def passes_of(size: RootSize, route: str = ONE_BACKWARD) -> int:
 
 
 def _splits(operator: ObjectiveOperator) -> list[Split]:
-    if operator.split is not None:
+    alone = len(operator.objective.curvature_batches) == 1  # else it is that of the last product
+    if operator.split is not None and alone:
         return [operator.split]
     return [operator.objective.split(graph) for graph in _graphs(operator)]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_hf import _messages
+from torch_hf.curvature.joint_root import joint_root, why_no_root
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.statistics.case_signs import Places, places
 from torch_hf.statistics.gradient_moments import EXPONENT, squared_gradients, trace_and_slopes
@@ -39,6 +40,27 @@ class LayerStatistics:
     def product(self, v: Tensor) -> Tensor:
         """The operator's product with a vector, counted with those of CG."""
         return self._operator(v)
+
+    def root(self) -> tuple[Tensor, Tensor]:
+        """R of shape (M, P) and c of shape (P,), with ``G = R^T R + diag(c)``.
+
+        R holds the Jacobian's rows times the roots of the loss's Hessians, those of this rank's
+        cases; ``R^T R`` is to be summed over ranks. c holds weight decay and the curvature of
+        squares of the parameters themselves, the same on all ranks.
+
+        Raises:
+            RuntimeError: There is none, as of the Hessian, or of a loss that is not convex in the
+                outputs.
+        """
+        operator, reducer = self._operator, self._objective.reducer
+        why = why_no_root(operator)
+        root = None if why else reducer.attempt(lambda: joint_root(operator))
+        if not why and reducer.numbers([float(root is None)])[0]:
+            why = "the loss is not convex in its outputs, or couples too many of them"
+        if root is None or why:
+            raise RuntimeError(f"The curvature has no root R with G = R^T R here: {why}.")
+        own = self.vector.zeros() if root.diagonal is None else root.diagonal
+        return root.rows, reducer.vector(own.to(self.vector.dtype))[0] + operator.decay
 
     def diagonal(self, damping: float) -> Tensor:
         """Martens' diagonal ``(mean g^2 + lambda)^0.75`` on the curvature batches.

@@ -53,6 +53,7 @@ class FlatStateOptimizer(Optimizer):
     _format: tuple[torch.dtype, torch.device] | None = None  # of the vectors kept
     _progress: Progress
     _knows_precision = False  # whether a step has looked at it
+    _knows_preconditioner = False  # whether a solve has looked at one of the user's own
     _knows_rates = False  # whether the user was told that lr is small
     _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
 
@@ -258,5 +259,5 @@ class FlatStateOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ["preconditioner", "curvature", "process_group", "shard_state"]
         own += ["last_report", "_requests", "_start", "_norms", "_secant", "_format", "_progress"]
-        own += ["_knows_precision", "_knows_rates"]
+        own += ["_knows_precision", "_knows_preconditioner", "_knows_rates"]
         return super().__getstate__() | {name: getattr(self, name) for name in own}

@@ -40,6 +40,7 @@ from torch_hf.optimizer.progress import HELD_OF_EQUATIONS, PATIENCE, Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.optimizer.transaction import Transaction
 from torch_hf.preconditioner.choose import factors_of, make_preconditioner, worth_observing
+from torch_hf.preconditioner.definite import check_definite, is_exact
 from torch_hf.preconditioner.protocol import Preconditioner
 from torch_hf.report import Requests, StepReport
 from torch_hf.solver.cg import CGResult, conjugate_gradients
@@ -71,6 +72,8 @@ from torch_hf.vector import ParameterVector
 NO_BIT_MOVES = "converged: the step is below the rounding of the parameters"
 #: Said where steps were rejected so often that no more are tried.
 GAVE_UP = "the steps before were all rejected here, and nothing has changed since"
+#: Of CG under a preconditioner that solves exactly: the second mends the first one's rounding.
+EXACT_ITERATIONS = 2
 #: Below this a factor on the Newton step is one that was meant for a gradient.
 SMALL_RATE = 0.1
 
@@ -596,27 +599,35 @@ class HFOptimizer(FlatStateOptimizer):
         """Conjugate gradients on the damped quadratic, from the last solution."""
         options = self.param_groups[0]
         free = curvature.objective.free
+        space = curvature.objective.space
+
+        def apply(r: Tensor) -> Tensor:
+            return free(self.preconditioner.apply(free(r)))
+
         with timer.part("preconditioner"):
             self.preconditioner.begin(damping, LayerStatistics(curvature))
+            if not self._knows_preconditioner:
+                check_definite(self.preconditioner, apply, damped, here.gradient, space)
+                self._knows_preconditioner = True
         budget = self._progress.seeing(here.loss, same_data).budget
         most = options["cg_max_iter"] or max_iterations(self.preconditioner, same_data, budget)
         decay = options["cg_decay"]
         if decay is None:
             ratio_misses_noise = not same_data and not curvature.objective.own_curvature_batches
             decay = warm_start_factor(self._progress.ratio, most, ratio_misses_noise)
+        if is_exact(self.preconditioner):
+            most, decay = min(most, EXACT_ITERATIONS), 0.0
         observe = timer.timed("preconditioner", self.preconditioner.observe)
         return conjugate_gradients(
             timer.timed("products", damped),
             here.gradient,
             start=free(self._start) if decay and self._start is not None else None,
             decay=decay,
-            preconditioner=timer.timed(
-                "preconditioner", lambda r: free(self.preconditioner.apply(free(r)))
-            ),
+            preconditioner=timer.timed("preconditioner", apply),
             tol=options["cg_tol"],
             max_iter=most,
             observe=observe if worth_observing(self.preconditioner, most) else None,
-            space=curvature.objective.space,
+            space=space,
             damping=damping if self.curvature == "hessian" else None,
         )
 

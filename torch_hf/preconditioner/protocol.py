@@ -20,6 +20,13 @@ class Curvature(Protocol):
     def product(self, v: Tensor) -> Tensor:
         """``G v``, weight decay included and damping not, for a vector (P,); one product."""
 
+    def root(self) -> tuple[Tensor, Tensor]:
+        """R of shape (M, P) and c of shape (P,) with ``G = R^T R + diag(c)``; RuntimeError: none.
+
+        R is the Jacobian times roots of the loss's Hessians. Over ranks each has the rows of its
+        own cases, and the sum of ``R^T R`` counts.
+        """
+
     def diagonal(self, damping: float) -> Tensor:
         """Martens' diagonal, of shape (P,)."""
 
@@ -36,6 +43,10 @@ class Preconditioner(Protocol):
     ``factors``; it may always ask for products. One step calls ``begin``, then ``apply`` and
     ``observe`` in each iteration of CG. At the end it calls ``end`` if the step was decided, or
     ``abandon`` if it failed, which undoes what the others did.
+
+    One whose ``apply`` solves with ``G + damping I`` itself may say so by an attribute ``exact``
+    that is true. CG then begins at zero and ends after two iterations. The first solve checks that
+    ``apply`` is symmetric and positive definite, and exact if it says so.
     """
 
     @property
