@@ -205,10 +205,11 @@ def _raised_here(error: BaseException) -> bool:
     name = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         name = str(frame.f_globals.get("__name__"))
-    # these two run the closure's own operations
+    # these run the closure's own operations
     return name.startswith("torch_hf.") and name not in (
         "torch_hf.capture.capture",
         "torch_hf.capture.convolution",
+        "torch_hf.capture.normalization",
     )
 
 

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from torch_hf.capture.capture import Capture
-from torch_hf.capture.convolution import convolve, has_rule, tangents_only
+from torch_hf.capture.convolution import convolve, has_rule
+from torch_hf.capture.tangents import tangents_only
 from torch_hf.curvature import GaussNewtonOperator, HessianOperator
 
 
@@ -257,8 +258,8 @@ def test_gradient_and_hessian_of_a_loss_that_differentiates_inside(dims, squared
         return F.mse_loss(z, y) + 0.1 * slope.square().mean()
 
     own = list(model.parameters())
-    record = Capture(own, fast_convolutions=True).run(_penalty_closure(model, x, y, squared))
-    assert record.fast_convolutions
+    record = Capture(own, tangent_rules=True).run(_penalty_closure(model, x, y, squared))
+    assert record.has_tangent_rules
     loss = record.returned
     assert_same(loss.detach(), loss_fn(params))
     assert_same(grad(loss, own, retain_graph=True), list(torch.func.grad(loss_fn)(params)))
@@ -293,7 +294,7 @@ def test_gauss_newton_of_a_network_of_convolutions(dims):
 def test_every_way_to_call_a_convolution_gives_torchs_result(call):
     x, weight, _ = Geometry(2, (4, 4), (3, 3)).arguments()
     truth = call(x, weight)
-    record = Capture([weight], fast_convolutions=True).run(lambda: call(x, weight))
+    record = Capture([weight], tangent_rules=True).run(lambda: call(x, weight))
     assert_same(record.returned, truth)
     cotangent = normal(4, *truth.shape)
     found = grad(record.returned, [x, weight], cotangent)

@@ -3,7 +3,8 @@
 A ``TorchFunctionMode`` sees every call of a torch function with its arguments, also
 from inside ``nn`` modules. That is enough to keep the graph of an unchanged L-BFGS
 closure alive and to find the network's outputs, the arguments of the loss functions. It
-also shows the inputs of linear layers, and lets convolutions have a cheaper tangent.
+also shows the inputs of linear layers, and lets convolutions and normalisations have cheaper
+tangents.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from torch_hf import _messages
+from torch_hf.capture import normalization
 from torch_hf.capture.autograd_graph import (
     Edge,
     conjugates,
@@ -44,6 +46,7 @@ from torch_hf.capture.op_names import (
     CURVED,
     LOSSES,
     MODULI,
+    NORMALIZATIONS,
     RECURRENT,
     SHAPING,
     SUMS,
@@ -92,7 +95,7 @@ class Record:
     negated: bool = False  # maximize=True: what a closure returns is to grow, convex or not
     started: int = 0  # sequence number of autograd's nodes when the closure began
     differentiates_inside: bool = False
-    fast_convolutions: bool = False
+    has_tangent_rules: bool = False  # something in its graph has a tangent rule
 
     def place(self, edge: Edge) -> Tensor | None:
         """The tensor at a place, if it was seen and is still as it was."""
@@ -121,8 +124,8 @@ class Capture(TorchFunctionMode):
         parameters: The optimizer's parameters; ``backward()`` towards them is held back.
         layers: Whether to keep the inputs and outputs of linear layers.
         calls: Whether calls are kept (a trial point needs the loss alone).
-        fast_convolutions: Whether convolutions take the tangent rule of
-            :mod:`torch_hf.capture.convolution`.
+        tangent_rules: Whether convolutions and normalisations take the tangent rules of
+            :mod:`torch_hf.capture.convolution` and :mod:`torch_hf.capture.normalization`.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class Capture(TorchFunctionMode):
         *,
         layers: bool = False,
         calls: bool = True,
-        fast_convolutions: bool = False,
+        tangent_rules: bool = False,
     ) -> None:
         super().__init__()
         self.record = Record()
@@ -139,7 +142,7 @@ class Capture(TorchFunctionMode):
         self.gradients = SeenGradients(parameters)
         self.layers = layers
         self.calls = calls
-        self.fast_convolutions = fast_convolutions
+        self.tangent_rules = tangent_rules
         self.held_inside: list[Tensor] = []  # of backward(create_graph=True)
 
     def run(self, closure: Callable[..., Any], *args: Any) -> Record:
@@ -180,9 +183,10 @@ class Capture(TorchFunctionMode):
             if len(args) > 1 and _is_same_view(args[0], args[1]):
                 args = (args[0], args[0], *args[2:])
             args = self._as_pairs(name, args)
-        if self.fast_convolutions and has_rule(name, args, kwargs):
-            self.record.fast_convolutions = True
-            result: Any = convolve(*args, **kwargs)
+        by_rule = self._by_rule(func, name, args, kwargs) if self.tangent_rules else None
+        if by_rule is not None:
+            self.record.has_tangent_rules = True
+            result: Any = by_rule()
         else:
             with differentiable_kernels(name):
                 result = func(*args, **kwargs)
@@ -193,6 +197,14 @@ class Capture(TorchFunctionMode):
                 self._keep_constant(args, result)
             self._keep(func, name, args, kwargs, result)
         return result
+
+    def _by_rule(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any
+    ) -> Callable[[], Tensor] | None:
+        """The call with a tangent rule of its own, where there is one."""
+        if has_rule(name, args, kwargs):
+            return lambda: convolve(*args, **kwargs)
+        return normalization.rule(func, args, kwargs) if name in NORMALIZATIONS else None
 
     def _as_pairs(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Complex arguments through views as pairs of real numbers, one view of each place."""

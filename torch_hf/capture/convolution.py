@@ -8,32 +8,15 @@ instead of 2.2 (``make bench-products``). Everywhere else the rule is autograd's
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torch_hf.capture.tangents import are_tangents_all, second_order
+
 _RULES = {"conv1d": 1, "conv2d": 2, "conv3d": 3}
-_tangents_only = False  # of the process, since CUDA's backward runs in a thread of its own
-
-
-@contextmanager
-def tangents_only() -> Iterator[None]:
-    """While a backward through the backward asks only for the cotangents' derivative."""
-    global _tangents_only
-    before, _tangents_only = _tangents_only, True
-    try:
-        yield
-    finally:
-        _tangents_only = before
-
-
-def all_derivatives() -> None:
-    """As outside of :func:`tangents_only`, where an interrupt may have skipped its end."""
-    global _tangents_only
-    _tangents_only = False
 
 
 def has_rule(name: str, args: Sequence[Any], kwargs: Any) -> bool:
@@ -144,11 +127,16 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, tx: Tensor | None, tweight: Tensor | None, tbias: Tensor | None) -> Any:
         """Their derivative along tangents: in ``go`` alone, or in x and weight too."""
-        if _tangents_only:
+        if are_tangents_all():
             _, x, weight = ctx.saved_tensors
             found = (_tangent(x, weight, (tx, tweight, tbias), ctx.geometry), None, None)
         else:
-            found = _second_order(ctx, (tx, tweight, tbias))
+            tangents = (tx, tweight, tbias)
+            found = second_order(
+                lambda *inputs: _backward(*inputs, ctx.mask, *ctx.geometry),
+                ctx.saved_tensors,
+                tangents,
+            )
         return (*found, None, None, None, None, None)
 
 
@@ -164,21 +152,3 @@ def _tangent(x: Tensor, weight: Tensor, tangents: Any, geometry: Any) -> Tensor 
         zero = torch.zeros_like(weight)
         total = _forward(x, zero, tbias, *geometry)
     return total
-
-
-def _second_order(ctx: Any, tangents: Any) -> Any:
-    """Autograd's own double backward."""
-    with torch.enable_grad():
-        # Views, since what go was made of may lead to x and weight once more: that part of the
-        # derivative is not this function's.
-        inputs = [
-            t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in ctx.saved_tensors
-        ]
-        pulled = _backward(*inputs, ctx.mask, *ctx.geometry)
-        pairs = [(p, t) for p, t in zip(pulled, tangents, strict=True) if t is not None]
-    if not pairs:
-        return None, None, None
-    outputs, cotangents = zip(*pairs, strict=True)
-    create = torch.is_grad_enabled()
-    return torch.autograd.grad(outputs, inputs, cotangents, create_graph=create, allow_unused=True)

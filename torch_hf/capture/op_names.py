@@ -72,9 +72,10 @@ SUMS = {
 }
 # fmt: on
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
+NORMALIZATIONS = {"batch_norm", "layer_norm", "group_norm"}
 RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 WATCHED = LOSSES.keys() | ALIASES.keys() | CONVOLUTIONS | RECURRENT | {"linear"}
-WATCHED |= CURVED | MODULI | SUMS
+WATCHED |= CURVED | MODULI | SUMS | NORMALIZATIONS
 
 #: Operations that keep each entry as it is, as autograd names them.
 SHAPING = {

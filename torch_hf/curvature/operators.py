@@ -103,7 +103,7 @@ class GaussNewtonOperator(SymmetricOperator):
             closure: As for ``HFOptimizer.step``; an L-BFGS closure's ``backward()`` is held back.
             params: The parameters.
             engine: ``"double_backward"`` is autograd's alone; ``"tangent_rules"`` gives
-                convolutions a cheaper tangent; ``"finite_differences"`` runs the closure twice a
+                convolutions and normalisations cheaper tangents; ``"finite_differences"`` runs the closure twice a
                 product and needs no second derivative, at about five digits in float32;
                 ``"auto"`` is the second, which is never slower than the first, and the third
                 where an operation cannot be differentiated twice.
@@ -120,7 +120,7 @@ class GaussNewtonOperator(SymmetricOperator):
             vector,
             Replay(vector.device, vector.params),
             decay=[0.0] * len(vector.params),
-            fast_convolutions=engine != DOUBLE_BACKWARD,
+            tangent_rules=engine != DOUBLE_BACKWARD,
             reducer=Reducer(None, vector.device),
         )
         return ObjectiveOperator(objective, "ggn", engine)
@@ -239,7 +239,7 @@ class ObjectiveOperator(SymmetricOperator):
                 self.squares = split is not None and sums_of_squares(split.loss_terms)
             if objective.runs.layers:
                 self.rows.append(self._rows(graph, self.split if i == 0 else None))
-            if graph.record.fast_convolutions and self.engine == DOUBLE_BACKWARD:
+            if graph.record.has_tangent_rules and self.engine == DOUBLE_BACKWARD:
                 self.engine = TANGENT_RULES
         if len(counts) == 1:
             self._local = local

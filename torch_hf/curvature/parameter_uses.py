@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 from torch.autograd.graph import GradientEdge
+from torch.nn.functional import batch_norm, layer_norm
 
 from torch_hf.capture.autograd_graph import leaf, operands, results, saved
+from torch_hf.capture.normalization import normalized
 from torch_hf.capture.op_names import SHAPING, kind
 
 #: Operations on one tensor: of a weight they are a weight.
@@ -252,9 +254,14 @@ def _use(node: Any, operand: int, weight: Weight) -> Use:
     flattened = 1
     if kind(node) == "Embedding":
         flattened = len(shape) - 1
-    elif kind(node) in BROADCASTING and len(shape) > 2:
+    elif _broadcasts(node) and len(shape) > 2:
         flattened = 2 if _aligned(weight.shape, len(shape))[:2] == (1, 1) else 1
     return Use(node, operand, weight, math.prod(shape[:flattened]), shape[0], flattened)
+
+
+def _broadcasts(node: Any) -> bool:
+    own = kind(node) == "_Normalization" and node.setting.function is layer_norm
+    return own or kind(node) in BROADCASTING
 
 
 def _has_cases_in_columns(node: Any, operand: int) -> bool:
@@ -458,6 +465,21 @@ def _fixed_batch_norm(use: Use, g: Tensor, cases: int) -> Parts:
     return (total.flatten(2).sum(2) if total.ndim > 2 else total), None
 
 
+def _own_normalization(use: Use, g: Tensor, cases: int) -> Parts:
+    """Of :mod:`torch_hf.capture.normalization`, whose rule stands in for autograd's."""
+    x, _, _, *statistics = use.node.saved_tensors
+    setting = use.node.setting
+    mixes = setting.function is batch_norm and setting.training
+    if mixes or use.operand not in (1, 2):
+        raise UnknownUseError
+    if use.operand == 1:
+        g = g * normalized(setting, x.detach(), tuple(statistics))
+    if setting.function is layer_norm:
+        return _summed_to(use, g, cases), None
+    total = use.by_case(g, cases).sum(1)
+    return (total.flatten(2).sum(2) if total.ndim > 2 else total), None
+
+
 def _embedding(use: Use, g: Tensor, cases: int) -> Parts:
     node = use.node
     if saved(node, "scale_grad_by_freq") or saved(node, "sparse"):
@@ -542,4 +564,5 @@ RULES: dict[str, Rule] = {
     "Embedding": _embedding,
     "Convolution": _convolution,
     "_Convolution": _own_convolution,
+    "_Normalization": _own_normalization,
 }

@@ -17,8 +17,8 @@ from torch.autograd import grad
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from torch_hf.capture.autograd_graph import under, unknown_functions
-from torch_hf.capture.convolution import tangents_only
 from torch_hf.capture.op_names import kind
+from torch_hf.capture.tangents import tangents_only
 from torch_hf.curvature.unknown_functions import belong_together, cut
 from torch_hf.loss.ggn_split import Split
 from torch_hf.loss.loss_hessians import LossTerm, filled

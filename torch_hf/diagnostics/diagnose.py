@@ -158,7 +158,7 @@ def diagnose(
         vector,
         replay,
         decay=[0.0] * len(vector.params),
-        fast_convolutions=curvature == "ggn",
+        tangent_rules=curvature == "ggn",
         reducer=Reducer(None, vector.device),
     )
     try:

@@ -38,7 +38,8 @@ class ClosureRuns:
         replay: Random states, buffers and autocast around the runs.
         sign: 1.0, or -1.0 where the closure's objective is to grow.
         layers: Whether graphs keep the inputs and outputs of linear layers.
-        fast_convolutions: Whether convolutions take the rule for Gauss-Newton products.
+        tangent_rules: Whether convolutions and normalisations take the rules for Gauss-Newton
+            products.
 
     Attributes:
         needs_graph: Whether the closure differentiates by itself, so that its loss needs a graph.
@@ -53,14 +54,14 @@ class ClosureRuns:
         *,
         sign: float,
         layers: bool,
-        fast_convolutions: bool,
+        tangent_rules: bool,
     ) -> None:
         self.closure = closure
         self.vector = vector
         self.replay = replay
         self.sign = sign
         self.layers = layers
-        self.fast_convolutions = fast_convolutions
+        self.tangent_rules = tangent_rules
         self.needs_graph = False
         self.uncleared: list[Tensor] = []
 
@@ -72,9 +73,7 @@ class ClosureRuns:
             TypeError, ValueError, RuntimeError: The closure returned something unusable; the
                 message says what was expected.
         """
-        capture = Capture(
-            self.vector.params, layers=self.layers, fast_convolutions=self.fast_convolutions
-        )
+        capture = Capture(self.vector.params, layers=self.layers, tangent_rules=self.tangent_rules)
         record = self._call(capture, batch)
         if record.held:
             found = [*self.uncleared, *capture.gradients.uncleared()]

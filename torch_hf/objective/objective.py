@@ -40,7 +40,8 @@ class Objective:
         decay: Weight decay of each parameter.
         maximize: Whether the closure's objective is to grow.
         layers: Whether graphs keep the inputs and outputs of linear layers.
-        fast_convolutions: Whether convolutions take the rule for Gauss-Newton products.
+        tangent_rules: Whether convolutions and normalisations take the rules for Gauss-Newton
+            products.
         reducer: Sums over processes.
         space: Where vectors live; None for whole on each rank.
     """
@@ -56,7 +57,7 @@ class Objective:
         decay: Sequence[float],
         maximize: bool = False,
         layers: bool = False,
-        fast_convolutions: bool = True,
+        tangent_rules: bool = True,
         reducer: Reducer,
         space: Space | None = None,
     ) -> None:
@@ -85,7 +86,7 @@ class Objective:
             replay,
             sign=self.sign,
             layers=layers,
-            fast_convolutions=fast_convolutions,
+            tangent_rules=tangent_rules,
         )
         self.evaluations = 0  # at trial points
         self.fixed: Tensor | None = None  # entries of (P,) that hooks on gradients hold

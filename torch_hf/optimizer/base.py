@@ -106,7 +106,7 @@ class FlatStateOptimizer(Optimizer):
             decay=[float(g["weight_decay"]) for g, _ in self._owned()],
             maximize=self.param_groups[0]["maximize"],
             layers=self._wants_layers(),
-            fast_convolutions=self.curvature == "ggn",
+            tangent_rules=self.curvature == "ggn",
             reducer=reducer,
             space=space,
         )

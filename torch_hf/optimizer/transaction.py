@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torch_hf.capture.convolution import all_derivatives
+from torch_hf.capture.tangents import all_derivatives
 from torch_hf.curvature.precision import restore_precision
 from torch_hf.diagnostics.diagnose import explain
 from torch_hf.distributed import PeerError
