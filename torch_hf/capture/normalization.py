@@ -254,8 +254,8 @@ class _Pullback(torch.autograd.Function):
             found: Any = (tangent, None, None, None)
         else:
             found = second_order(
-                lambda *inputs: _differentiable_backward(
-                    ctx.setting, *inputs, statistics, ctx.mask
+                lambda go, x, weight, bias: _differentiable_backward(
+                    ctx.setting, go, x, weight, bias, statistics, ctx.mask
                 ),
                 (go, x, weight, bias),
                 tangents,

@@ -1,4 +1,4 @@
-"""Whether a backward through the backward asks only for tangents: rules of our own are shorter then.
+"""Whether a backward through the backward asks only for tangents, for which own rules are shorter.
 
 PyTorch's double backward of a convolution or a normalisation computes the second-order terms
 in its operands even where only the tangent of the output is asked for. A Gauss-Newton product

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch_hf import _messages
 from torch_hf.capture.autograd_graph import edge_of, unknown_functions
 from torch_hf.capture.capture import Record
+from torch_hf.curvature.cuda_graph import Recorder, ReplayedProduct
 from torch_hf.curvature.finite_differences import (
     CentralDifference,
     DifferenceGaussNewton,
@@ -103,10 +104,10 @@ class GaussNewtonOperator(SymmetricOperator):
             closure: As for ``HFOptimizer.step``; an L-BFGS closure's ``backward()`` is held back.
             params: The parameters.
             engine: ``"double_backward"`` is autograd's alone; ``"tangent_rules"`` gives
-                convolutions and normalisations cheaper tangents; ``"finite_differences"`` runs the closure twice a
-                product and needs no second derivative, at about five digits in float32;
-                ``"auto"`` is the second, which is never slower than the first, and the third
-                where an operation cannot be differentiated twice.
+                convolutions and normalisations cheaper tangents; ``"finite_differences"`` runs the
+                closure twice a product and needs no second derivative, at about five digits in
+                float32; ``"auto"`` is the second, which is never slower than the first, and the
+                third where an operation cannot be differentiated twice.
 
         Raises:
             ValueError: The engine is unknown.
@@ -220,6 +221,7 @@ class ObjectiveOperator(SymmetricOperator):
         self._local: LocalProduct | None = None
         self._graph = here.take_graph() if here is not None else None
         self._released = False
+        self._replayed: ReplayedProduct | None = None
         counts = objective.reducer.attempt(self._prepare)
         self.weights, self.cases = objective.curvature_weights(counts, here)
 
@@ -269,13 +271,29 @@ class ObjectiveOperator(SymmetricOperator):
             self.check_operand(v)
         self.products += 1
         v = objective.free(v)
-        tangents = objective.vector.unflatten(objective.space.whole(v))
-        total = objective.reducer.attempt(lambda: self._own_product(tangents))
+        flat = self._replayed or self._flat_product
+        total = objective.reducer.attempt(lambda: flat(v))
         total = objective.space.reduce(objective.vector.zeros() if total is None else total)
         total = objective.free(total)
         if isinstance(self.decay, Tensor):
             return total.addcmul_(self.decay, v)
         return total.add_(v, alpha=self.decay) if self.decay else total
+
+    def replays(self, recorder: Recorder, expected: int) -> None:
+        """From here on products may be replayed as a CUDA graph, so many being expected.
+
+        Not of several ranks, of batches that run anew in each product, of differences and of users'
+        own functions, whose code a recording would not run.
+        """
+        alone = self.objective.reducer.group is None and self.objective.space is LOCAL
+        if not alone or self._local is None or self._graph is None or self.engine == DIFFERENCES:
+            return
+        if not unknown_functions([self._graph.loss]):
+            self._replayed = ReplayedProduct(self._flat_product, recorder, expected)
+
+    def _flat_product(self, v: Tensor) -> Tensor:
+        objective = self.objective
+        return self._own_product(objective.vector.unflatten(objective.space.whole(v)))
 
     def _own_product(self, tangents: list[Tensor]) -> Tensor:
         """What this rank's batches add to a product; it uses the tangents up."""
@@ -320,6 +338,7 @@ class ObjectiveOperator(SymmetricOperator):
     def release(self) -> None:
         """Lets the graph go, the operator's last act: parameters may be edited after this."""
         self._local = self.split = self._graph = None
+        self._replayed = None
         self._released = True
 
     def check_alive(self) -> None:

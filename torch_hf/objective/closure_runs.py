@@ -66,14 +66,20 @@ class ClosureRuns:
         self.uncleared: list[Tensor] = []
 
     @torch.enable_grad()
-    def graph(self, batch: Any) -> Graph:
+    def graph(self, batch: Any, twice: bool = True) -> Graph:
         """A batch's loss with its graph.
+
+        Args:
+            batch: The closure's argument, unless it is ``NO_BATCH``.
+            twice: Whether the graph is for products, too, and not for a gradient alone.
 
         Raises:
             TypeError, ValueError, RuntimeError: The closure returned something unusable; the
                 message says what was expected.
         """
-        capture = Capture(self.vector.params, layers=self.layers, tangent_rules=self.tangent_rules)
+        capture = Capture(
+            self.vector.params, layers=self.layers, tangent_rules=self.tangent_rules, twice=twice
+        )
         record = self._call(capture, batch)
         if record.held:
             found = [*self.uncleared, *capture.gradients.uncleared()]
@@ -97,7 +103,9 @@ class ClosureRuns:
     @torch.enable_grad()
     def loss(self, batch: Any) -> Tensor:
         """A batch's loss with its graph and nothing else: as a trial point needs it."""
-        return self._objective(self._call(Capture(self.vector.params, calls=False), batch))
+        return self._objective(
+            self._call(Capture(self.vector.params, calls=False, twice=False), batch)
+        )
 
     def _say_compiled(self) -> None:
         """Once of each module, and never as an error: the step goes well."""
@@ -126,7 +134,7 @@ class ClosureRuns:
         losses = []
         with self.replay.rerun(), torch.set_grad_enabled(grad):
             for batch in batches:
-                capture = Capture(self.vector.params, calls=False)
+                capture = Capture(self.vector.params, calls=False, twice=False)
                 losses.append(self._objective(self._call(capture, batch)).detach())
         return losses
 

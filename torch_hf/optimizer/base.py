@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torch_hf import _checks
+from torch_hf.curvature.cuda_graph import Recorder
 from torch_hf.distributed import Reducer, Sharded, Space, parameter_vector, space_of
 from torch_hf.objective import checks
 from torch_hf.objective.objective import Objective
@@ -54,6 +55,7 @@ class FlatStateOptimizer(Optimizer):
     _progress: Progress
     _knows_precision = False  # whether a step has looked at it
     _knows_preconditioner = False  # whether a solve has looked at one of the user's own
+    _recorder: Recorder  # of products on a GPU
     _knows_rates = False  # whether the user was told that lr is small
     _left: Sequence[Any] = ()  # weak references to the gradients that the last step left
 
@@ -259,5 +261,5 @@ class FlatStateOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ["preconditioner", "curvature", "process_group", "shard_state"]
         own += ["last_report", "_requests", "_start", "_norms", "_secant", "_format", "_progress"]
-        own += ["_knows_precision", "_knows_preconditioner", "_knows_rates"]
+        own += ["_recorder", "_knows_precision", "_knows_preconditioner", "_knows_rates"]
         return super().__getstate__() | {name: getattr(self, name) for name in own}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torch_hf import _checks, _messages
 from torch_hf._user_warnings import warn_user
+from torch_hf.curvature.cuda_graph import Recorder
 from torch_hf.curvature.layer_statistics import LayerStatistics
 from torch_hf.curvature.operators import ObjectiveOperator
 from torch_hf.curvature.precision import warn_of_tf32
@@ -196,6 +197,7 @@ class HFOptimizer(FlatStateOptimizer):
         self._norms: Tensor | None = None
         self._secant: Secant | None = None
         self._progress = Progress()
+        self._recorder = Recorder()
         super().__init__(params, defaults)
         self._vector()  # complains now rather than at the first step
         self._look_at_rates()
@@ -251,7 +253,8 @@ class HFOptimizer(FlatStateOptimizer):
         timer = StepTimer(("gradient", "products", "preconditioner", "evaluations"))
         vector = self._vector()
         change = Transaction(self, vector)
-        with change, change:
+        alone = self.process_group is None and not vector.sums
+        with self._recorder.stream(vector.device, alone), change, change:
             objective = self._objective(closure, batches, curvature_batches, vector, change)
             with objective.replay.arithmetic():
                 with timer.part("gradient"):
@@ -618,6 +621,7 @@ class HFOptimizer(FlatStateOptimizer):
         if is_exact(self.preconditioner):
             most, decay = min(most, EXACT_ITERATIONS), 0.0
         observe = timer.timed("preconditioner", self.preconditioner.observe)
+        curvature.replays(self._recorder, most)
         return conjugate_gradients(
             timer.timed("products", damped),
             here.gradient,
