@@ -60,7 +60,7 @@ def test_a_step_is_that_of_the_module_itself(compiled, backend):
     assert [str(w.message)[:36] for w in said] == [
         "The closure calls a module under tor"
     ] * of_modules
-    assert report.engine == "double_backward"
+    assert report.engine == "tangent_rules"
     assert not counters["frames"]
     plain = network()
     truth, _ = run(plain, plain)

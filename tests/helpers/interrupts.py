@@ -10,7 +10,7 @@ import torch
 from torch.nn.modules import module as modules
 
 import torch_hf
-from torch_hf.capture import convolution
+from torch_hf.capture import tangents
 
 PACKAGE = str(Path(torch_hf.__file__).parent)
 
@@ -81,5 +81,5 @@ def settings() -> dict[str, Any]:
         ],
         "cudnn": torch.backends.cudnn.enabled,
         "precision": torch.get_float32_matmul_precision(),
-        "tangents": convolution._tangents_only,
+        "tangents": tangents.are_tangents_all(),
     }

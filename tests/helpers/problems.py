@@ -378,7 +378,7 @@ CASES: tuple[Case, ...] = (
     _classifier("kl_div", _kl_batchmean, targets=(_probabilities(16, 10, 3),)),
     _classifier(
         "cross_entropy-class_weights",
-        lambda z, y: F.cross_entropy(z, y, weight=_CLASS_WEIGHTS),
+        lambda z, y: F.cross_entropy(z, y, weight=_CLASS_WEIGHTS.to(z.device)),
         denominator=_CLASS_WEIGHTS[_classes(2, 3, 10)].sum().item(),
     ),
     _classifier(

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from torch_hf import HFOptimizer, split_batch
+from torch_hf.curvature.precision import full_precision
 from torch_hf.kronecker import KroneckerFactors, KroneckerLinear, KroneckerSGD
 
 DEVICES = [
@@ -18,6 +19,16 @@ DEVICES = [
     ),
 ]
 on_each = pytest.mark.parametrize("device", DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def full():
+    """Float32 as it is: torch's default for convolutions is TF32, of which a step warns."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    with full_precision(torch.device("cuda")):
+        yield
 
 
 def pictures(device, n=48):
@@ -33,7 +44,7 @@ def network(device):
         nn.Conv2d(1, 6, 3, padding=1),
         nn.BatchNorm2d(6),
         nn.ReLU(),
-        nn.AdaptiveAvgPool2d(4),
+        nn.Conv2d(6, 6, 3, stride=3),
         nn.Flatten(),
         nn.Linear(96, 4),
     ).to(device)
@@ -121,14 +132,15 @@ def test_autocast_in_bfloat16(device):
 @on_each
 @pytest.mark.parametrize("allowed", [False, True])
 def test_tf32_says_so_and_steps_on(device, allowed):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    owner = torch.backends.cuda.matmul
+    before = owner.fp32_precision
+    owner.fp32_precision = "tf32" if allowed else "ieee"
     try:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             lowers(device)
     finally:
-        torch.set_float32_matmul_precision(before)
+        owner.fp32_precision = before
     said = any("TF32" in str(w.message) for w in seen)
     assert said == (allowed and device == "cuda" and torch.cuda.get_device_capability() >= (8, 0))
 
@@ -143,6 +155,7 @@ def test_checkpoints_go_on_to_the_bit(device, solver):
         return F.cross_entropy(model(x), y)
 
     torch.use_deterministic_algorithms(device == "cuda", warn_only=True)
+    warnings.filterwarnings("ignore", "Deterministic behavior was enabled")  # by cuBLAS
     try:
         for _ in range(3):
             optimizer.step(closure)
@@ -221,3 +234,123 @@ def test_kronecker_sgd(device):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+def steps_by_cg(model, x, y, replays=True, steps=4, **options):
+    """The losses of some steps by CG, and the optimizer."""
+    options = {"solver": "cg", "cg_max_iter": 20, "cg_tol": 0.0, "damping": 0.1} | options
+    optimizer = HFOptimizer(model.parameters(), **options)
+    optimizer._recorder.usable = replays
+    losses = [float(optimizer.step(lambda: F.cross_entropy(model(x), y))) for _ in range(steps)]
+    return [*losses, optimizer.last_report.new_loss], optimizer
+
+
+def deep(device):
+    """Many small operations: bound by launches on any GPU."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(16, 32)]
+    for _ in range(8):
+        layers += [nn.LayerNorm(32), nn.Tanh(), nn.Linear(32, 32)]
+    model = nn.Sequential(*layers, nn.Linear(32, 4)).double().to(device)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 16, generator=generator).double()
+    return model, x.to(device), torch.randint(0, 4, (64,), generator=generator).to(device)
+
+
+@on_each
+def test_products_replayed_as_a_graph_are_the_same(device):
+    found = {replays: steps_by_cg(*deep(device), replays=replays) for replays in (True, False)}
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-9)
+    recorder = found[True][1]._recorder
+    assert recorder.usable
+    assert recorder._agreed == (device == "cuda")
+
+
+@on_each
+def test_replays_take_no_memory_from_step_to_step(device):
+    model, x, y = deep(device)
+    optimizer = steps_by_cg(model, x, y, steps=3)[1]
+    if device == "cpu":
+        return
+    before = torch.cuda.memory_reserved()
+    for _ in range(12):
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert torch.cuda.memory_reserved() <= before + 2**21
+
+
+@on_each
+def test_random_numbers_after_a_recording(device):
+    model, x, y = deep(device)
+    model = nn.Sequential(nn.Dropout(0.2), model).to(device)
+    losses, optimizer = steps_by_cg(model, x, y)
+    assert optimizer.last_report.new_loss < losses[0]
+    first, second = (F.dropout(x, 0.5) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@on_each
+def test_a_step_on_the_callers_own_stream(device):
+    if device == "cpu":
+        return
+    truth = steps_by_cg(*deep(device))[0]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        found = steps_by_cg(*deep(device))[0]
+        assert torch.cuda.current_stream() == stream
+    assert found == pytest.approx(truth, rel=1e-9)
+
+
+@on_each
+def test_a_closure_that_waits_for_the_device(device):
+    """Its products run as they are: what they wait for cannot be recorded."""
+    model, x, y = deep(device)
+
+    class Own(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return 2.0 * z
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2.0 if g.detach().abs().sum().item() >= 0.0 else g
+
+    optimizer = HFOptimizer(model.parameters(), solver="cg", cg_max_iter=12, cg_tol=0.0)
+    for _ in range(3):
+        optimizer.step(lambda: F.cross_entropy(Own.apply(model(x)), y))
+        assert optimizer.last_report.new_loss < optimizer.last_report.loss
+    assert not optimizer._recorder._agreed
+
+
+@on_each
+@pytest.mark.parametrize("kind", ["batch", "layer", "group"])
+def test_normalisations(device, kind):
+    found = []
+    for place in ("cpu", device):
+        torch.manual_seed(0)
+        norm = {"batch": nn.BatchNorm1d(8), "layer": nn.LayerNorm(8), "group": nn.GroupNorm(2, 8)}
+        layers = [nn.Linear(5, 8), norm[kind], nn.Tanh(), nn.Linear(8, 3)]
+        model = nn.Sequential(*layers).double().to(place)
+        x, y = torch.randn(30, 5).double().to(place), torch.randint(0, 3, (30,)).to(place)
+        found.append(steps_by_cg(model, x, y, cg_max_iter=8)[0])
+    assert found[1] == pytest.approx(found[0], rel=1e-7)
+
+
+@on_each
+def test_a_recurrent_networks_gradient_is_cudnns(device):
+    torch.manual_seed(0)
+    layer, head = nn.LSTM(3, 8, batch_first=True).to(device), nn.Linear(8, 1).to(device)
+    x = torch.randn(16, 10, 3, generator=torch.Generator().manual_seed(1)).to(device)
+    y = x.sum((1, 2))[:, None] / 5
+    seen = []
+
+    def closure():
+        hidden = layer(x)[0]
+        if hidden.grad_fn is not None:  # a trial point may need none
+            seen.append(hidden.grad_fn.next_functions[0][0].name())
+        return F.mse_loss(head(hidden[:, -1]), y)
+
+    optimizer = HFOptimizer([*layer.parameters(), *head.parameters()], solver="cg")
+    for _ in range(3):
+        optimizer.step(closure)
+        assert optimizer.last_report.new_loss < optimizer.last_report.loss
+    assert ("CudnnRnnBackward0" in seen) == (device == "cuda")

@@ -87,9 +87,15 @@ class _Solve:
     kept: list[Iterate] = field(default_factory=list)
 
     def keep(self, iteration: int) -> None:
-        """Copies d as the iterate after so many iterations."""
-        slope = self.space.dot(self.g, self.d)
-        self.kept.append(Iterate(iteration, self.values[-1], slope, self.d.clone()))
+        """Copies d as the iterate after so many iterations; its slope comes at the end."""
+        self.kept.append(Iterate(iteration, self.values[-1], math.nan, self.d.clone()))
+
+    def settle(self) -> None:
+        """Finds the kept iterates' slopes, all in one read of the device."""
+        slopes = self.space.dots(*((self.g, kept.vector) for kept in self.kept)).tolist()
+        self.kept = [
+            kept._replace(slope=slope) for kept, slope in zip(self.kept, slopes, strict=True)
+        ]
 
 
 def conjugate_gradients(
@@ -169,6 +175,7 @@ def conjugate_gradients(
             return found
     if not state.kept or state.kept[-1].iteration < i:
         state.keep(i)
+    state.settle()
     last = state.kept[-1]
     if not (last.slope < 0 and math.isfinite(last.value)) and square > 0:
         state.kept = [_descent(operator, gradient, solve_with, i, space)]
