@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
 from torch_hf.curvature import GaussNewtonOperator
+from torch_hf.curvature.cuda_graph import Recorder
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Seconds in all, and for each part at the most; training has what is left of them.
@@ -125,6 +126,7 @@ def run_tests(device: str, seconds: float, quick: bool) -> dict[str, Any]:
     report = Path("runs").resolve() / "gpu" / "tests.xml"
     chosen = ["-k", "checkpoints" if quick else device if device == "cpu" else "cuda"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, *chosen]
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # the same bits in each run
     done = _run([*command, f"--junitxml={report}"], seconds)
     found: dict[str, Any] = {"exit": done["exit"], "seconds": done["seconds"]}
     if report.exists():
@@ -175,7 +177,7 @@ def rank() -> None:
 
 
 def products(device: torch.device, seconds: float, quick: bool) -> list[dict[str, Any]]:
-    """Of each network: a gradient, a product in gradients, and what a CG iteration launches."""
+    """Of each network: a gradient, a product one by one and replayed, and a CG iteration."""
     rows, end = [], time.monotonic() + seconds
     for name, make in NETWORKS.items():
         if quick and name not in QUICK:
@@ -199,23 +201,31 @@ def _product_row(make: Callable[[], Any], device: torch.device, rounds: int) -> 
     def closure() -> torch.Tensor:
         return F.cross_entropy(model(x), y)
 
-    operator = GaussNewtonOperator.from_closure(closure, params)
-    v = torch.randn(sum(p.numel() for p in params), device=device)
     gradient = _milliseconds(lambda: torch.autograd.grad(closure(), params), device, rounds)
-    product = _milliseconds(lambda: operator(v), device, rounds)
-    row = {
+    recorder = Recorder()
+    with recorder.stream(device, alone=True):
+        operator = GaussNewtonOperator.from_closure(closure, params)
+        v = torch.randn(operator.shape[0], device=device)
+        product = _milliseconds(lambda: operator(v), device, rounds)
+        operator.replays(recorder, expected=10**6)
+        replayed = _milliseconds(lambda: operator(v), device, rounds)
+    row: dict[str, Any] = {
         "parameters": len(v),
         "gradient_ms": gradient,
         "product_ms": product,
         "product_in_gradients": product / gradient,
+        "replayed_in_gradients": replayed / gradient,
         "engine": operator.engine,
     }
+    for replays in (False, True):
+        few, many = (_iterations(make, device, n, replays) for n in (10, 40))
+        more = many["iterations"] - few["iterations"]
+        how = "replayed" if replays else "eager"
+        for kind in ("ms", "launches", "waits"):
+            row[f"{kind}_of_iteration_{how}"] = (many[kind] - few[kind]) / more if more else None
+        row[f"waits_of_rest_{how}"] = few["waits"] - few["iterations"]
     if device.type == "cuda":
-        launches = {n: _events(model, x, y, iterations=n) for n in (10, 30)}
         gradients = _counted(lambda: torch.autograd.grad(closure(), params))
-        for kind in ("launches", "waits"):
-            more = launches[30][kind] - launches[10][kind]
-            row[f"{kind}_per_iteration"] = more / 20
         row["launches_of_gradient"] = gradients["launches"]
     return row
 
@@ -231,11 +241,30 @@ def _milliseconds(run: Callable[[], Any], device: torch.device, rounds: int) -> 
     return 1e3 * (time.perf_counter() - start) / rounds
 
 
-def _events(model: nn.Module, x: torch.Tensor, y: torch.Tensor, iterations: int) -> dict[str, int]:
-    """Launches and waits of one CG step of so many iterations."""
-    options = {"solver": "cg", "cg_max_iter": iterations, "cg_tol": 0.0, "damping": 1.0}
-    optimizer = HFOptimizer(model.parameters(), preconditioner="none", **options)
-    return _counted(lambda: optimizer.step(lambda: F.cross_entropy(model(x), y)))
+def _iterations(
+    make: Callable[[], Any], device: torch.device, most: int, replays: bool
+) -> dict[str, float]:
+    """A CG step of at most so many iterations, after one to warm up: how many, and their cost."""
+    torch.manual_seed(0)
+    model, x, y = make()
+    model, x, y = model.to(device), x.to(device), y.to(device)
+    options: dict[str, Any] = {"solver": "cg", "cg_max_iter": most, "cg_tol": 0.0}
+    optimizer = HFOptimizer(model.parameters(), preconditioner="none", damping=1e-4, **options)
+    optimizer._recorder.usable = replays
+
+    def step() -> None:
+        optimizer.step(lambda: F.cross_entropy(model(x), y))
+
+    step()
+    synchronize(device)
+    start = time.perf_counter()
+    step()
+    synchronize(device)
+    seconds = time.perf_counter() - start
+    found = {"launches": 0, "waits": 0}
+    if device.type == "cuda":
+        found = _counted(step)
+    return {"iterations": optimizer.last_report.cg_iterations, "ms": 1e3 * seconds, **found}
 
 
 def _counted(run: Callable[[], Any]) -> dict[str, int]:
@@ -364,8 +393,10 @@ def show(found: dict[str, Any]) -> None:
         for name, run in found["nccl"].items()
     ]
     print_table(f"on {found['environment']['device']}", ["part", "exit", "s", "notes"], rows)
-    names = ["gradient_ms", "product_in_gradients", "launches_of_gradient"]
-    names += ["launches_per_iteration", "waits_per_iteration"]
+    names = ["gradient_ms", "product_in_gradients", "replayed_in_gradients"]
+    names += ["launches_of_gradient", "launches_of_iteration_eager"]
+    names += ["launches_of_iteration_replayed", "ms_of_iteration_eager"]
+    names += ["ms_of_iteration_replayed", "waits_of_iteration_replayed", "waits_of_rest_replayed"]
     if isinstance(found["products"], list):
         rows = [
             [row["network"], *(_number(row.get(name)) for name in names), row.get("error", "")]
