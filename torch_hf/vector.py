@@ -163,10 +163,12 @@ class Trial:
     def __init__(self, vector: ParameterVector) -> None:
         self.vector = vector
         self.saved = vector.keep()
+        self._placed = False
 
     @torch.no_grad()
     def place(self, direction: Tensor, length: float) -> None:
         """Puts ``theta + length * direction`` into the parameters."""
+        self._placed = True
         pieces = self.vector.views(direction)
         for p, old, d in zip(self.vector.local, self.saved, pieces, strict=True):
             p.copy_(torch.add(old.to(d.dtype), d, alpha=length))
@@ -183,7 +185,9 @@ class Trial:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts theta back, bit for bit."""
+        """Puts theta back, bit for bit; a graph stays valid where nothing was placed."""
+        if not self._placed:
+            return
         for p, old in zip(self.vector.local, self.saved, strict=True):
             p.copy_(old)
         self.vector.changed()

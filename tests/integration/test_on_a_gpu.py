@@ -333,24 +333,3 @@ def test_normalisations(device, kind):
         x, y = torch.randn(30, 5).double().to(place), torch.randint(0, 3, (30,)).to(place)
         found.append(steps_by_cg(model, x, y, cg_max_iter=8)[0])
     assert found[1] == pytest.approx(found[0], rel=1e-7)
-
-
-@on_each
-def test_a_recurrent_networks_gradient_is_cudnns(device):
-    torch.manual_seed(0)
-    layer, head = nn.LSTM(3, 8, batch_first=True).to(device), nn.Linear(8, 1).to(device)
-    x = torch.randn(16, 10, 3, generator=torch.Generator().manual_seed(1)).to(device)
-    y = x.sum((1, 2))[:, None] / 5
-    seen = []
-
-    def closure():
-        hidden = layer(x)[0]
-        if hidden.grad_fn is not None:  # a trial point may need none
-            seen.append(hidden.grad_fn.next_functions[0][0].name())
-        return F.mse_loss(head(hidden[:, -1]), y)
-
-    optimizer = HFOptimizer([*layer.parameters(), *head.parameters()], solver="cg")
-    for _ in range(3):
-        optimizer.step(closure)
-        assert optimizer.last_report.new_loss < optimizer.last_report.loss
-    assert ("CudnnRnnBackward0" in seen) == (device == "cuda")

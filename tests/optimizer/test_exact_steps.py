@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
+from torch_hf.optimizer import exact_step as exact_step_module
 from torch_hf.solver import levenberg_marquardt
 from torch_hf.solver.levenberg_marquardt import column_scale
 
@@ -317,3 +318,26 @@ def test_what_a_forced_solver_refuses_leaves_all_as_it_was(name, after):
     optimizer.param_groups[0]["solver"] = "auto"
     optimizer.step(take, **data)
     assert optimizer.last_report.solver in ("cg", "kronecker", "broyden")
+
+
+def test_where_the_gradients_differ_conjugate_gradients_find_the_graph_as_it_was(monkeypatch):
+    """The search over lambda ends before it has placed anything in the parameters."""
+    ready = exact_step_module._Search.ready
+    calls = []
+
+    def sometimes(search, norms):
+        calls.append(search)
+        return None if len(calls) % 2 else ready(search, norms)
+
+    monkeypatch.setattr(exact_step_module._Search, "ready", sometimes)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(40, 3)
+    y = x.prod(1, keepdim=True)
+    optimizer = HFOptimizer(model.parameters())
+    solvers = []
+    for _ in range(8):
+        optimizer.step(lambda: F.mse_loss(model(x), y))
+        assert optimizer.last_report.new_loss < optimizer.last_report.loss
+        solvers.append(optimizer.last_report.solver)
+    assert {"cg", "exact"} <= set(solvers)

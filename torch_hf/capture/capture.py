@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import Signature, signature
@@ -95,7 +95,6 @@ class Record:
     negated: bool = False  # maximize=True: what a closure returns is to grow, convex or not
     started: int = 0  # sequence number of autograd's nodes when the closure began
     differentiates_inside: bool = False
-    once: bool = False  # a kernel in its graph has no double backward
     has_tangent_rules: bool = False  # something in its graph has a tangent rule
 
     def place(self, edge: Edge) -> Tensor | None:
@@ -125,8 +124,6 @@ class Capture(TorchFunctionMode):
         parameters: The optimizer's parameters; ``backward()`` towards them is held back.
         layers: Whether to keep the inputs and outputs of linear layers.
         calls: Whether calls are kept (a trial point needs the loss alone).
-        twice: Whether recurrent networks are to be differentiable twice: on a GPU that takes
-            kernels that are 10 to 20 times slower than cuDNN's.
         tangent_rules: Whether convolutions and normalisations take the tangent rules of
             :mod:`torch_hf.capture.convolution` and :mod:`torch_hf.capture.normalization`.
     """
@@ -137,7 +134,6 @@ class Capture(TorchFunctionMode):
         *,
         layers: bool = False,
         calls: bool = True,
-        twice: bool = True,
         tangent_rules: bool = False,
     ) -> None:
         super().__init__()
@@ -146,7 +142,6 @@ class Capture(TorchFunctionMode):
         self.gradients = SeenGradients(parameters)
         self.layers = layers
         self.calls = calls
-        self.twice = twice
         self.tangent_rules = tangent_rules
         self.held_inside: list[Tensor] = []  # of backward(create_graph=True)
 
@@ -193,9 +188,8 @@ class Capture(TorchFunctionMode):
             self.record.has_tangent_rules = True
             result: Any = by_rule()
         else:
-            with differentiable_kernels(name) if self.twice else nullcontext():
+            with differentiable_kernels(name):
                 result = func(*args, **kwargs)
-            self.record.once |= name in RECURRENT and not self.twice and by_cudnn(result)
         if self.calls and isinstance(result, Tensor):
             if name in CURVED or name in LOSSES:
                 self._keep_places(name, [*args, *kwargs.values()], result)
@@ -326,15 +320,6 @@ def uncompiled() -> Iterator[None]:
     with torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are")
         yield
-
-
-def by_cudnn(result: Any) -> bool:
-    """Whether a recurrent network ran by cuDNN's kernels, which have no double backward."""
-    first = result[0] if isinstance(result, tuple) and result else None
-    node = first.grad_fn if isinstance(first, Tensor) else None
-    while node is not None and kind(node) in SHAPING:
-        node = operands(node)[0][0]
-    return node is not None and "cudnn" in kind(node).lower()
 
 
 @contextmanager

@@ -66,20 +66,14 @@ class ClosureRuns:
         self.uncleared: list[Tensor] = []
 
     @torch.enable_grad()
-    def graph(self, batch: Any, twice: bool = True) -> Graph:
+    def graph(self, batch: Any) -> Graph:
         """A batch's loss with its graph.
-
-        Args:
-            batch: The closure's argument, unless it is ``NO_BATCH``.
-            twice: Whether the graph is for products, too, and not for a gradient alone.
 
         Raises:
             TypeError, ValueError, RuntimeError: The closure returned something unusable; the
                 message says what was expected.
         """
-        capture = Capture(
-            self.vector.params, layers=self.layers, tangent_rules=self.tangent_rules, twice=twice
-        )
+        capture = Capture(self.vector.params, layers=self.layers, tangent_rules=self.tangent_rules)
         record = self._call(capture, batch)
         if record.held:
             found = [*self.uncleared, *capture.gradients.uncleared()]
@@ -103,9 +97,7 @@ class ClosureRuns:
     @torch.enable_grad()
     def loss(self, batch: Any) -> Tensor:
         """A batch's loss with its graph and nothing else: as a trial point needs it."""
-        return self._objective(
-            self._call(Capture(self.vector.params, calls=False, twice=False), batch)
-        )
+        return self._objective(self._call(Capture(self.vector.params, calls=False), batch))
 
     def _say_compiled(self) -> None:
         """Once of each module, and never as an error: the step goes well."""
@@ -134,7 +126,7 @@ class ClosureRuns:
         losses = []
         with self.replay.rerun(), torch.set_grad_enabled(grad):
             for batch in batches:
-                capture = Capture(self.vector.params, calls=False, twice=False)
+                capture = Capture(self.vector.params, calls=False)
                 losses.append(self._objective(self._call(capture, batch)).detach())
         return losses
 

@@ -158,7 +158,7 @@ class Objective:
         keep = len(self.batches) == 1 and not self.own_curvature_batches
         with self.replay.first_run():
             for i, batch in enumerate(self.batches):
-                graph = self.runs.graph(batch, twice=False)
+                graph = self.runs.graph(batch)
                 self.runs.needs_graph |= graph.record.differentiates_inside
                 losses.append(float(graph.loss.detach()))
                 counts.append(graph.cases)
@@ -310,7 +310,7 @@ class Objective:
         losses, parts = [], []
         for i, (batch, share) in enumerate(zip(self.batches, here.shares, strict=True)):
             with self.replay.rerun(i):
-                graph = self.runs.graph(batch, twice=False)
+                graph = self.runs.graph(batch)
             losses.append(float(graph.loss.detach()))
             if share:
                 terms = self.split(graph).loss_terms

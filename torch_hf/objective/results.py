@@ -114,12 +114,9 @@ class Evaluation:
         return self._graph
 
     def take_graph(self) -> Graph | None:
-        """Gives the graph away, so that it lives as long as its new owner wants.
-
-        None where a kernel in it has no double backward: the new owner runs the closure again.
-        """
+        """Gives the graph away, so that it lives as long as its new owner wants."""
         graph, self._graph = self._graph, None
-        return None if graph is None or graph.record.once else graph
+        return graph
 
     def hand_over_gradients(self) -> list[Tensor | None]:
         """The closure's own gradient for ``.grad``; this evaluation forgets its gradients.
