@@ -74,9 +74,9 @@ class Recorder:
             yield
             return
         outside = torch.cuda.current_stream(device)
-        inside = self._streams.get(device)
+        inside = self._streams.get(outside.device)
         if inside is None:
-            inside = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            inside = self._streams[outside.device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         inside.wait_stream(outside)
         try:
             with torch.cuda.stream(inside):
