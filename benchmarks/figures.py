@@ -52,6 +52,8 @@ OVERVIEW = (
     ("MNIST, CNN", "test error", "mnist-cpu-seconds", "test"),
 )
 DENSE = {
+    "gpu-autoencoder": ("autoencoder-cuda", "test_error"),
+    "gpu-poisson": ("poisson-cuda", "train_loss"),
     "dense-poisson": ("poisson-cpu-seconds", "train_loss"),
     "dense-burgers": ("burgers-cpu-seconds", "train_loss"),
     "dense-regression": ("regression-cpu-seconds", "train_loss"),
@@ -198,6 +200,28 @@ def step_memory() -> str:
     return table(["pairs", "batches", "step", "forward and backward alone"], rows)
 
 
+def gpu_products() -> str:
+    """Of each network on a GPU: a product, and a CG iteration launched or replayed."""
+    rows = [
+        [
+            row["network"],
+            f"{row['gradient_ms']:.1f} ms",
+            f"{row['product_in_gradients']:.2f}",
+            f"{row['launches_of_iteration_eager'] / row['launches_of_gradient']:.1f}",
+            *(_milliseconds(row[f"ms_of_iteration_{how}"]) for how in ("eager", "replayed")),
+        ]
+        for row in load("gpu-cuda")["products"]
+        if "error" not in row
+    ]
+    header = ["network", "gradient", "product, in gradients", "launches of a CG iteration, in a"]
+    header[-1] += " gradient's"
+    return table([*header, "CG iteration, launched", "replayed"], rows)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.1f} ms" if value > 0 else "lost in noise"
+
+
 def pairs() -> str:
     """What the pairs are worth to CG; everything relative to CG without them."""
     rows = []
@@ -253,6 +277,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "paper-curves": lambda: paper("race-curves-cpu-seconds", "train_error"),
     "paper-speech": lambda: paper("race-speech-cpu", "train_loss"),
     "pairs": pairs,
+    "gpu-products": gpu_products,
     **{name: (lambda r=record: dense(*r)) for name, record in DENSE.items()},
 }
 

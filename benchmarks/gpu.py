@@ -206,14 +206,14 @@ def _product_row(make: Callable[[], Any], device: torch.device, rounds: int) -> 
     def closure() -> torch.Tensor:
         return F.cross_entropy(model(x), y)
 
-    gradient = _milliseconds(lambda: torch.autograd.grad(closure(), params), device, rounds)
+    gradient = milliseconds(lambda: torch.autograd.grad(closure(), params), device, rounds)
     recorder = Recorder()
     with recorder.stream(device, alone=True):
         operator = GaussNewtonOperator.from_closure(closure, params)
         v = torch.randn(operator.shape[0], device=device)
-        product = _milliseconds(lambda: operator(v), device, rounds)
+        product = milliseconds(lambda: operator(v), device, rounds)
         operator.replays(recorder, expected=10**6)
-        replayed = _milliseconds(lambda: operator(v), device, rounds)
+        replayed = milliseconds(lambda: operator(v), device, rounds)
     row: dict[str, Any] = {
         "parameters": len(v),
         "gradient_ms": gradient,
@@ -235,7 +235,8 @@ def _product_row(make: Callable[[], Any], device: torch.device, rounds: int) -> 
     return row
 
 
-def _milliseconds(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
+def milliseconds(run: Callable[[], Any], device: torch.device, rounds: int) -> float:
+    """The mean of some runs, after two to warm up."""
     for _ in range(2):
         run()
     synchronize(device)
@@ -269,11 +270,11 @@ def _iterations(
             )
             made.append(found.iterations)
 
-        milliseconds = _milliseconds(solve, device, 3)
+        cost = milliseconds(solve, device, 3)
         found = {"launches": 0, "waits": 0}
         if device.type == "cuda":
             found = _counted(solve)  # counts kernels inside of a graph as one launch
-    return {"iterations": made[-1], "ms": milliseconds, **found}
+    return {"iterations": made[-1], "ms": cost, **found}
 
 
 def _waits_of_step(make: Callable[[], Any], device: torch.device, most: int) -> int:

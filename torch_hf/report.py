@@ -62,7 +62,8 @@ class StepReport:
         gradient_variance: L1 norm of the variance over cases of the per-case
             gradient (Byrd et al. 2012), where a growth rule asked for it.
         seconds: Wall-clock seconds: ``"total"`` and by part (``"gradient"``,
-            ``"products"``, ``"preconditioner"``, ``"evaluations"``, ``"other"``).
+            ``"products"``, ``"preconditioner"``, ``"evaluations"``, ``"other"``); on a GPU a
+            part's are those of its work there.
         requests: Where a reader, such as a growth rule, asks for what is to be measured from
             the next step on.
         converged: Whether the step stayed because what is left to gain is below the rounding of

@@ -250,8 +250,9 @@ class HFOptimizer(FlatStateOptimizer):
         if closure is None:
             return self._initialise()
         self._look_at_rates()
-        timer = StepTimer(("gradient", "products", "preconditioner", "evaluations"))
+        parts = ("gradient", "products", "preconditioner", "evaluations")
         vector = self._vector()
+        timer = StepTimer(parts, vector.device)
         change = Transaction(self, vector)
         alone = self.process_group is None and not vector.sums
         with self._recorder.stream(vector.device, alone), change, change:
