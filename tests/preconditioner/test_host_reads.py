@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_hf import HFOptimizer
 from torch_hf.preconditioner import kfac
-from torch_hf.preconditioner.kfac import inverses
+from torch_hf.preconditioner.choose import factors_of
+from torch_hf.preconditioner.kfac import inverses, traces_of
+from torch_hf.solver.cg import conjugate_gradients
 from torch_hf.statistics.kronecker_factors import LayerFactors
 
 READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "unique_dim"}
@@ -56,7 +58,68 @@ def reads(monkeypatch, depth, iterations):
 def test_a_deeper_network_makes_no_more_reads(monkeypatch):
     shallow, deep = (reads(monkeypatch, depth, 5) for depth in (1, 9))
     assert deep <= shallow + 2
-    assert shallow <= 40
+    assert shallow <= 20
+
+
+def test_an_iteration_makes_one_read(monkeypatch):
+    """Of all the numbers that its stopping rules look at, and none for an iterate that is kept."""
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(60, 60, generator=generator).double()
+    g = torch.randn(60, generator=generator).double()
+    found, original = [], torch.Tensor.tolist
+    for iterations in (6, 30):
+        lists = []
+        with Reads() as seen, monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda t, n=lists: (n.append(1), original(t))[1])
+            result = conjugate_gradients(
+                lambda v: root.T @ (root @ v), g, tol=0, max_iter=iterations
+            )
+        assert result.iterations == iterations
+        found.append(seen.number + len(lists))
+    assert found == [6 + 2, 30 + 2]
+
+
+def test_a_measurement_of_factors_makes_three_reads(monkeypatch):
+    """Whether they are finite, their traces, whether they could be factorized."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32)]
+    model = nn.Sequential(*layers, nn.Tanh(), nn.Linear(32, 5))
+    x, y = torch.randn(200, 20), torch.randint(0, 5, (200,))
+    optimizer = HFOptimizer(model.parameters(), solver="cg")
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    known, calls = factors_of(optimizer.preconditioner), []
+    measure = known._measure
+    monkeypatch.setattr(type(known), "wants_layers", True)
+    monkeypatch.setattr(known, "_measure", lambda c: (calls.append(1), measure(c))[1])
+    begin, number = known.begin, []
+
+    def counted(damping, curvature):
+        lists, original = [], torch.Tensor.tolist
+        with Reads() as seen, monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", lambda t: (lists.append(1), original(t))[1])
+            begin(damping, curvature)
+        number.append(seen.number + len(lists))
+
+    monkeypatch.setattr(known, "begin", counted)
+    optimizer.step(lambda: F.cross_entropy(model(x), y))
+    assert calls
+    assert number[0] <= 3
+
+
+def test_a_light_step_makes_six_reads():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 32), nn.Tanh(), nn.Linear(32, 5))
+    x, y = torch.randn(2000, 20), torch.randint(0, 5, (2000,))
+    optimizer = HFOptimizer(model.parameters())
+    found = []
+    for step in range(14):
+        part = slice(100 * step, 100 * step + 100)
+        with Reads() as seen:
+            optimizer.step(lambda part=part: F.cross_entropy(model(x[part]), y[part]))
+        if optimizer.last_report.solver == "kronecker":
+            found.append(seen.number)
+    assert len(found) > 8
+    assert sorted(found)[len(found) // 2] <= 6  # those that measure factors take more
 
 
 @pytest.mark.parametrize("damping", [1e-3, 0.0])
@@ -68,7 +131,7 @@ def test_inverses_are_those_of_the_damped_factors(damping):
         blocks.append(LayerFactors(k, -1, a.T @ a, s.T @ s))
     blocks.append(LayerFactors(3, -1, torch.ones(3).double(), torch.full((2,), 2.0).double()))
     blocks.append(LayerFactors(4, -1, torch.zeros(2, 2).double(), torch.eye(2).double()))
-    found = inverses(blocks, [damping] * 5)
+    found = inverses(blocks, [damping] * 5, traces_of(blocks))
     assert [f.block for f in found] == blocks
     for f in found[:4]:
         a, s = (torch.diag(t) if t.ndim == 1 else t for t in (f.block.inputs, f.block.outputs))
@@ -92,7 +155,7 @@ def test_a_factor_that_is_not_definite_is_damped_more_alone():
         0, -1, torch.diag(torch.tensor([1.0, -0.01])).double(), torch.eye(2).double()
     )
     good = LayerFactors(1, -1, torch.eye(2).double(), torch.eye(2).double())
-    first, second = inverses([bad, good], [1e-6, 1e-6])
+    first, second = inverses([bad, good], [1e-6, 1e-6], traces_of([bad, good]))
     assert torch.linalg.eigvalsh(first.right)[0] > 0
-    assert torch.equal(second.left, inverses([good], [1e-6])[0].left)
+    assert torch.equal(second.left, inverses([good], [1e-6], traces_of([good]))[0].left)
     assert kfac.INVERSION_TRIES > 1

@@ -43,6 +43,10 @@ class Inverse(NamedTuple):
     right: Tensor
 
 
+#: Traces of the factors of each block, of the inputs and of the outputs.
+Traces = list[tuple[float, float]]
+
+
 class FactorHistory(NamedTuple):
     """What one step hands to the next.
 
@@ -119,7 +123,8 @@ class KroneckerPreconditioner:
         self._sizes = curvature.vector.sizes
         fresh = self.wants_layers
         known = self._measure(curvature) if fresh else self._known
-        held = MEAN_CURVATURE_SHARE * mean_curvature(known.blocks, self._sizes)
+        traces = traces_of(known.blocks)
+        held = MEAN_CURVATURE_SHARE * mean_curvature(known.blocks, traces, self._sizes)
         total = damping + held
         if (
             fresh
@@ -128,7 +133,7 @@ class KroneckerPreconditioner:
         ):
             known, self._inverses = known._replace(damping=total), []
         self._known = known
-        self._invert(list(curvature.decays))
+        self._invert(list(curvature.decays), traces)
 
     @property
     def wants_layers_light(self) -> bool:
@@ -149,21 +154,23 @@ class KroneckerPreconditioner:
         self._before, self._count = self._known, 0
         self._known = self._before.like(vector)
         self._sizes = vector.sizes
+        traces = None
         if curvature is not None:
             known = self._measure(curvature)
-            damping = LIGHT_DAMPING * mean_curvature(known.blocks, self._sizes)
+            traces = traces_of(known.blocks)
+            damping = LIGHT_DAMPING * mean_curvature(known.blocks, traces, self._sizes)
             self._known, self._inverses = known._replace(damping=damping), []
-        self._invert(list(decays))
+        self._invert(list(decays), traces)
 
-    def _invert(self, decays: list[float]) -> None:
+    def _invert(self, decays: list[float], traces: Traces | None) -> None:
         """Makes the inverses, if there are none or weight decay has changed."""
         if self._inverses and decays == self._decays:
             return
         known, self._decays = self._known, decays
-        held = MEAN_CURVATURE_SHARE * mean_curvature(known.blocks, self._sizes)
-        self._inverses = inverses(
-            known.blocks, [known.damping + decays[b.weight] for b in known.blocks]
-        )
+        traces = traces_of(known.blocks) if traces is None else traces
+        held = MEAN_CURVATURE_SHARE * mean_curvature(known.blocks, traces, self._sizes)
+        damping = [known.damping + decays[b.weight] for b in known.blocks]
+        self._inverses = inverses(known.blocks, damping, traces)
         self._rest = [known.damping + held + decay for decay in decays]
 
     def apply(self, r: Tensor) -> Tensor:
@@ -291,12 +298,17 @@ def _factor(kept: Tensor) -> Tensor:
     return kept.view(kept.shape[:-ones])
 
 
-def mean_curvature(blocks: Sequence[LayerFactors], sizes: Sequence[int]) -> float:
-    """The trace of all blocks over the number of their parameters."""
+def traces_of(blocks: Sequence[LayerFactors]) -> Traces:
+    """The traces of each block's factors, of the inputs and of the outputs; one read in all."""
     if not blocks:
-        return 0.0
-    traces = torch.stack([_trace(b.inputs) * _trace(b.outputs) for b in blocks])
-    return float(traces.sum()) / covered(blocks, sizes)
+        return []
+    found = torch.stack([_trace(t).double() for b in blocks for t in (b.inputs, b.outputs)])
+    return [(a, s) for a, s in found.view(-1, 2).tolist()]
+
+
+def mean_curvature(blocks: Sequence[LayerFactors], traces: Traces, sizes: Sequence[int]) -> float:
+    """The trace of all blocks over the number of their parameters."""
+    return sum(a * s for a, s in traces) / covered(blocks, sizes) if blocks else 0.0
 
 
 def covered(blocks: Sequence[LayerFactors], sizes: Sequence[int]) -> int:
@@ -304,20 +316,20 @@ def covered(blocks: Sequence[LayerFactors], sizes: Sequence[int]) -> int:
     return sum(sizes[b.weight] + (sizes[b.bias] if b.bias >= 0 else 0) for b in blocks)
 
 
-def inverses(blocks: Sequence[LayerFactors], damping: Sequence[float]) -> list[Inverse]:
+def inverses(
+    blocks: Sequence[LayerFactors], damping: Sequence[float], traces: Traces
+) -> list[Inverse]:
     """``(S + e/pi I)^-1`` and ``(A + pi e I)^-1`` of each block, with ``e^2`` its damping.
 
     The host reads a few tensors of numbers for all blocks together, and not some for each.
     """
     if not blocks:
         return []
-    traces = torch.stack([_trace(t).double() for b in blocks for t in (b.inputs, b.outputs)])
-    numbers = iter(traces.tolist())
     found: list[Inverse | None] = [None] * len(blocks)
     open_: dict[int, tuple[float, float]] = {}
     means = []
     for k, block in enumerate(blocks):
-        a, s = next(numbers) / len(block.inputs), next(numbers) / len(block.outputs)
+        a, s = traces[k][0] / len(block.inputs), traces[k][1] / len(block.outputs)
         means.append((a, s))
         if a > 0 and s > 0:
             eps = torch.finfo(block.inputs.dtype).eps

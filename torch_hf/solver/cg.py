@@ -81,6 +81,7 @@ class _Solve:
     p: Tensor
     rz: float
     rr: float
+    square: float  # of g
     values: list[float]
     space: Space
     subspace: Subspace | None = None
@@ -145,7 +146,7 @@ def conjugate_gradients(
     if damping is not None:
         most = directions_kept(gradient.numel(), max_iter)
         state.subspace = Subspace(damping, most, space)
-    square = space.dot(gradient, gradient)
+    square = state.square
     floor = (RESIDUAL_ULPS * torch.finfo(gradient.dtype).eps) ** 2 * square
     grid = _grid()
     next_kept = next(grid)
@@ -216,14 +217,16 @@ def _begin(
 ) -> _Solve:
     if start is None:
         d, r = torch.zeros_like(g), -g
-        value = 0.0
     else:
         d = start * decay
         r = operator(d).neg().sub_(g)
-        value = _value(g, d, r, space)
     z = solve_with(r)
-    rz, rr = space.dots((r, z), (r, r)).tolist()
-    return _Solve(g, d, r, z.clone(), rz, rr, [value], space)  # p is edited, z may be r or a buffer
+    pairs = [(r, z), (r, r), (g, g)] + ([] if start is None else [(g, d), (r, d)])
+    rz, rr, square, *rest = space.dots(*pairs).tolist()
+    value = 0.5 * (rest[0] - rest[1]) if rest else 0.0
+    return _Solve(
+        g, d, r, z.clone(), rz, rr, square, [value], space
+    )  # p is edited, z may be r or a buffer
 
 
 def _value(g: Tensor, d: Tensor, r: Tensor, space: Space) -> float:
