@@ -91,7 +91,7 @@ def collectives(mode: str, work: Work) -> dict[str, int]:
     gathers and scatters it; a product is two runs and a backward.
     """
     # two sums an iteration and one of the preconditioner, which the last (of the most) leaves out
-    few = 3 * work.iterations - 1 + work.kept + work.evaluations
+    few = 3 * work.iterations - 2 + work.evaluations
     if mode == REPLICATED:
         return {REDUCE: 1 + work.products, SCATTER: 0, GATHER: 0, "small": few + 10}
     if mode == SHARDED:  # a direction is gathered when it is tried and taken, and .grad is
