@@ -191,6 +191,22 @@ def test_a_released_operator_keeps_no_recording():
     assert operator._replayed is None
 
 
+@pytest.mark.parametrize(("free", "held", "room"), [(30, 0, True), (10, 20, True), (10, 5, False)])
+def test_nothing_is_recorded_where_memory_is_scarce(monkeypatch, free, held, room):
+    def none(*_, **__):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 50)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50 - held)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph", none)
+    recorder = Recorder()
+    assert recorder.record(Counted(), vectors()[0]) is None
+    assert recorder.usable != room  # a recording that was tried and failed is the last
+
+
 def test_other_warnings_pass_through(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda _: None)

@@ -27,6 +27,8 @@ Product = Callable[[Tensor], Tensor]
 LEAST_PRODUCTS = 6
 #: The device may be busy for this part of a product's time after its last launch.
 MOST_BUSY = 0.5
+#: A recording keeps its memory from solve to solve: not where less than this part is free.
+LEAST_FREE = 0.25
 #: Relative difference of the first replay and its product, which are the same kernels; some add up
 #: in an order of their own.
 AGREEMENT = 1e-3
@@ -105,7 +107,9 @@ class Recorder:
         return found, not waits and busy < MOST_BUSY * total
 
     def record(self, product: Product, v: Tensor) -> Recording | None:
-        """The kernels of ``product(v)``, not yet run; None where that fails."""
+        """The kernels of ``product(v)``, not yet run; None where it fails or memory is scarce."""
+        if not has_room(v.device):
+            return None
         graph = torch.cuda.CUDAGraph()
         operand = v.clone()
         pool = None if self._last is None else self._last.pool()
@@ -173,6 +177,13 @@ class ReplayedProduct:
         recording.operand.copy_(v)
         recording.replay()
         return recording.result.clone()
+
+
+def has_room(device: torch.device) -> bool:
+    """Whether enough of a GPU's memory is free, or held by torch for nothing."""
+    free, total = torch.cuda.mem_get_info(device)
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + held >= LEAST_FREE * total
 
 
 @contextmanager
