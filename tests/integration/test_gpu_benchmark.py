@@ -12,7 +12,9 @@ GPU = ROOT / "benchmarks" / "gpu.py"
 
 
 def ran(folder, *arguments):
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    # One thread: with as many as cores, beside other tests, they wait for each other.
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment["HOME"] = str(folder)
     return subprocess.run(
         [sys.executable, str(GPU), *arguments],
         cwd=folder,
