@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_hf import HFOptimizer
+from torch_hf.capture import normalization
 from torch_hf.capture.capture import Capture
 from torch_hf.capture.normalization import rule
 from torch_hf.capture.tangents import tangents_only
@@ -312,3 +313,24 @@ def test_capture_says_that_a_rule_was_used():
     params = list(model.parameters())
     assert Capture(params, tangent_rules=True).run(lambda: model(x)).has_tangent_rules
     assert not Capture(params).run(lambda: model(x)).has_tangent_rules
+
+
+def test_light_steps_do_without_the_rule(monkeypatch):
+    """Their products are few, and its calls from Python are in each gradient."""
+    calls, known = [], normalization.rule
+    monkeypatch.setattr(
+        "torch_hf.capture.normalization.rule", lambda *a: (calls.append(1), known(*a))[1]
+    )
+    torch.manual_seed(0)
+    layers = [nn.Linear(20, 32), nn.LayerNorm(32), nn.Tanh(), nn.Linear(32, 5)]
+    model = nn.Sequential(*layers)
+    x, y = torch.randn(2000, 20), torch.randint(0, 5, (2000,))
+    optimizer = HFOptimizer(model.parameters())
+    found = []
+    for step in range(14):
+        calls.clear()
+        part = slice(100 * step, 100 * step + 100)
+        optimizer.step(lambda part=part: F.cross_entropy(model(x[part]), y[part]))
+        found.append((optimizer.last_report.solver, len(calls)))
+    assert found[0] == ("cg", 1)
+    assert [n for solver, n in found[2:] if solver == "kronecker"].count(0) > 8

@@ -126,6 +126,8 @@ class Capture(TorchFunctionMode):
         calls: Whether calls are kept (a trial point needs the loss alone).
         tangent_rules: Whether convolutions and normalisations take the tangent rules of
             :mod:`torch_hf.capture.convolution` and :mod:`torch_hf.capture.normalization`.
+        normalizations: Whether normalisations do. Where no product is likely to be asked for they
+            cost more than they save: calls from Python in each forward and backward.
     """
 
     def __init__(
@@ -135,6 +137,7 @@ class Capture(TorchFunctionMode):
         layers: bool = False,
         calls: bool = True,
         tangent_rules: bool = False,
+        normalizations: bool = True,
     ) -> None:
         super().__init__()
         self.record = Record()
@@ -143,6 +146,7 @@ class Capture(TorchFunctionMode):
         self.layers = layers
         self.calls = calls
         self.tangent_rules = tangent_rules
+        self.normalizations = normalizations
         self.held_inside: list[Tensor] = []  # of backward(create_graph=True)
 
     def run(self, closure: Callable[..., Any], *args: Any) -> Record:
@@ -204,7 +208,9 @@ class Capture(TorchFunctionMode):
         """The call with a tangent rule of its own, where there is one."""
         if has_rule(name, args, kwargs):
             return lambda: convolve(*args, **kwargs)
-        return normalization.rule(func, args, kwargs) if name in NORMALIZATIONS else None
+        if name in NORMALIZATIONS and self.normalizations:
+            return normalization.rule(func, args, kwargs)
+        return None
 
     def _as_pairs(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Complex arguments through views as pairs of real numbers, one view of each place."""

@@ -43,6 +43,7 @@ class ClosureRuns:
 
     Attributes:
         needs_graph: Whether the closure differentiates by itself, so that its loss needs a graph.
+        normalizations: Whether these take their rule, too; to be unset where products are unlikely.
         uncleared: Gradients from outside that ``backward()`` would have added to.
     """
 
@@ -63,6 +64,7 @@ class ClosureRuns:
         self.layers = layers
         self.tangent_rules = tangent_rules
         self.needs_graph = False
+        self.normalizations = True
         self.uncleared: list[Tensor] = []
 
     @torch.enable_grad()
@@ -73,7 +75,12 @@ class ClosureRuns:
             TypeError, ValueError, RuntimeError: The closure returned something unusable; the
                 message says what was expected.
         """
-        capture = Capture(self.vector.params, layers=self.layers, tangent_rules=self.tangent_rules)
+        capture = Capture(
+            self.vector.params,
+            layers=self.layers,
+            tangent_rules=self.tangent_rules,
+            normalizations=self.normalizations,
+        )
         record = self._call(capture, batch)
         if record.held:
             found = [*self.uncleared, *capture.gradients.uncleared()]

@@ -257,6 +257,7 @@ class HFOptimizer(FlatStateOptimizer):
         alone = self.process_group is None and not vector.sums
         with self._recorder.stream(vector.device, alone), change, change:
             objective = self._objective(closure, batches, curvature_batches, vector, change)
+            objective.runs.normalizations = not self._progress.light
             with objective.replay.arithmetic():
                 with timer.part("gradient"):
                     here = objective.evaluate(lambda left: checks.accumulated(left, self._left))
