@@ -105,7 +105,7 @@ def test_output_and_gradient(case):
 def test_gradient_of_some(case, wanted):
     arguments = case.arguments()
     if max(wanted) >= len(arguments):
-        return
+        pytest.skip("it has no weight and no bias")
     for i, argument in enumerate(arguments):
         argument.requires_grad_(i in wanted)
     chosen = [arguments[i] for i in wanted]
@@ -148,7 +148,7 @@ def test_third_order_is_autograds(name):
 def test_tangents_are_autograds(case, wanted):
     arguments = case.arguments()
     if max(wanted) >= len(arguments):
-        return
+        pytest.skip("it has no weight and no bias")
     u, gradients = pulled(case.ours(*arguments), arguments)
     along = [normal(10 + i, *arguments[i].shape) for i in wanted]
     with tangents_only():
