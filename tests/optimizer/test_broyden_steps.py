@@ -448,6 +448,42 @@ def test_both_types_get_down(dtype):
     assert reports[-1].new_loss < (1e-4 if dtype == torch.float32 else 1e-6)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_float32_gets_as_far_as_its_gradients_allow(seed):
+    """Curvatures over eight decades: H in float32 would end a hundred times higher."""
+    generator = torch.Generator().manual_seed(seed)
+    turn = torch.linalg.qr(torch.randn(50, 50, generator=generator, dtype=torch.float64))[0]
+    spread = torch.logspace(0, -4, 50, dtype=torch.float64)
+    A = ((turn * spread) @ turn.T).float()
+    x = nn.Parameter(torch.zeros(50))
+    target = A @ torch.ones(50)
+
+    def closure():
+        residual = A @ x - target
+        return residual.square().sum() + 0.1 * residual.pow(4).sum()
+
+    optimizer = HFOptimizer([x], solver="broyden")
+    for step in range(30):
+        optimizer.step(closure)
+        if step == 3:
+            assert optimizer._secant.inverse.dtype == torch.float64
+    assert optimizer.last_report.new_loss < 3e-12
+
+
+def test_an_inverse_of_float32_from_an_older_state_is_taken():
+    run = Equation(solver="broyden", dtype=torch.float32)
+    run.steps(3)
+    state = copy.deepcopy(run.optimizer.state_dict())
+    for entries in state["state"].values():
+        for name in ("broyden_inverse", "broyden_anchor"):
+            entries[name] = entries[name].float()
+    other = Equation(solver="broyden", dtype=torch.float32)
+    other.model.load_state_dict(run.model.state_dict())
+    other.optimizer.load_state_dict(state)
+    (report,) = other.steps(1)
+    assert report.accepted and other.optimizer._secant.inverse.dtype == torch.float64
+
+
 # --- refusals ---
 
 

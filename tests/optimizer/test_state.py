@@ -341,7 +341,8 @@ def test_a_run_goes_on_bit_by_bit(way, dtype, same_data, tmp_path):
     for _ in range(2):
         assert torch.equal(run.step().parameters(), other.step().parameters())
         assert other.optimizer.last_report.step == run.optimizer.last_report.step > 1_000_000
-        assert other.optimizer.last_report.damping == run.optimizer.last_report.damping
+        dampings = [str(o.last_report.damping) for o in (run.optimizer, other.optimizer)]
+        assert dampings[0] == dampings[1]  # nan, too
 
 
 def test_numbers_outlive_a_first_parameter_that_is_frozen():

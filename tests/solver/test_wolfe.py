@@ -10,7 +10,7 @@ from torch_hf.solver.wolfe import ARMIJO, CURVATURE, FURTHEST, MOST_TRIALS, Poin
 ONE = torch.ones(1, dtype=torch.float64)
 
 
-def searched(f, slope, first=1.0):
+def searched(f, slope, first=1.0, rounding=0.0):
     """The search's end along f, and how often f was taken."""
     lengths = []
 
@@ -19,7 +19,7 @@ def searched(f, slope, first=1.0):
         return f(t), slope(t) * ONE
 
     start = Point(0.0, f(0.0), slope(0.0) * ONE, slope(0.0))
-    return strong_wolfe(along, start, ONE, first), start, lengths
+    return strong_wolfe(along, start, ONE, first, rounding), start, lengths
 
 
 def wall(t):
@@ -72,6 +72,19 @@ def test_the_start_where_nothing_is_lower():
 def test_a_loss_without_bound_ends():
     end, start, lengths = searched(lambda t: -t, lambda t: -1.0)
     assert end.loss < start.loss and len(lengths) <= MOST_TRIALS and end.length <= 10 * FURTHEST
+
+
+def test_where_rounding_hides_the_change_slopes_tell():
+    """A parabola on a loss of 1, in steps of 1e-7: the first length is 1e-5 of the right one."""
+    step = 1e-7
+    line = lambda t: 1.0 + step * round(1e-6 * (t**2 - 2 * t) / step)  # noqa: E731
+    slope = lambda t: 2e-6 * (t - 1)  # noqa: E731
+    end, start, lengths = searched(line, slope, first=1e-5, rounding=2 * step)
+    assert end.loss < start.loss and 0.05 < end.length < 1.9 and len(lengths) < 12
+    blind, start, lengths = searched(line, slope, first=1e-5)
+    assert blind is start and len(lengths) == MOST_TRIALS  # so without it nothing is found
+    past, *_ = searched(line, slope, first=2.0, rounding=2 * step)
+    assert 0.05 < past.length < 1.95
 
 
 @pytest.mark.parametrize("bend", [0.0, -1e-9, -1e-3])

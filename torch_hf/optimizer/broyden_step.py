@@ -29,6 +29,8 @@ FIRST_ITERATIONS = 5
 PRICE_OF_TRIAL = 1.3
 #: Units of what rounding hides, in the last look at whether it does.
 TOLD = 64.0
+#: By how much the last look comes nearer, at least and at most.
+NEARER, FURTHER = 4.0, 1e3
 #: Said where iterations lower the loss no further.
 NO_DECREASE = "the quasi-Newton iterations found no decrease"
 
@@ -71,10 +73,10 @@ class _Inverses(NamedTuple):
             return cls(None, None)
         dense = limited = None
         if BROYDEN in kinds and secant.inverse is not None:
-            dense = InverseHessian(secant.inverse)
+            dense = InverseHessian(secant.inverse.to(gradient))
         if LBFGS in kinds and secant.pairs is not None:
-            limited = LimitedInverse(len(gradient), secant.pairs)
-        slope, way = secant.anchor
+            limited = LimitedInverse(len(gradient), secant.pairs.to(gradient))
+        slope, way = secant.anchor.to(gradient)
         for inverse in (dense, limited):
             if inverse is not None:
                 inverse.add(way, gradient - slope)
@@ -137,7 +139,7 @@ def check_broyden(wanted: str, vector: ParameterVector, whole: bool, reducer: Re
             f'solver="{wanted}" needs parameters and vectors whole on every rank, got some cut by '
             'fully_shard or shard_state. Use solver="auto".'
         )
-    needed = 3.0 * vector.numel**2 * vector.zeros().element_size()
+    needed = 3.0 * vector.numel**2 * _type_of_inverse(vector, (wanted,)).itemsize
     if wanted == BROYDEN and needed > reducer.told([memory_of(vector.device)])[0]:
         raise RuntimeError(
             f'solver="broyden" needs {needed:.3g} bytes for the inverse Hessian of {vector.numel} '
@@ -150,6 +152,15 @@ def quasi_newton_of(vector: ParameterVector) -> str:
     if vector.numel <= MOST_DENSE:
         return BROYDEN
     return LBFGS if limited_fits(vector.numel, vector.zeros().element_size()) else ""
+
+
+def _type_of_inverse(vector: ParameterVector, kinds: Sequence[str]) -> torch.dtype:
+    """Of H and its vectors: the dense one is in float64 where the device has that.
+
+    In float32 it has no digits for curvature 1e-7 of the largest, and the search breaks down there.
+    """
+    wide = BROYDEN in kinds and vector.device.type != "mps"
+    return torch.float64 if wide else vector.dtype
 
 
 def broyden_step(
@@ -177,6 +188,7 @@ def broyden_step(
     kinds = (BROYDEN, LBFGS) if both else (solver,)
     kind: type[Inverse] = LimitedInverse if solver == LBFGS else InverseHessian
     vector, reducer = objective.vector, objective.reducer
+    wide = _type_of_inverse(vector, kinds)
     first = objective.evaluations
     least = LOSS_ULPS * torch.finfo(vector.dtype).eps * abs(here.loss)
     with vector.trial() as trial, timer.part("gradient"):
@@ -186,11 +198,18 @@ def broyden_step(
             return objective.trial_gradient(here)
 
         def algorithm(evaluate: Evaluate) -> tuple[Descent, Secant | None, bool, bool]:
-            inverses = _Inverses.of(secant, here.gradient, kinds)
+            def widely(displacement: Tensor) -> tuple[float, Tensor]:
+                loss, gradient = evaluate(displacement.to(vector.dtype))
+                return loss, gradient.to(wide)
+
+            slope, eps = here.gradient.to(wide), torch.finfo(vector.dtype).eps
+            inverses = _Inverses.of(secant, slope, kinds)
             known = inverses.limited if solver == LBFGS else inverses.dense
-            found = descend(evaluate, here.loss, here.gradient, known, iterations, kind)
+            found = descend(widely, here.loss, slope, known, iterations, kind, eps)
+            found = found._replace(displacement=found.displacement.to(vector.dtype))
             moves = here.loss - found.loss > least and trial.moves(found.displacement, 1.0)
-            hidden = not moves and rounding_hides(evaluate, here.loss, here.gradient, least)
+            size = math.sqrt(sum(float(p.detach().double().square().sum()) for p in vector.params))
+            hidden = not moves and rounding_hides(evaluate, here.loss, here.gradient, least, size)
             return found, inverses.after(found, solver, kinds) if moves else None, moves, hidden
 
         led = lead(reducer, [evaluate], algorithm, vector.numel)
@@ -206,7 +225,9 @@ def broyden_step(
     return BroydenStep(SearchResult(displacement, 1.0, loss), after, taken, solver, both)
 
 
-def rounding_hides(evaluate: Evaluate, loss: float, gradient: Tensor, least: float) -> bool:
+def rounding_hides(
+    evaluate: Evaluate, loss: float, gradient: Tensor, least: float, size: float = 0.0
+) -> bool:
     """Whether rounding is why no search finds a decrease: a last look along the gradient.
 
     At a length where the slope promises what could well be told from rounding, the loss lies on a
@@ -218,16 +239,20 @@ def rounding_hides(evaluate: Evaluate, loss: float, gradient: Tensor, least: flo
         loss: Where the search began.
         gradient: There, of shape (P,).
         least: The least change of the loss that says something.
+        size: The parameters' norm. Where the gradient is so small that a promise of ``least`` is
+            far away, lengths down to a small part of it are looked at.
     """
     square = float(gradient @ gradient)
     if not square > 0:
         return True  # it underflows
-    most = math.sqrt(torch.finfo(gradient.dtype).eps) * abs(loss)
-    promise = TOLD * least
+    root = math.sqrt(torch.finfo(gradient.dtype).eps)
+    most, promise = root * abs(loss), TOLD * least
+    shortest = min(least, root * size * math.sqrt(square)) if size else least
     while True:
         rise = evaluate(-promise / square * gradient)[0] - loss
         if rise <= most:
             return rise > -promise and promise**2 <= 4.0 * (rise + promise) * least
-        if promise < least:  # no rounding moves a loss so far
+        if promise < shortest:  # no rounding moves a loss so far
             return False
-        promise /= 4.0
+        far = rise / most if most > 0 and math.isfinite(rise) else FURTHER
+        promise /= min(max(math.sqrt(far), NEARER), FURTHER)

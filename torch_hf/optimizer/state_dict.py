@@ -166,7 +166,8 @@ def unpack(
                 expected = f"in each parameter's state a tensor {(*lead, *p.shape)} in one of them"
                 raise refused(key, expected, piece)
         own = space.own(vector.joined(pieces))
-        flats[key] = own.to(device=vector.device, dtype=vector.dtype)
+        kept = own.dtype if key in SECANT else vector.dtype  # an inverse may be in float64
+        flats[key] = own.to(device=vector.device, dtype=kept)
     start = floats("cg_iterate", flats.pop("cg_iterate"), "a vector by parameter")
     norms = flats.pop("column_norms", None)
     if norms is not None:

@@ -22,6 +22,8 @@ from torch_hf.solver.limited_memory import LimitedInverse, Move
 from torch_hf.solver.wolfe import Point, strong_wolfe
 
 UPDATES = ("ssbroyden", "ssbfgs", "bfgs")
+#: Units of rounding of the loss below which a difference says nothing.
+LOSS_ULPS = 16.0
 #: By how much a search's first length may exceed the last one's end, at the most.
 LONGER = 4.0
 
@@ -57,6 +59,7 @@ def descend(
     known: Inverse | None,
     iterations: int,
     kind: type[Inverse] | None = None,
+    eps: float | None = None,
 ) -> Descent:
     """So many iterations with a strong Wolfe search each; fewer where one finds no decrease.
 
@@ -67,6 +70,7 @@ def descend(
         known: H; None for none, which is a multiple of the identity.
         iterations: At the most.
         kind: Of H, where there is none; dense if None.
+        eps: The loss's rounding unit; that of the gradient's type if None.
 
     Example:
         >>> import torch
@@ -79,6 +83,7 @@ def descend(
         True
     """
     kind = kind or InverseHessian
+    eps = torch.finfo(gradient.dtype).eps if eps is None else eps
     pairs = []
     here, done, first = torch.zeros_like(gradient), 0, 1.0
     newton = gradient if known is None else known.times(gradient)  # H g
@@ -97,8 +102,8 @@ def descend(
         def along(t: float, base: Tensor = base, direction: Tensor = direction):  # type: ignore[no-untyped-def]
             return evaluate(base + t * direction)
 
-        end = strong_wolfe(along, start, direction, length)
-        if not end.loss < loss:
+        end = strong_wolfe(along, start, direction, length, LOSS_ULPS * eps * abs(loss))
+        if not end.length:
             if known is None:
                 break
             known, newton = None, gradient

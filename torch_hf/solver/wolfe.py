@@ -1,7 +1,9 @@
 """A line search for the strong Wolfe conditions (Nocedal & Wright 2006, algorithms 3.5 and 3.6).
 
 Both conditions are needed by quasi-Newton updates: the loss falls in proportion to the slope, and
-the slope at the end is small enough for the change of the gradient to carry curvature.
+the slope at the end is small enough for the change of the gradient to carry curvature. Where
+rounding hides the change of the loss, the slopes alone tell (the approximate Wolfe conditions of
+Hager & Zhang 2005, "A new conjugate gradient method with guaranteed descent").
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Point(NamedTuple):
     slope: float
 
 
-def strong_wolfe(along: Along, start: Point, direction: Tensor, first: float) -> Point:
+def strong_wolfe(
+    along: Along, start: Point, direction: Tensor, first: float, rounding: float = 0.0
+) -> Point:
     """A point where both conditions hold, or the lowest one found; ``start`` where none is lower.
 
     Args:
@@ -51,6 +55,7 @@ def strong_wolfe(along: Along, start: Point, direction: Tensor, first: float) ->
         start: Of length 0, with a slope below 0.
         direction: Of shape (P,).
         first: The first length tried.
+        rounding: Losses that differ by less count as equal.
 
     Example:
         >>> import torch
@@ -65,7 +70,7 @@ def strong_wolfe(along: Along, start: Point, direction: Tensor, first: float) ->
         point = _at(along, direction, length)
         if point.loss < best.loss:
             best = point
-        if _rises(point, start) or point.loss >= low.loss:
+        if _rises(point, start, rounding) or _is_higher(point, low, rounding):
             high = point
         elif abs(point.slope) <= CURVATURE * abs(start.slope):
             return point
@@ -93,9 +98,17 @@ def _at(along: Along, direction: Tensor, length: float) -> Point:
     return Point(length, loss, gradient, slope)
 
 
-def _rises(point: Point, start: Point) -> bool:
+def _rises(point: Point, start: Point, rounding: float) -> bool:
     """Whether the loss did not fall in proportion."""
+    if abs(point.loss - start.loss) < rounding:
+        return point.slope > (2.0 * ARMIJO - 1.0) * start.slope
     return not point.loss <= start.loss + ARMIJO * point.length * start.slope
+
+
+def _is_higher(point: Point, low: Point, rounding: float) -> bool:
+    if abs(point.loss - low.loss) < rounding:
+        return False  # the slope there tells
+    return point.loss >= low.loss
 
 
 def _further(before: Point, point: Point) -> float:
