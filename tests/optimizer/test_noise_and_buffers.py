@@ -1,6 +1,7 @@
 """Every evaluation of a step sees the same noise and buffers, and the data count once."""
 
 import random
+from itertools import cycle
 
 import pytest
 import torch
@@ -156,3 +157,22 @@ def test_other_data_are_seen_at_once_and_the_same_data_soon_again():
         optimizer.step(lambda rows=rows: F.mse_loss(model(x[rows]), y[rows]))
         changes.append(optimizer._progress.changes)
     assert changes == [0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0, 2.0, 3.0]
+
+
+def test_after_a_change_data_that_scatter_count_as_unchanged_after_three_steps():
+    """The scatter is beyond the ten units that hold after a change; three times is no chance."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    x, y = normal(1, 80, 4).double(), normal(2, 80, 1).double()
+    eps, signs = torch.finfo(torch.float64).eps, cycle((-50, 50))
+    optimizer, parts = HFOptimizer(model.parameters()), [slice(0, 40), slice(40, 80)]
+    changes = []
+    for part in (0, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0):
+        rows = parts[part]
+
+        def closure(rows=rows):
+            return F.mse_loss(model(x[rows]), y[rows]) * (1.0 + next(signs) * eps)
+
+        optimizer.step(closure)
+        changes.append(optimizer._progress.changes)
+    assert changes == [0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 0.0, 0.0, 1.0, 2.0, 3.0]

@@ -16,6 +16,7 @@ from torch_hf.optimizer.progress import Progress
 from torch_hf.optimizer.timer import StepTimer
 from torch_hf.report import Requests, StepReport, Stop
 from torch_hf.solver.cg import CGResult
+from torch_hf.solver.cg_budget import is_close
 from torch_hf.solver.choose_solver import CG, KRONECKER
 from torch_hf.solver.levenberg_marquardt import STUCK
 from torch_hf.solver.line_search import NO_DECREASE, NO_DESCENT, SearchResult
@@ -183,8 +184,11 @@ class StepDecision(NamedTuple):
         progress = before.seeing(here.loss, self.same_data)
         progress = progress.with_highest(here.loss, self.same_data)
         changed = before.steps and not self.same_data and not self.nothing_to_do
+        close = is_close(before._asdict(), here.loss, here.cases, objective.vector.dtype)
         progress = progress._replace(
-            steps=before.steps + 1, changes=progress.changes + 1.0 if changed else 0.0
+            steps=before.steps + 1,
+            changes=progress.changes + 1.0 if changed else 0.0,
+            close=before.close + 1.0 if close else 0.0,
         )
         if self.light is not None:
             return after_light(progress, self.light, here)

@@ -44,6 +44,7 @@ _NOT_NEGATIVE = (
     "exact",
     "squares",
     "changes",
+    "close",
     "light",
     "full_after",
     "full_cost",
@@ -97,6 +98,7 @@ class Progress(NamedTuple):
         exact: Whether the last full step was exact.
         squares: Whether the loss of the last full step was a sum of squares.
         changes: Steps in a row whose data were not those of the step before.
+        close: Steps in a row that began, to 1,000 units of rounding, where the one before ended.
         light: Light steps since the last full one.
         full_after: After so many light steps comes a full one.
         full_cost: What the last full step cost, in gradients.
@@ -137,6 +139,7 @@ class Progress(NamedTuple):
     exact: float = 0.0
     squares: float = 0.0
     changes: float = 0.0
+    close: float = 0.0
     light: float = 0.0
     full_after: float = FULL_AFTER
     full_cost: float = 0.0

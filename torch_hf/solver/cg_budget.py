@@ -16,14 +16,16 @@ MAX_ITER_SAME_DATA, MAX_ITER_WITH_FACTORS, MAX_ITER_WITHOUT_FACTORS = 250, 3, 20
 #: By how many units of rounding the loss at the same parameters and data may differ: where data
 #: were seen to change, and where they were not. Kernels with atomic sums scatter by more than ten.
 SAME_LOSS_ULPS, STILL_SAME_ULPS = 10, 1000
+#: After so many steps in a row that came as close as the second, it is no chance.
+CLOSE_STEPS = 2
 
 
 def is_same_data(last: Mapping[str, Any], loss: float, cases: float, dtype: torch.dtype) -> bool:
     """Whether a step sees the data of the one before: as many cases, and the loss it ended with.
 
     Args:
-        last: ``last_loss`` and ``last_cases`` of the step before, and ``changes``, the number of
-            steps in a row that saw other data.
+        last: ``last_loss`` and ``last_cases`` of the step before, ``changes``, the number of steps
+            in a row that saw other data, and ``close``, that of steps whose loss was nearly that.
         loss: Where this one begins.
         cases: How many this one sees.
         dtype: Of the parameters.
@@ -36,11 +38,24 @@ def is_same_data(last: Mapping[str, Any], loss: float, cases: float, dtype: torc
         True
         >>> is_same_data(last | {"changes": 3.0}, 2.0001, 500.0, torch.float32)  # another batch
         False
+        >>> is_same_data(last | {"changes": 3.0, "close": 2.0}, 2.0001, 500.0, torch.float32)
+        True
     """
+    known = not last.get("changes", 0.0) or last.get("close", 0.0) >= CLOSE_STEPS
+    return _is_close(last, loss, cases, dtype, STILL_SAME_ULPS if known else SAME_LOSS_ULPS)
+
+
+def is_close(last: Mapping[str, Any], loss: float, cases: float, dtype: torch.dtype) -> bool:
+    """Whether the data may well be those of the step before, one sign alone; as there."""
+    return _is_close(last, loss, cases, dtype, STILL_SAME_ULPS)
+
+
+def _is_close(
+    last: Mapping[str, Any], loss: float, cases: float, dtype: torch.dtype, ulps: float
+) -> bool:
     before = last.get("last_loss")
     if before is None or not math.isfinite(before) or last.get("last_cases") != cases:
         return False
-    ulps = SAME_LOSS_ULPS if last.get("changes", 0.0) else STILL_SAME_ULPS
     allowed = ulps * torch.finfo(dtype).eps * max(abs(before), abs(loss))
     return bool(abs(before - loss) <= allowed)
 
