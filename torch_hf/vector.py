@@ -213,3 +213,8 @@ def check_parameters(params: Sequence[Tensor]) -> None:
             f"All parameters must be on one device, got {', '.join(devices)}. Move the model with "
             "model.to(device), or give each part its own optimizer."
         )
+    if params[0].device.type == "mps":
+        raise ValueError(
+            "Parameters must be on a device that has float64, which a step's sums need, got mps. "
+            "Move the model to the CPU with model.cpu()."
+        )

@@ -1,6 +1,7 @@
 """Wrong options and parameters of the constructor, and the error each must give."""
 
 from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from torch_hf import HFOptimizer, LBFGSPreconditioner
 from torch_hf.preconditioner import DiagonalPreconditioner
+from torch_hf.vector import check_parameters
 
 
 class BadOption(NamedTuple):
@@ -187,3 +189,13 @@ def test_a_bad_option_set_later_is_found_at_the_step():
     with pytest.raises(ValueError, match="weight_decay must be"):
         optimizer.step(lambda: mse(model))
     assert_identical(snapshot(model, optimizer), before)
+
+
+def test_a_device_without_float64_is_refused():
+    """A stand-in: this machine has no such device."""
+    parameter = SimpleNamespace(
+        device=torch.device("mps"), dtype=torch.float32, is_floating_point=lambda: True
+    )
+    with pytest.raises(ValueError) as caught:
+        check_parameters([parameter])
+    assert_says(caught.value, ("has float64", "got mps", "model.cpu()"))

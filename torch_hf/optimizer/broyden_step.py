@@ -155,12 +155,11 @@ def quasi_newton_of(vector: ParameterVector) -> str:
 
 
 def _type_of_inverse(vector: ParameterVector, kinds: Sequence[str]) -> torch.dtype:
-    """Of H and its vectors: the dense one is in float64 where the device has that.
+    """Of H and its vectors: the dense one is in float64.
 
     In float32 it has no digits for curvature 1e-7 of the largest, and the search breaks down there.
     """
-    wide = BROYDEN in kinds and vector.device.type != "mps"
-    return torch.float64 if wide else vector.dtype
+    return torch.float64 if BROYDEN in kinds else vector.dtype
 
 
 def broyden_step(
