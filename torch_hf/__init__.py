@@ -5,6 +5,7 @@ from torch_hf.checkpoint import save_atomically
 from torch_hf.diagnostics.diagnose import Diagnosis, diagnose
 from torch_hf.distributed import PeerError, check_replicas
 from torch_hf.optimizer.hf import HFOptimizer
+from torch_hf.optimizer.sharded_checkpoint import load_sharded, save_sharded
 from torch_hf.preconditioner import LBFGSPreconditioner
 from torch_hf.report import StepReport, Stop
 from torch_hf.sampling.batches import head, split_batch
@@ -26,6 +27,8 @@ __all__ = [
     "check_replicas",
     "diagnose",
     "head",
+    "load_sharded",
     "save_atomically",
+    "save_sharded",
     "split_batch",
 ]
