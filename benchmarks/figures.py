@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,10 +44,10 @@ OVERVIEW = (
     ),
     ("a flow fitted to trajectories", "training loss", "neural-ode-cpu-seconds", "train_loss"),
     ("LSTM on sums of waves", "training loss", "lstm-cpu-seconds", "train_loss"),
-    ("recurrent network, adding problem", "test error", "adding-cpu", "test"),
-    ("MNIST autoencoder", "test error", "autoencoder-cpu", "test"),
+    ("recurrent network, adding problem", "test error", "adding-cpu-seconds", "test"),
+    ("MNIST autoencoder", "test error", "autoencoder-cpu-seconds", "test"),
     ("Curves autoencoder", "test error", "curves-cpu", "test"),
-    ("spoken digits, new speakers", "test error", "speech-cpu", "test"),
+    ("spoken digits, new speakers", "test error", "speech-cpu-seconds", "test"),
     ("CIFAR-10, a part, CNN", "seconds to training loss 1", "cifar10-cpu-seconds", "train_loss 1"),
     ("CIFAR-10, a part, CNN", "test error", "cifar10-cpu-seconds", "test"),
     ("MNIST, CNN", "seconds to 98 % accuracy", "mnist-cpu-seconds", "test_error 0.02"),
@@ -81,6 +83,7 @@ NAMES = {
     "engd": "energy natural gradient",
     "lm": "Levenberg-Marquardt",
     "lm-geodesic": "geodesic Levenberg-Marquardt",
+    "lm:scaled=True": "scaled Levenberg-Marquardt",
     "ssbroyden": "self-scaled Broyden",
     "adam": "Adam",
     "adam-lbfgs": "Adam, then L-BFGS",
@@ -200,6 +203,23 @@ def step_memory() -> str:
     return table(["pairs", "batches", "step", "forward and backward alone"], rows)
 
 
+def nist() -> str:
+    """Fits with six digits, and model evaluations until then beside those of dense LM."""
+    calls: dict[str, dict[tuple[str, int], float]] = {}
+    for fit in load("nist-cpu")["fits"]:
+        mine = calls.setdefault(fit["optimizer"], {})
+        mine[fit["problem"], fit["start"]] = fit["calls"] or math.inf
+    base = {key: n for key, n in calls["lm"].items() if n < math.inf}
+    rows = []
+    for name, mine in calls.items():
+        arrived = sum(n < math.inf for n in mine.values())
+        beside = statistics.median(mine[key] / n for key, n in base.items())
+        shown = f"{beside:.2g}" if beside < math.inf else "–"
+        rows.append([called(name), f"{arrived} of {len(mine)}", shown])
+    header = ["", "fits with six digits", "model evaluations, dense Levenberg-Marquardt = 1, median"]
+    return table(header, rows)
+
+
 def gpu_products() -> str:
     """Of each network on a GPU: a product, and a CG iteration launched or replayed."""
     rows = [
@@ -278,6 +298,7 @@ MAKERS: dict[str, Callable[[], str]] = {
     "paper-speech": lambda: paper("race-speech-cpu", "train_loss"),
     "pairs": pairs,
     "gpu-products": gpu_products,
+    "nist": nist,
     **{name: (lambda r=record: dense(*r)) for name, record in DENSE.items()},
 }
 
