@@ -216,7 +216,11 @@ def nist() -> str:
         beside = statistics.median(mine[key] / n for key, n in base.items())
         shown = f"{beside:.2g}" if beside < math.inf else "–"
         rows.append([called(name), f"{arrived} of {len(mine)}", shown])
-    header = ["", "fits with six digits", "model evaluations, dense Levenberg-Marquardt = 1, median"]
+    header = [
+        "",
+        "fits with six digits",
+        "model evaluations, dense Levenberg-Marquardt = 1, median",
+    ]
     return table(header, rows)
 
 

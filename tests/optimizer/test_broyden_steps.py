@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
 from torch_hf.objective.objective import Objective
-from torch_hf.optimizer import broyden_step, exact_step, hf
+from torch_hf.optimizer import broyden_step, exact_step, solver_choice
 from torch_hf.optimizer.broyden_step import NO_DECREASE, _Inverses
 from torch_hf.solver import limited_memory, phases
 
@@ -28,7 +28,7 @@ POINTS = torch.rand(160, 2, generator=GENERATOR, dtype=torch.float64)
 def cheap(monkeypatch):
     """Solves so small as these count as dear."""
     monkeypatch.setattr(phases, "LEAST_PRICE", 1.0)
-    monkeypatch.setattr(hf, "LEAST_PRICE", 1.0)
+    monkeypatch.setattr(solver_choice, "LEAST_PRICE", 1.0)
 
 
 class Run:
@@ -239,7 +239,7 @@ def test_auto_begins_with_iterations_and_ends_with_exact_steps():
 
 def test_where_a_solve_costs_few_gradients_steps_are_exact(monkeypatch):
     monkeypatch.setattr(phases, "LEAST_PRICE", math.inf)
-    monkeypatch.setattr(hf, "LEAST_PRICE", math.inf)
+    monkeypatch.setattr(solver_choice, "LEAST_PRICE", math.inf)
     assert {r.solver for r in Equation().steps(8)[1:]} == {"exact"}
 
 
@@ -342,7 +342,7 @@ def test_iterations_of_limited_memory_come_before_lanczos_steps(monkeypatch):
 
 def test_conjugate_gradients_stand_in_where_a_solve_on_trial_cannot_be(monkeypatch):
     run = Equation()
-    monkeypatch.setattr(hf, "exact_step", lambda *_: None)
+    monkeypatch.setattr(solver_choice, "exact_step", lambda *_: None)
     solvers = [r.solver for r in run.steps(25)]
     count = solvers.count("cg")
     assert solvers[0] == "broyden" and count and solvers.count("broyden") > count
@@ -554,9 +554,7 @@ class Rollout(Run):
 @pytest.fixture
 def no_exact(monkeypatch):
     """Exact steps cost too much, as with a large network's Jacobian."""
-    for module in (exact_step, hf):
-        if hasattr(module, "exact_is_cheaper"):
-            monkeypatch.setattr(module, "exact_is_cheaper", lambda *_, **__: False)
+    monkeypatch.setattr(exact_step, "exact_is_cheaper", lambda *_, **__: False)
 
 
 @pytest.mark.parametrize(("width", "solver"), [(8, "broyden"), (8, "lbfgs")])
@@ -564,7 +562,7 @@ def test_iterations_and_conjugate_gradients_share_data_that_stay(
     width, solver, no_exact, monkeypatch
 ):
     if solver == "lbfgs":
-        monkeypatch.setattr(hf, "quasi_newton_of", lambda vector: "lbfgs")
+        monkeypatch.setattr(solver_choice, "quasi_newton_of", lambda vector: "lbfgs")
     run = Rollout(width)
     reports = run.steps(30)
     names = [report.solver for report in reports]

@@ -190,7 +190,7 @@ def slopes(model: nn.Module) -> Tensor:
 
 def test_auto_takes_it_where_an_exact_solve_does_not_fit(monkeypatch):
     monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
-    monkeypatch.setattr("torch_hf.optimizer.hf.quasi_newton_of", lambda vector: "")
+    monkeypatch.setattr("torch_hf.optimizer.solver_choice.quasi_newton_of", lambda vector: "")
     model, _ = wide()
     closure = lambda: slopes(model)  # noqa: E731
     optimizer = HFOptimizer(model.parameters())
@@ -204,7 +204,7 @@ def test_auto_takes_it_where_an_exact_solve_does_not_fit(monkeypatch):
 @pytest.mark.parametrize("option", [{"cg_max_iter": 5}, {"preconditioner": "lbfgs"}])
 def test_options_of_conjugate_gradients_keep_them(option, monkeypatch):
     monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
-    monkeypatch.setattr("torch_hf.optimizer.hf.quasi_newton_of", lambda vector: "")
+    monkeypatch.setattr("torch_hf.optimizer.solver_choice.quasi_newton_of", lambda vector: "")
     model, _ = wide()
     optimizer = HFOptimizer(model.parameters(), **option)
     for _ in range(3):
@@ -214,7 +214,7 @@ def test_options_of_conjugate_gradients_keep_them(option, monkeypatch):
 
 def test_auto_leaves_it_where_its_vectors_do_not_fit(monkeypatch):
     monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
-    monkeypatch.setattr("torch_hf.optimizer.hf.quasi_newton_of", lambda vector: "")
+    monkeypatch.setattr("torch_hf.optimizer.solver_choice.quasi_newton_of", lambda vector: "")
     monkeypatch.setattr(exact_step, "MOST_BYTES", 10_000)
     model, _ = wide()
     optimizer = HFOptimizer(model.parameters())
@@ -244,7 +244,7 @@ LEFT_TO_CG = {
 @pytest.mark.parametrize("name", LEFT_TO_CG)
 def test_what_auto_leaves_to_conjugate_gradients(name, monkeypatch):
     monkeypatch.setattr("torch_hf.optimizer.exact_step.exact_is_cheaper", lambda *a, **k: False)
-    monkeypatch.setattr("torch_hf.optimizer.hf.quasi_newton_of", lambda vector: "")
+    monkeypatch.setattr("torch_hf.optimizer.solver_choice.quasi_newton_of", lambda vector: "")
     loss, data = LEFT_TO_CG[name]
     model, _ = wide()
     optimizer = HFOptimizer(model.parameters())
