@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from torch_hf.distributed import LOCAL, Space
+from torch_hf.distributed import LOCAL, Reducer, Space
 from torch_hf.preconditioner.protocol import Curvature
 from torch_hf.preconditioner.saved_state import check_factors
 from torch_hf.statistics.kronecker_factors import LayerFactors
@@ -30,6 +30,8 @@ MEASURE_EVERY_LIGHT, LIGHT_DAMPING = 20, 5.0
 REINVERT_RATIO = 2.0
 #: Where an inversion fails, damping grows tenfold so many times.
 INVERSION_TRIES = 6
+#: Inverses of so many operations are shared out among ranks; of fewer, each rank makes all.
+LEAST_SHARED = 1e9
 #: Dimensions of one behind a factor in the state: as many as a layer's weight can have, so that no
 #: weight's shape ends a factor's, and it is not taken for vectors of P numbers.
 _ONES = 4
@@ -170,7 +172,8 @@ class KroneckerPreconditioner:
         traces = traces_of(known.blocks) if traces is None else traces
         held = MEAN_CURVATURE_SHARE * mean_curvature(known.blocks, traces, self._sizes)
         damping = [known.damping + decays[b.weight] for b in known.blocks]
-        self._inverses = inverses(known.blocks, damping, traces)
+        reducer = getattr(self.space, "reducer", None)
+        self._inverses = inverses_of_ranks(known.blocks, damping, traces, reducer)
         self._rest = [known.damping + held + decay for decay in decays]
 
     def apply(self, r: Tensor) -> Tensor:
@@ -357,6 +360,66 @@ def inverses(
         sides = block.outputs.new_full((len(block.outputs),), 1 / s)
         found[k] = Inverse(block, sides, block.inputs.new_full((len(block.inputs),), 1 / a))
     return [x for x in found if x is not None]
+
+
+def inverses_of_ranks(
+    blocks: Sequence[LayerFactors],
+    damping: Sequence[float],
+    traces: Traces,
+    reducer: Reducer | None,
+) -> list[Inverse]:
+    """As :func:`inverses`; where they cost much, each rank makes some and gets the others.
+
+    One sum over ranks of all inverses, to which each adds its own. So they are the same on all
+    ranks to the bit, whatever their hardware.
+
+    Args:
+        blocks: The same on all ranks, as are ``damping`` and ``traces``.
+        damping: Of each block.
+        traces: Of its factors.
+        reducer: Of the ranks; None for one.
+
+    Raises:
+        PeerError: An inversion failed on another rank. This rank raises its own error.
+    """
+    costs = [float(sum(len(t) ** 3 for t in (b.outputs, b.inputs) if t.ndim == 2)) for b in blocks]
+    if reducer is None or reducer.ranks == 1 or sum(costs) < LEAST_SHARED:
+        return inverses(blocks, damping, traces)
+    owners = shared_out(costs, reducer.ranks)
+    sides = [t for b in blocks for t in (b.outputs, b.inputs)]
+    flat = blocks[0].outputs.new_zeros(sum(t.numel() for t in sides))
+
+    def pairs(flat: Tensor) -> list[tuple[Tensor, Tensor]]:
+        pieces = torch.split(flat, [t.numel() for t in sides])
+        parts = [x.view_as(t) for x, t in zip(pieces, sides, strict=True)]
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+    def make() -> None:
+        mine = [k for k, owner in enumerate(owners) if owner == reducer.rank]
+        own = [blocks[k] for k in mine]
+        made = inverses(own, [damping[k] for k in mine], [traces[k] for k in mine])
+        into = pairs(flat)
+        for k, found in zip(mine, made, strict=True):
+            for place, side in zip(into[k], (found.left, found.right), strict=True):
+                place.copy_(side if side.ndim == place.ndim else side.diag())
+
+    reducer.attempt(make)
+    total, _ = reducer.vector(flat)
+    return [Inverse(b, *pair) for b, pair in zip(blocks, pairs(total), strict=True)]
+
+
+def shared_out(costs: Sequence[float], ranks: int) -> list[int]:
+    """Which rank takes each item: the dearest first, each to the rank that has least to do.
+
+    Example:
+        >>> shared_out([1.0, 8.0, 3.0, 4.0], 2)
+        [1, 0, 1, 1]
+    """
+    owners, loads = [0] * len(costs), [0.0] * ranks
+    for k in sorted(range(len(costs)), key=lambda k: -costs[k]):
+        owners[k] = loads.index(min(loads))
+        loads[owners[k]] += costs[k]
+    return owners
 
 
 class _Root(NamedTuple):
