@@ -15,7 +15,7 @@ from .peers import PEERS
 from .rates import PART, PATH, Rates, search
 from .record import Record, session
 from .report import as_markdown, as_text, placed, plot, write_csv
-from .runner import Training, run, take_turns, warm_up
+from .runner import POINTS, Training, run, take_turns, warm_up
 from .schedule import fitting, search_length
 from .task import Missing, RaceTask, Setting
 from .tasks import TASKS
@@ -61,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", default="cpu", help="as in torch")
     add("--large", action="store_true", help="sizes meant for a GPU")
     add("--threads", type=int, default=2, help="of the host")
+    add("--points", type=int, default=POINTS, help="how often a curve is measured")
     add(
         "--clock",
         choices=("wall", "cpu"),
@@ -157,14 +158,15 @@ def race(task: RaceTask, names: dict[str, str], args: argparse.Namespace) -> Non
         for name, base in names.items():
             if args.resume and record.has(name, seed, budget):
                 continue
-            options = {"device": args.device, "rate": rates.get(base, {})}
+            options: dict[str, Any] = {"device": args.device, "rate": rates.get(base, {})}
             if base not in warm:
                 warm_up(task, name, **options)
                 warm.add(base)
+            options |= {"points": args.points, "clock": args.clock}
             if args.turns:
-                turns.append(Training(task, name, seed, budget, clock=args.clock, **options))
+                turns.append(Training(task, name, seed, budget, **options))
                 continue
-            _keep(task, record, seed, run(task, name, seed, budget, clock=args.clock, **options))
+            _keep(task, record, seed, run(task, name, seed, budget, **options))
         take_turns(turns, args.turns or math.inf)
         for training in turns:
             _keep(task, record, seed, training.result)
