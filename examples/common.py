@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from data import Batch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from torch_hf import GrowingBatchSampler, HFOptimizer, RatioGrowth, head, split_batch
@@ -53,6 +54,8 @@ class Task:
         score: Outputs and targets to a number for each case; its mean is reported.
         score_name: Its name in the table and the CSV file.
         score_train: Whether it is reported for the training set too.
+        averaging: Part of the running mean of weights that a step leaves; that mean is what is
+            evaluated. 0 for the weights themselves.
     """
 
     title: str
@@ -70,6 +73,7 @@ class Task:
     score: Callable[[Tensor, Tensor], Tensor] = correct
     score_name: str = "accuracy"
     score_train: bool = False
+    averaging: float = 0.0
 
 
 def make_parser(description: str, *, name: str, epochs: int) -> argparse.ArgumentParser:
@@ -127,6 +131,8 @@ class Training:
         self.rows: list[dict[str, str]] = []
         self.recent: list[Record] = []  # the steps since the last row
         self.steps, self.clock = 0, 0.0
+        mean_of = get_ema_multi_avg_fn(task.averaging)
+        self.mean = AveragedModel(task.model, multi_avg_fn=mean_of, use_buffers=True)
 
     def run(self) -> None:
         """Train until the epochs, the steps or the seconds are used up."""
@@ -164,6 +170,8 @@ class Training:
             loss = self.optimizer.step(closure).detach().item()
             record = {"step": self.steps + 1, "loss": loss, "batch_cases": len(indices)}
             postfix = {"loss": f"{loss:.4g}"}
+        if self.task.averaging:
+            self.mean.update_parameters(self.task.model)
         self.clock += time.perf_counter() - start
         self.steps += 1
         self.recent.append(record)
@@ -207,19 +215,20 @@ class Training:
     def evaluate(self) -> dict[str, float]:
         """Loss and score of the test set, and the score of the training set if asked for."""
         task, name = self.task, self.task.score_name
-        task.model.eval()
-        loss, score = self.mean_over(task.test)
+        model = self.mean.module if task.averaging else task.model
+        model.eval()
+        loss, score = self.mean_over(task.test, model)
         scores = {"test_loss": loss, f"test_{name}": score}
         if task.score_train:
-            scores[f"train_{name}"] = self.mean_over(task.train)[1]
-        task.model.train()
+            scores[f"train_{name}"] = self.mean_over(task.train, model)[1]
+        model.train()
         return scores
 
-    def mean_over(self, batch: Batch) -> tuple[float, float]:
+    def mean_over(self, batch: Batch, model: nn.Module) -> tuple[float, float]:
         """Mean loss and score over a whole set, a part at a time."""
         loss, score = 0.0, 0.0
         for inputs, targets in zip(*(tensor.split(5000) for tensor in batch), strict=True):
-            outputs = self.task.model(inputs)
+            outputs = model(inputs)
             loss += float(self.task.loss(outputs, targets)) * len(inputs)
             score += float(self.task.score(outputs, targets).sum())
         return loss / len(batch[0]), score / len(batch[0])

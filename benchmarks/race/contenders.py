@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from torch_hf import GrowingBatchSampler, HFOptimizer, head, split_batch
 
@@ -169,6 +170,30 @@ def parse_options(pairs: Sequence[str]) -> Options:
     return options
 
 
+class Averaged:
+    """A contender of whose weights the running mean is evaluated; taking it is on the clock.
+
+    Args:
+        contender: Who trains the model.
+        model: The model.
+        part: Of the mean, what a step leaves.
+    """
+
+    def __init__(self, contender: Contender, model: nn.Module, part: float) -> None:
+        self.contender, self.model = contender, model
+        self.mean = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(part), use_buffers=True)
+        self.notes = contender.notes
+
+    def step(self, progress: float) -> None:
+        self.contender.step(progress)
+        self.mean.update_parameters(self.model)
+
+
+def evaluated(contender: Contender, model: nn.Module) -> nn.Module:
+    """The weights that a curve shows: the model's, or their mean."""
+    return contender.mean.module if isinstance(contender, Averaged) else model
+
+
 def make_contender(
     name: str,
     task: RaceTask,
@@ -186,9 +211,14 @@ def make_contender(
         rate: The peer's learning rate or damping, and what else was searched.
     """
     base, own = split_name(name)
+    options = {**OURS.get(base, rate), **own}
+    given = {key: value for key, value in options.items() if key != "averaging"}
+    contender: Contender
     if base in OURS:
-        options = {**OURS[base], **own}
-        return HF(task, model, seed, options), options
-    options = {**rate, **own}
-    make = DensePeer if PEERS[base].dense else Peer
-    return make(PEERS[base], task, model, seed, options), options
+        contender = HF(task, model, seed, given)
+    else:
+        make = DensePeer if PEERS[base].dense else Peer
+        contender = make(PEERS[base], task, model, seed, given)
+    if part := options.get("averaging", 0.0):
+        contender = Averaged(contender, model, part)
+    return contender, options

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .contenders import Contender, make_contender
+from .contenders import Contender, evaluated, make_contender
 from .task import RaceTask
 
 POINTS = 20
@@ -181,19 +181,19 @@ def _train(
     """Steps until the budget is used up; it yields after each."""
     due = [budget * FIRST_POINT ** (1 - i / max(points - 1, 1)) for i in range(points)]
     due = sorted([*due, *(budget * share for share in SHARES.values())])
-    steps, longest = 0, 0.0
+    steps, longest, shown = 0, 0.0, evaluated(contender, model)
     if points > 1:
-        rows.append(_row(task, model, contender, 0.0, 0))
+        rows.append(_row(task, shown, contender, 0.0, 0))
     while True:
         # a copy before every step would cost too much; a first step may take any time
         near = steps == 0 or watch.seconds + 2 * longest >= budget
-        before = (_snapshot(model), watch.seconds, contender.notes()) if near else None
+        before = (_snapshot(shown), watch.seconds, contender.notes()) if near else None
         longest = max(longest, watch.time(contender, watch.seconds / max(budget, 1e-9)))
         steps += 1
         if watch.seconds >= budget or _lost(model):
             break
         if points > 1 and watch.seconds >= due[0]:
-            rows.append(_row(task, model, contender, watch.seconds, steps))
+            rows.append(_row(task, shown, contender, watch.seconds, steps))
             due = [t for t in due if t > watch.seconds] or [budget]
         yield
     notes, seconds = contender.notes(), watch.seconds
@@ -202,9 +202,9 @@ def _train(
         return
     if before is not None and watch.seconds > budget:
         state, seconds, notes = before
-        model.load_state_dict(state)
+        shown.load_state_dict(state)
         steps -= 1
-    metrics = task.evaluate(model, True)
+    metrics = task.evaluate(shown, True)
     rows.append({"seconds": seconds, "steps": steps, **metrics, **notes})
 
 

@@ -540,6 +540,24 @@ def test_the_test_metric_where_plain_hf_ends(race, tmp_path):
     assert [row[-2:] for row in rows] == [["1", "0.4"], ["4", "0.5"], ["–", "–"]]
 
 
+@pytest.mark.parametrize("name", ["hf:averaging=0.5", "sgd:lr=0.01:averaging=0.5"])
+def test_a_running_mean_of_weights_is_what_is_evaluated(race, name):
+    task = race.tasks.TASKS["regression"](race.task.Setting())
+    torch.manual_seed(0)
+    model = task.make_model()
+    contender, options = race.contenders.make_contender(name, task, model, 0, {})
+    assert options["averaging"] == 0.5
+    mean = None
+    for _ in range(4):
+        contender.step(0.0)
+        values = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        mean = values if mean is None else 0.5 * mean + 0.5 * values
+    shown = race.contenders.evaluated(contender, model)
+    found = torch.cat([p.detach().reshape(-1) for p in shown.parameters()])
+    torch.testing.assert_close(found, mean)
+    assert not torch.equal(found, values)
+
+
 def test_options_in_names(race):
     assert race.contenders.split_name("hf:growth=1.1:preconditioner=none") == (
         "hf",
