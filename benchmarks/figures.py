@@ -79,6 +79,8 @@ DENSE = {
 NAMES = {
     "hf": "ours",
     "hf:solver=cg": "ours, by CG alone",
+    "hf:weight_decay=0.0001": "ours, weight_decay=1e-4",
+    "hf:weight_decay=0.001": "ours, weight_decay=1e-3",
     "lbfgs": "L-BFGS",
     "engd": "energy natural gradient",
     "lm": "Levenberg-Marquardt",

@@ -5,6 +5,8 @@ import torch
 
 HELPERS = sorted(path.stem for path in (Path(__file__).parent / "helpers").glob("*.py"))
 pytest.register_assert_rewrite(*HELPERS)
+#: Scripts that a launcher starts, and that train when they are imported.
+collect_ignore = ["helpers/launched"]
 
 
 def pytest_configure(config):

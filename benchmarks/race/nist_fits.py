@@ -190,8 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for failed in (f for f in fits if f.error):
         print(f"{failed.problem}, {failed.start}, {failed.optimizer}: {failed.error}")
     if args.output is not None:
-        content = {"session": session("python benchmarks/nist.py", "cpu", torch.get_num_threads())}
-        args.output.write_text(json.dumps({**content, "fits": [*map(asdict, fits)]}, indent=1))
+        done = session("python benchmarks/nist.py", "cpu", torch.get_num_threads())
+        rows = ",\n  ".join(json.dumps(asdict(f)) for f in fits)
+        args.output.write_text(
+            f'{{\n "sessions": [{json.dumps(done)}],\n "fits": [\n  {rows}\n ]\n}}\n'
+        )
 
 
 def _cell(found: Fit | None) -> str:

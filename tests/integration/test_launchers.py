@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from launched import common
+from launched import same_run
 from paths import ROOT
 
 from torch_hf import HFOptimizer
@@ -47,9 +47,9 @@ def launched(folder, script, *command, limit=240, **environment):
 @pytest.fixture(scope="module")
 def alone():
     """Losses, cases and values of one process on all the data."""
-    network = common.make_network()
-    optimizer = HFOptimizer(network.parameters(), **common.OPTIONS)
-    seen = common.train(network, optimizer, common.make_loader())
+    network = same_run.make_network()
+    optimizer = HFOptimizer(network.parameters(), **same_run.OPTIONS)
+    seen = same_run.train(network, optimizer, same_run.make_loader())
     return seen, [p.detach().reshape(-1) for p in network.parameters()]
 
 

@@ -2,7 +2,7 @@
 
 import torch
 from accelerate import Accelerator
-from common import OPTIONS, keep, make_loader, make_network, train
+from same_run import OPTIONS, keep, make_loader, make_network, train
 
 from torch_hf import HFOptimizer
 

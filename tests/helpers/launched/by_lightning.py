@@ -2,7 +2,7 @@
 
 import lightning
 import torch
-from common import EPOCHS, OPTIONS, keep, make_loader, make_network
+from same_run import EPOCHS, OPTIONS, keep, make_loader, make_network
 from torch.nn import functional as F
 
 from torch_hf import HFOptimizer
