@@ -175,13 +175,13 @@ STRUCTURES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def faults(preconditioner: str, every: int = 1) -> Iterator[str]:
+def faults(preconditioner: str, every: int = 1, first: int = 0) -> Iterator[str]:
     """What a damaged state does that it must not; of all damages, or of some."""
     saved = copy.deepcopy(Run(preconditioner, 3, seed=1).optimizer.state_dict())
     run = Run(preconditioner, 2)
     before = run.snapshot()
     healthy = Run(preconditioner, 3).snapshot()
-    for name, state in islice(damages(saved), 0, None, every):
+    for name, state in islice(damages(saved), first, None, every):
         try:
             run.optimizer.load_state_dict(state)
         except ValueError as error:
@@ -227,9 +227,12 @@ def test_some_damaged_states_are_refused_by_name_or_go_on_well(preconditioner):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
-def test_a_damaged_state_is_refused_by_name_or_goes_on_well(preconditioner):
-    assert list(faults(preconditioner)) == []
+@pytest.mark.parametrize(
+    ("preconditioner", "first"), [(name, i % 3) for i, name in enumerate(PRECONDITIONERS)]
+)
+def test_a_damaged_state_is_refused_by_name_or_goes_on_well(preconditioner, first):
+    """Most entries are read by the same code: each is damaged with some of the preconditioners."""
+    assert list(faults(preconditioner, every=3, first=first)) == []
 
 
 def test_the_entries_that_are_damaged_are_all_that_there_are():
