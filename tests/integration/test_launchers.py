@@ -115,6 +115,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 NAMES = {
     "by_accelerate.py": ("accelerate", TORCHRUN),
     "by_lightning.py": ("lightning", [sys.executable]),
+    "by_ray.py": ("ray", [sys.executable]),
 }
 
 
