@@ -3,15 +3,14 @@
 import importlib.util
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 
 import pytest
 import torch
 from launched import same_run
 from paths import ROOT
+from processes import said_by
 
 from torch_hf import HFOptimizer
 from torch_hf.tracking import read_csv
@@ -26,21 +25,9 @@ TOLERANCE = 1e-12
 def launched(folder, script, *command, limit=240, **environment):
     """What two processes came to, rank 0 first."""
     paths = os.pathsep.join([str(ROOT), str(SCRIPTS)])
-    process = subprocess.Popen(
-        [*command, str(SCRIPTS / script), str(folder)],
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that none outlives a test that fails
-    )
-    try:
-        said, _ = process.communicate(timeout=limit)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    assert process.returncode == 0, said
+    line = [*command, str(SCRIPTS / script), str(folder)]
+    code, said = said_by(line, limit, PYTHONPATH=paths, **environment)
+    assert code == 0, said
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -97,14 +84,8 @@ def test_the_slurm_script_on_two_nodes_that_are_this_machine(tmp_path):
     of_job = {"NNODES": "2", "JOB_ID": "7", "JOB_NAME": "digits", "JOB_NODELIST": "this[0-1]"}
     slurm = {f"SLURM_{k}": v for k, v in of_job.items()} | {"SLURM_SUBMIT_DIR": str(tmp_path)}
     path = {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run(
-        ["bash", "-c", script],
-        env=os.environ | slurm | path | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    code, said = said_by(["bash", "-c", script], 240, **slurm, **path)
+    assert code == 0, said
     columns = read_csv(tmp_path / "runs" / "digits" / "training.csv")
     assert len(columns["loss"]) == 3 and columns["loss"][-1] < columns["loss"][0]
     parts = {path.name for path in (tmp_path / "runs" / "digits").rglob("*.distcp")}

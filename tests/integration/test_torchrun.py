@@ -1,14 +1,12 @@
 """examples/distributed.py under torchrun, with processes that are killed and that hang."""
 
-import os
 import shutil
-import signal
-import subprocess
 import sys
 
 import pytest
 import torch
 from paths import ROOT
+from processes import said_by
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from torch_hf.tracking import read_csv
@@ -34,22 +32,7 @@ def run(folder, *arguments, ranks=1, script=EXAMPLE, elastic=(), limit=200, **en
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command += elastic
     command += [str(script), *OPTIONS, "--out", str(folder), *map(str, arguments)]
-    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        env=os.environ | paths | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,  # so that none outlives a test that fails
-    )
-    try:
-        said, _ = process.communicate(timeout=limit)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        raise
-    return process.returncode, said
+    return said_by(command, limit, PYTHONPATH=str(ROOT), **environment)
 
 
 def trained(folder, *arguments, **options):
