@@ -25,7 +25,7 @@ MEAN_CURVATURE_SHARE = 0.5
 #: Steps by the factors alone measure them after 1, 1, 2, 4, 8 steps and later after so many. They
 #: damp them by so many mean curvatures: without products and trial losses they see a small sample's
 #: noise.
-MEASURE_EVERY_LIGHT, LIGHT_DAMPING = 20, 5.0
+MEASURE_EVERY_LIGHT, LIGHT_DAMPING = 40, 5.0
 #: Factors are inverted anew when their damping has changed by this factor.
 REINVERT_RATIO = 2.0
 #: Where an inversion fails, damping grows tenfold so many times.
