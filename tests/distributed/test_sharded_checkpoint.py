@@ -73,7 +73,10 @@ def refused(rank, group, folder):
     other = made(group, history_size=6)[1]
     model = torch.nn.Linear(3, 2).double()
     smaller = HFOptimizer(model.parameters(), process_group=group, shard_state=True, **OPTIONS)
-    for optimizer in (plain, other, smaller):
+    model = runs.network()
+    halves = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    grouped = HFOptimizer(halves, process_group=group, shard_state=True, **OPTIONS)
+    for optimizer in (plain, other, smaller, grouped):
         before = json.dumps(str(optimizer.state_dict()))
         with pytest.raises((RuntimeError, ValueError)) as caught:
             load_sharded(optimizer, Path(folder) / "saved")
@@ -88,3 +91,4 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
         assert "needs an optimizer made with shard_state=True" in said[0]
         assert "history_size must be this optimizer's 6, got 4" in said[1]
         assert "numbers in a row" in said[2]
+        assert "param_groups must hold [2, 2] parameters, got [4]" in said[3]

@@ -3,6 +3,7 @@
 import copy
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,17 @@ def test_the_inverse_follows_the_model_to_another_type():
     (report,) = run.steps(1)
     assert report.accepted
     assert run.optimizer._secant.inverse.dtype == torch.float64
+
+
+def test_a_float64_inverse_of_a_float32_model_follows_it_to_another_device():
+    """Only told to be there: this machine has no other device that computes."""
+    run = Equation(solver="broyden", dtype=torch.float32, preconditioner="none")
+    run.steps(2)
+    assert run.optimizer._secant.inverse.dtype == torch.float64
+    there = SimpleNamespace(dtype=torch.float32, device=torch.device("meta"))
+    run.optimizer._convert(there, SimpleNamespace(reloads=False))
+    kept = [t for t in run.optimizer._secant if t is not None]
+    assert len(kept) >= 2 and all(t.device.type == "meta" for t in kept)
 
 
 def test_the_way_of_other_steps_becomes_a_pair():

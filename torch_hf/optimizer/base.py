@@ -140,8 +140,9 @@ class FlatStateOptimizer(Optimizer):
 
         change.reloads = True
         self._start, self._norms = converted(self._start), converted(self._norms)
-        if self._secant is not None:
-            self._secant = Secant(*map(converted, self._secant))
+        if self._secant is not None:  # in a type of its own, to which the next step turns it
+            moved = (None if t is None else t.to(vector.device) for t in self._secant)
+            self._secant = Secant(*moved)  # type: ignore[arg-type]
         kept = self.preconditioner.state_dict()
         self.preconditioner.load_state_dict({k: converted(v) for k, v in kept.items()})
 

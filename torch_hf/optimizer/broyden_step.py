@@ -207,9 +207,12 @@ def broyden_step(
             found = descend(widely, here.loss, slope, known, iterations, kind, eps)
             found = found._replace(displacement=found.displacement.to(vector.dtype))
             moves = here.loss - found.loss > least and trial.moves(found.displacement, 1.0)
-            size = math.sqrt(sum(float(p.detach().double().square().sum()) for p in vector.params))
-            hidden = not moves and rounding_hides(evaluate, here.loss, here.gradient, least, size)
-            return found, inverses.after(found, solver, kinds) if moves else None, moves, hidden
+            if moves:
+                return found, inverses.after(found, solver, kinds), True, False
+            norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in vector.params]
+            size = float(torch.linalg.vector_norm(torch.stack(norms)))
+            hidden = rounding_hides(evaluate, here.loss, here.gradient, least, size)
+            return found, None, False, hidden
 
         led = lead(reducer, [evaluate], algorithm, vector.numel)
     found, after, moves, hidden = led or (None, None, False, False)

@@ -54,6 +54,7 @@ def save_sharded(optimizer: FlatStateOptimizer, path: str | os.PathLike[str]) ->
     told = {
         "entries": rest,
         "sizes": list(vector.sizes),
+        "counts": [len(g["params"]) for g in optimizer.param_groups],
         "groups": [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups],
         "progress": dict(optimizer._progress._asdict()),
     }
@@ -86,7 +87,7 @@ def load_sharded(optimizer: FlatStateOptimizer, path: str | os.PathLike[str]) ->
     own = {k.removeprefix(_PREFIX): v for k, v in entries.items() if k.startswith(_PREFIX)}
     if check := getattr(optimizer.preconditioner, "check_state", None):
         check(own, _PREFIX, vector.sizes, space.length)
-    optimizer.load_state_dict(_without_vectors(optimizer, told))
+    optimizer.load_state_dict(_without_vectors(told))
     start = entries.get("cg_iterate")
     optimizer._take(Unpacked(start, None, None, own, optimizer._progress), vector)
 
@@ -102,11 +103,10 @@ def _sharded(optimizer: FlatStateOptimizer, name: str) -> tuple[ParameterVector,
     return vector, space
 
 
-def _without_vectors(optimizer: FlatStateOptimizer, told: Mapping[str, Any]) -> dict[str, Any]:
+def _without_vectors(told: Mapping[str, Any]) -> dict[str, Any]:
     """Options and numbers as a state that every version loads."""
     first, groups = 0, []
-    for given, group in zip(told["groups"], optimizer.param_groups, strict=True):
-        count = len(group["params"])
-        groups.append({**given, "params": list(range(first, first + count))})
+    for count, options in zip(told["counts"], told["groups"], strict=True):
+        groups.append({**options, "params": list(range(first, first + count))})
         first += count
     return {"state": {0: dict(told["progress"])}, "param_groups": groups}

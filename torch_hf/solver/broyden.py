@@ -18,12 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torch_hf.solver.levenberg_marquardt import LOSS_ULPS
 from torch_hf.solver.limited_memory import LimitedInverse, Move
 from torch_hf.solver.wolfe import Point, strong_wolfe
 
 UPDATES = ("ssbroyden", "ssbfgs", "bfgs")
-#: Units of rounding of the loss below which a difference says nothing.
-LOSS_ULPS = 16.0
 #: By how much a search's first length may exceed the last one's end, at the most.
 LONGER = 4.0
 

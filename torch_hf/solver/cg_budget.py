@@ -46,7 +46,7 @@ def is_same_data(last: Mapping[str, Any], loss: float, cases: float, dtype: torc
 
 
 def is_close(last: Mapping[str, Any], loss: float, cases: float, dtype: torch.dtype) -> bool:
-    """Whether the data may well be those of the step before, one sign alone; as there."""
+    """Whether the loss is near that of the last step's end: alone no proof of the same data."""
     return _is_close(last, loss, cases, dtype, STILL_SAME_ULPS)
 
 
